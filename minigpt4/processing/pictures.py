@@ -37,7 +37,7 @@ class ImageLimits:
     """How much of a picture is accepted. There is no limit on the aspect ratio: 1 x 10000 pixels work, as 1 x 1 do.
 
     Args:
-        max_bytes: Length of the file. 20 MiB: a 40-megapixel JPEG has about 15.
+        max_bytes: Length of the file. 20 MiB: more than cameras of phones and screenshots need.
         max_pixels: Width times height. 40 million: with transparency they need 500 MB while being converted. Above 89
             million Pillow's own guard refuses too.
         max_side: Width or height, in pixels. 20 000: resizing to 448 holds 448 x height pixels, 36 MB for this one;
@@ -51,7 +51,7 @@ class ImageLimits:
 
 DEFAULT_LIMITS = ImageLimits()
 
-_CONVERT_HINT = "convert it to JPEG or PNG first"
+_CONVERT_HINT = "open it in a picture viewer and save it as JPEG or PNG"
 _SMALLER_HINT = "make it smaller: the model looks at a few hundred pixels a side"
 _DAMAGED_HINT = "open it in a picture viewer and save it again, or fetch it again"
 _SOURCE_HINT = "give a path, a data URL, the bytes of a file, a file opened with 'rb', or a Pillow image"

