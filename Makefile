@@ -27,5 +27,16 @@ test-floor: ## every test with the oldest transformers that is promised to work
 	$(FLOOR)/bin/pip install -q -c build/constraints-floor.txt -e ".[test]" "transformers==5.19.0"
 	$(FLOOR)/bin/python -m pytest -n 2
 
-nano: ## train the default model's alignment
-	$(PYTHON) -m minigpt4 train recipes/nano.yaml
+SPRITE_SETS := @lobehub/fluent-emoji-3d@1.1.0 @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5 \
+    emojibase-data@17.0.0
+DATA ?= data
+
+nano: build/sprites ## train the default model's alignment; DATA is the folder of photographs
+	$(PYTHON) -m minigpt4 train recipes/nano.yaml \
+		--set data.photos=$(DATA)/photos-train --set data.backgrounds=$(DATA)/photos-background
+
+build/sprites: ## named drawings out of emoji sets of the npm registry
+	mkdir -p build/npm
+	cd build/npm && npm pack --silent $(SPRITE_SETS)
+	$(PYTHON) -c "from pathlib import Path; from minigpt4.data.build.sprites import build_sprites; build_sprites(Path('build/npm'), Path('build/sprites.new'))"
+	mv build/sprites.new build/sprites

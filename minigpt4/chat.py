@@ -259,7 +259,7 @@ class ChatSession:
         if read.cache is None or kept == 0 or not _can_crop(read.cache):
             read.cache, kept = DynamicCache(config=self.model.config.get_text_config(decoder=True)), 0
         elif kept < read.cache.get_seq_length():
-            read.cache.crop(kept)
+            read.cache.crop(kept - read.cache.get_seq_length())  # negative: how many to forget
         self.answer.cached_tokens = kept
         inputs: dict[str, Any] = {"past_key_values": read.cache} if streamer else {}
         old_pictures = ids[:kept].count(self.model.config.image_token_id) // self.model.config.num_image_tokens

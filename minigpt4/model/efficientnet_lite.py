@@ -80,6 +80,14 @@ class EfficientNetLiteConfig(PreTrainedConfig):
         return sum(self.stage_channels[stage] for stage in self.feature_stages) + self.position_channels
 
     @property
+    def num_patches(self) -> int:
+        """Tokens a picture takes: the places of the finest chosen map; every stride rounds up, as "SAME" padding does."""
+        side = self.image_size
+        for stride in [2, *self.stage_strides[: min(self.feature_stages) + 1]]:
+            side = math.ceil(side / stride)
+        return side * side
+
+    @property
     def num_concept_tokens(self) -> int:
         """Word pieces told about each picture."""
         return self.num_concepts * self.concept_length
@@ -153,6 +161,10 @@ class EfficientNetLiteModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _no_split_modules = ["InvertedBottleneck"]  # noqa: RUF012  (the library's own form)
+    # There is no attention here, so whichever kind is asked of the whole model suits this part of it.
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
     def __init__(self, config: EfficientNetLiteConfig) -> None:
         super().__init__(config)

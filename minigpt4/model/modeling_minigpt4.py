@@ -79,10 +79,19 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
         if isinstance(module, MiniGPT4Model) and module.query_tokens is not None:
             init.normal_(module.query_tokens, std=self.config.initializer_range)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As the library's, and frozen: it puts new parameters, which all learn, in place of those of `__init__`."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with `output_loading_info=True`
+        model.freeze()
+        return loaded
+
     def freeze(self) -> Self:
         """Let only `config.trainable_parts` learn; the original trains `language_projection` alone."""
         for name, parameter in self.base_model.named_parameters():
-            parameter.requires_grad_(name.partition(".")[0] in self.config.trainable_parts)
+            learns = name.partition(".")[0] in self.config.trainable_parts
+            parameter.requires_grad_(learns and parameter.is_floating_point())  # the integers of quantization cannot
         if self.get_output_embeddings() is not None:
             self.get_output_embeddings().weight.requires_grad_("language_model" in self.config.trainable_parts)
         return self
@@ -283,6 +292,13 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> MiniGPT4ImageFeatures:
         """See `MiniGPT4Model.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the library's, and `mm_encoder_outputs` stays as it was: beams there repeat the pictures in place."""
+        features = kwargs.pop("mm_encoder_outputs", None)
+        if features is not None:
+            kwargs["mm_encoder_outputs"] = {modality: type(output)(**output) for modality, output in features.items()}
+        return super().generate(*args, **kwargs)
 
     def forward(
         self,

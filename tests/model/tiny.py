@@ -160,9 +160,11 @@ def batch(rows: list[list[int]]) -> dict[str, Tensor]:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer in which every id is a letter, a bracketed control token, or `#` (id 90 to 92: `#` to `###`)."""
-    words = ["<pad>", "<s>", "</s>", "<image>", *(chr(0x4E00 + place) for place in range(4, 90)), "#", "##", "###"]
-    words += ["x", "y", "z"]
+    """Return a tokenizer whose ids are control tokens and single characters: letters, then Chinese ones.
+
+    The library's stop strings need the first letters, and its streamer waits for a space except after Chinese.
+    """
+    words = ["<pad>", "<s>", "</s>", "<image>", *"abcdef", *(chr(0x4E00 + place) for place in range(VOCABULARY - 10))]
     backend = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.decoder = decoders.Fuse()
