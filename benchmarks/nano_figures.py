@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -93,14 +94,26 @@ def scenes(task: str, count: int, sprites: Sprites | None) -> Iterator[Item]:
             yield Item(picture, (f"How many {things[0].plural} are there?",), says(NUMBERS[len(things)]))
 
 
-def ask(chat: ChatSession, item: Item, blind: bool) -> str:
+def ask(chat: ChatSession, questions: tuple[str, ...], picture: Image.Image | None) -> str:
     """Return the answer that counts."""
     chat.reset()
-    if not blind:
-        chat.add_image(item.picture)
-    for question in item.questions:
+    if picture is not None:
+        chat.add_image(picture)
+    for question in questions:
         answer = chat.ask(question, max_new_tokens=40)
     return answer
+
+
+def measure(chat: ChatSession, items: Iterator[Item]) -> dict[str, Any]:
+    """Ask about every item, with the picture and without."""
+    answers, blind_answers, right, blind = [], {}, 0, 0
+    for item in items:
+        answers.append(ask(chat, item.questions, item.picture))
+        if item.questions not in blind_answers:  # without a picture the answer is always the same
+            blind_answers[item.questions] = ask(chat, item.questions, None)
+        right += item.is_right(answers[-1])
+        blind += item.is_right(blind_answers[item.questions])
+    return {"right": right, "blind": blind, "of": len(answers), "answers": answers}
 
 
 def main() -> None:
@@ -127,13 +140,10 @@ def main() -> None:
     chat = ChatSession(*load(arguments.model))
     results = {}
     for task, items in tasks.items():
-        rows, started = [], time.monotonic()
-        for item in items:
-            rows.append([(answer := ask(chat, item, blind)) and (answer, item.is_right(answer)) for blind in (False, True)])
-        right, blind = (sum(bool(row[side] and row[side][1]) for row in rows) for side in (0, 1))
-        print(f"{task}: {right} of {len(rows)}, without the picture {blind}", flush=True)
-        print(f"  {time.monotonic() - started:.0f} s; {[row[0][0] for row in rows[:6] if row[0]]}", file=sys.stderr)
-        results[task] = {"right": right, "blind": blind, "of": len(rows), "answers": [row[0] for row in rows]}
+        started = time.monotonic()
+        results[task] = result = measure(chat, items)
+        print(f"{task}: {result['right']} of {result['of']}, without the picture {result['blind']}", flush=True)
+        print(f"  {time.monotonic() - started:.0f} s; {result['answers'][:6]}", file=sys.stderr)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))
 

@@ -10,12 +10,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -73,7 +73,7 @@ class ImageCache:
         """Keep the embeddings of a picture."""
         self._entries[key] = embeds
         self._entries.move_to_end(key)
-        while len(self._entries) > 1 and sum(t.nbytes for t in self._entries.values()) > self.max_bytes:
+        while sum(kept.nbytes for kept in self._entries.values()) > self.max_bytes:
             self._entries.popitem(last=False)
 
 
@@ -117,6 +117,7 @@ class ChatSession:
         self._pictures: list[tuple[str, Image.Image]] = []
         self._read = _Read()
         self._cancelled = threading.Event()
+        self._answering = False
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -128,7 +129,9 @@ class ChatSession:
 
         Raises:
             ImageError: It cannot be opened.
+            PromptError: An answer is in progress.
         """
+        self._refuse_while_answering()
         picture = open_image(source)
         self._pictures.append((content_hash(picture), picture))
         self._waiting.append({"type": "image", "image": picture})
@@ -152,16 +155,21 @@ class ChatSession:
 
         Raises:
             UsageError: An option that does not exist or is out of its range.
-            PromptError: The conversation cannot be turned into a prompt.
+            PromptError: The conversation cannot be turned into a prompt, or an answer is in progress.
             ContextOverflowError: It and `max_new_tokens` do not fit the language model's context.
         """
+        self._refuse_while_answering()
         asked = {"role": "user", "content": [*self._waiting, {"type": "text", "text": question}]}
         generation = generation_options(options)
         ids = self._encode([*self._messages, asked])
         self._check_length(len(ids), generation["max_new_tokens"])
         self._cancelled.clear()
         self.answer = Answer(prompt_tokens=len(ids))
-        yield from self._generate(ids, generation)
+        self._answering = True
+        try:
+            yield from self._generate(ids, generation)
+        finally:
+            self._answering = False
         self._messages += [asked, {"role": "assistant", "content": [{"type": "text", "text": self.answer.text}]}]
         self._waiting = []
 
@@ -173,8 +181,9 @@ class ChatSession:
         """Take back the last question, its pictures and its answer.
 
         Raises:
-            PromptError: There is none.
+            PromptError: There is none, or an answer is in progress.
         """
+        self._refuse_while_answering()
         if not self._messages:
             raise PromptError("there is no question to take back")
         *self._messages, asked, _ = self._messages
@@ -183,8 +192,17 @@ class ChatSession:
         del self._pictures[len(self._pictures) - waiting - taken : len(self._pictures) - waiting]
 
     def reset(self) -> None:
-        """Forget the conversation; the embeddings of its pictures are kept."""
+        """Forget the conversation; the embeddings of its pictures are kept.
+
+        Raises:
+            PromptError: An answer is in progress.
+        """
+        self._refuse_while_answering()
         self._messages, self._waiting, self._pictures, self._read = [], [], [], _Read()
+
+    def _refuse_while_answering(self) -> None:
+        if self._answering:
+            raise PromptError("an answer is in progress", hint="read it to its end, or close its iterator")
 
     def _encode(self, messages: list[dict[str, Any]]) -> list[int]:
         if self.system is not None:
@@ -227,11 +245,11 @@ class ChatSession:
             # The caller may have stopped reading: the thread must end before its cache is touched again.
             self._cancelled.set()
             thread.join()
-        self.answer.text = writer.text.strip()
+        self.answer.text = writer.text
         self.answer.seconds = time.monotonic() - started
         if self.answer.finish_reason != "cancelled" and not writer.ended:
-            reached = self.answer.completion_tokens >= generation["max_new_tokens"]
-            self.answer.finish_reason = "length" if reached else "stop"
+            ended = bool(writer.ids) and writer.ids[-1] in self._stops()["eos_token_id"]
+            self.answer.finish_reason = "stop" if ended else "length"
 
     def _work(self, ids: list[int], generation: dict[str, Any], pieces: queue.Queue[Any]) -> None:
         """The thread's work: what it makes, or what went wrong, goes into the queue; None ends it."""
@@ -243,16 +261,14 @@ class ChatSession:
                 self._run(ids, self._read, generation, streamer=_QueueStreamer(pieces))
             if self._cancelled.is_set():
                 self.answer.finish_reason = "cancelled"
-        except BaseException as error:  # noqa: BLE001  (raised again by the reader of the queue)
+        except BaseException as error:
             self._read = _Read()
             pieces.put(error)
         finally:
             pieces.put(None)
 
     @torch.inference_mode()
-    def _run(
-        self, ids: list[int], read: _Read, generation: dict[str, Any], streamer: BaseStreamer | None
-    ) -> list[int]:
+    def _run(self, ids: list[int], read: _Read, generation: dict[str, Any], streamer: BaseStreamer | None) -> list[int]:
         """Generate from where the cache ends; return all ids and remember what the cache holds then."""
         keys = [key for key, _ in self._pictures]
         kept = self._common_prefix(ids, keys, read)
@@ -270,7 +286,7 @@ class ChatSession:
         if seed is not None:
             torch.manual_seed(seed)
         input_ids = torch.tensor([ids], device=self.model.device)
-        output = self.model.generate(
+        output: list[int] = self.model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             stopping_criteria=StoppingCriteriaList([_Cancelled(self._cancelled)]),
@@ -305,18 +321,19 @@ class ChatSession:
         if embeds is None:
             pixels = self.processor.image_processor([picture], return_tensors="pt").pixel_values
             pixels = pixels.to(self.model.device, self.model.dtype)
-            embeds = self.model.get_image_features(pixels).pooler_output[0]
+            embeds = cast(Tensor, self.model.get_image_features(pixels).pooler_output)[0]
             self._image_cache.put(key, embeds)
         return embeds
 
     def _stops(self) -> dict[str, Any]:
-        """Say what ends an answer: end tokens where a stop string is one, else the strings."""
+        """Say what ends an answer: end tokens where a stop string is a control token, else the strings."""
         tokenizer = self.processor.tokenizer
         ends = self.model.generation_config.eos_token_id
         end_ids = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        vocabulary = tokenizer.get_vocab()
-        end_ids += [vocabulary[stop] for stop in self.template.stop_strings if stop in vocabulary]
-        strings = [stop for stop in self.template.stop_strings if stop not in vocabulary]
+        # An ordinary word of the vocabulary, such as "###", can also be said in smaller pieces.
+        controls = tokenizer.added_tokens_encoder
+        end_ids += [controls[stop] for stop in self.template.stop_strings if stop in controls]
+        strings = [stop for stop in self.template.stop_strings if stop not in controls]
         stops: dict[str, Any] = {"eos_token_id": sorted(set(end_ids)), "pad_token_id": tokenizer.pad_token_id}
         return stops | ({"stop_strings": strings, "tokenizer": tokenizer} if strings else {})
 
@@ -327,32 +344,44 @@ def generation_options(options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: An option that does not exist or is out of its range.
     """
-    ranges: dict[str, tuple[float, float]] = {
-        "max_new_tokens": (1, 100_000),
-        "num_beams": (1, 64),
-        "temperature": (0, 100),
-        "top_p": (0, 1),
-        "top_k": (0, 10**9),
-        "repetition_penalty": (0.01, 100),
-        "length_penalty": (-100, 100),
-        "min_length": (0, 100_000),
-        "seed": (0, 2**63 - 1),
-    }
-    options = {name: value for name, value in options.items() if value is not None}
-    for name, value in options.items():
-        if name not in ranges:
-            raise UsageError(f"there is no generation option {name}", hint=f"the options are {', '.join(ranges)}")
-        low, high = ranges[name]
-        if not isinstance(value, int | float) or not low <= value <= high:
-            raise UsageError(f"{name} is {value}, expected a number from {low} to {high}")
+    options = {name: _checked(name, value) for name, value in options.items() if value is not None}
     generation = {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS, "num_beams": 1, "seed": None, **options}
     generation["min_new_tokens"] = generation.pop("min_length", None)
     if generation.pop("temperature", 0) > 0:
-        generation |= {"do_sample": True, "temperature": float(options["temperature"])}
+        generation |= {"do_sample": True, "temperature": options["temperature"]}
         generation.setdefault("top_k", 0)
     else:
         generation |= {"do_sample": False, "top_p": None, "top_k": None, "temperature": None}
     return {name: value for name, value in generation.items() if value is not None or name == "seed"}
+
+
+_WHOLE_NUMBERS = {
+    "max_new_tokens": (1, 100_000),
+    "num_beams": (1, 64),
+    "top_k": (0, 10**9),
+    "min_length": (0, 100_000),
+    "seed": (0, 2**63 - 1),
+}
+_NUMBERS = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+    "length_penalty": (-100.0, 100.0),
+}
+
+
+def _checked(name: str, value: object) -> int | float:
+    """Return one option's value in the type that `generate` wants."""
+    ranges = {**_WHOLE_NUMBERS, **_NUMBERS}
+    if name not in ranges:
+        raise UsageError(f"there is no generation option {name}", hint=f"the options are {', '.join(ranges)}")
+    low, high = ranges[name]
+    whole = name in _WHOLE_NUMBERS
+    fits = isinstance(value, int) or not whole
+    if not isinstance(value, int | float) or isinstance(value, bool) or not fits or not low <= value <= high:
+        kind = "a whole number" if whole else "a number"
+        raise UsageError(f"{name} is {value!r}, expected {kind} from {low} to {high}")
+    return value if whole else float(value)
 
 
 def _can_crop(cache: DynamicCache) -> bool:
@@ -388,7 +417,7 @@ class _QueueStreamer(BaseStreamer):
 class _Writer:
     """Ids to text as they come: no character cut in half, no stop string, nothing before the first word."""
 
-    def __init__(self, tokenizer: Any, stop_strings: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: tuple[str, ...]) -> None:
         self.tokenizer = tokenizer
         self.stop_strings = stop_strings
         self.ids: list[int] = []
@@ -407,7 +436,10 @@ class _Writer:
     def _new(self, *, final: bool) -> str:
         if self.ended:
             return ""
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).lstrip()
+        # Of one list of ids it makes one string.
+        text = cast(
+            str, self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ).lstrip()
         for stop in self.stop_strings:
             if stop in text:
                 text, self.ended, final = text.partition(stop)[0], True, True
@@ -415,7 +447,7 @@ class _Writer:
             text = text.rstrip("\ufffd")
             starts = (stop[:n] for stop in self.stop_strings for n in range(len(stop) - 1, 0, -1))
             text = text.removesuffix(next((start for start in starts if text.endswith(start)), ""))
-        if not text.startswith(self.text):
-            return ""
-        new, self.text = text[len(self.text) :], text
+        # A later byte can make earlier ones undecodable and so change text that is out; what follows it is still new.
+        new = text.rstrip()[len(self.text) :]
+        self.text += new
         return new

@@ -83,9 +83,7 @@ class Batches(Dataset[dict[str, Any]]):
                 tokens[row, :, : -self.vision_model.config.position_channels] = 0
             if example.imagined is not None:
                 logits[row] = _imagined_logits(example.imagined, logits.shape[1])
-        return EfficientNetLiteOutput(
-            last_hidden_state=tokens, concept_embeds=self.vision_model.concepts(logits)
-        )
+        return EfficientNetLiteOutput(last_hidden_state=tokens, concept_embeds=self.vision_model.concepts(logits))
 
     def _words(self, examples: list[Example]) -> dict[str, Tensor]:
         ids = torch.full((len(examples), self.num_word_places), IGNORED)

@@ -203,7 +203,9 @@ def _name_dialogue(thing: str, other: str, kind: str, turns: int, rng: np.random
             if rng.random() < 0.5
             else (question.format(other), f"No, it is {thing}." if no else f"No, I see {thing}.")
         )
-    follow_ups.append((str(rng.choice(["What did you say it is?", "What is it again?", "So what is it?"])), f"It is {thing}."))
+    follow_ups.append(
+        (str(rng.choice(["What did you say it is?", "What is it again?", "So what is it?"])), f"It is {thing}.")
+    )
     order = rng.permutation(len(follow_ups))
     return [first, *(follow_ups[i] for i in order)][:turns]
 

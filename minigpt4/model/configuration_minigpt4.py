@@ -40,11 +40,10 @@ class MiniGPT4Config(PreTrainedConfig):
         "text_config": AutoConfig,
     }
 
-    vision_config: dict[str, Any] | PreTrainedConfig | None = None
-    qformer_config: dict[str, Any] | PreTrainedConfig | None = field(
-        default_factory=lambda: {"model_type": "blip_2_qformer"}
-    )
-    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    # A dict, a configuration or None as given; a configuration object after `__post_init__`.
+    vision_config: Any = None
+    qformer_config: Any = field(default_factory=lambda: {"model_type": "blip_2_qformer"})
+    text_config: Any = None
     num_query_tokens: int = 32
     num_merged_tokens: int = 4
     num_prefix_tokens: int = 1

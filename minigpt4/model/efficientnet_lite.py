@@ -17,7 +17,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 
 @strict
@@ -81,7 +81,7 @@ class EfficientNetLiteConfig(PreTrainedConfig):
 
     @property
     def num_patches(self) -> int:
-        """Tokens a picture takes: the places of the finest chosen map; every stride rounds up, as "SAME" padding does."""
+        """Tokens a picture takes: the places of the finest chosen map; strides round up, as "SAME" padding does."""
         side = self.image_size
         for stride in [2, *self.stage_strides[: min(self.feature_stages) + 1]]:
             side = math.ceil(side / stride)
@@ -159,7 +159,7 @@ class EfficientNetLiteModel(PreTrainedModel):
     config_class = EfficientNetLiteConfig
     base_model_prefix = "efficientnet_lite"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]  # noqa: RUF012  (the library's own form)
     _no_split_modules = ["InvertedBottleneck"]  # noqa: RUF012  (the library's own form)
     # There is no attention here, so whichever kind is asked of the whole model suits this part of it.
     _supports_sdpa = True

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from transformers import AutoModel, Blip2QFormerModel, Blip2VisionModel, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from .configuration_minigpt4 import PARTS, MiniGPT4Config
-from .efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
+from .efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel, EfficientNetLiteOutput
+
+VisionOutput = BaseModelOutputWithPooling | EfficientNetLiteOutput
 
 
 @dataclass
@@ -65,7 +68,7 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
     config: MiniGPT4Config
     config_class = MiniGPT4Config
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012  (the library's own form)
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  (the library's own form)
     _supports_sdpa = True
@@ -80,7 +83,7 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
             init.normal_(module.query_tokens, std=self.config.initializer_range)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  (a model, or a tuple with one)
         """As the library's, and frozen: it puts new parameters, which all learn, in place of those of `__init__`."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with `output_loading_info=True`
@@ -120,14 +123,13 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
             self.query_tokens = None
         else:
             self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
-            self.query_tokens = nn.Parameter(
-                torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size)
-            )
+            self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))
         self.language_projection = nn.Linear(config.image_embed_size, config.text_config.hidden_size)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+        self.freeze()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         """The language model's embedding table."""
         return self.language_model.get_input_embeddings()
 
@@ -155,7 +157,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         vision_outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)
         return self.align_image_features(vision_outputs, **kwargs)
 
-    def align_image_features(self, vision_outputs: Any, **kwargs: Any) -> MiniGPT4ImageFeatures:
+    def align_image_features(self, vision_outputs: VisionOutput, **kwargs: Any) -> MiniGPT4ImageFeatures:
         """Turn what the vision encoder saw into image embeddings; the part of the way that can learn.
 
         Args:
@@ -166,7 +168,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         """
         tokens = vision_outputs.last_hidden_state
         cross_attentions = None
-        if self.qformer is None:
+        if self.qformer is None or self.query_tokens is None:
             tokens = tokens[:, self.config.num_prefix_tokens :]
             image_embeds = tokens.reshape(len(tokens), self.config.num_image_tokens, self.config.image_embed_size)
         else:
@@ -174,9 +176,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
             concepts = getattr(vision_outputs, "concept_embeds", None)
             if concepts is not None:
                 queries = queries + nn.functional.pad(concepts, (0, 0, 0, queries.shape[1] - concepts.shape[1]))
-            outputs = self.qformer(
-                query_embeds=queries, encoder_hidden_states=tokens, return_dict=True, **kwargs
-            )
+            outputs = self.qformer(query_embeds=queries, encoder_hidden_states=tokens, return_dict=True, **kwargs)
             image_embeds, cross_attentions = outputs.last_hidden_state, outputs.cross_attentions
         return MiniGPT4ImageFeatures(
             last_hidden_state=vision_outputs.last_hidden_state,
@@ -218,7 +218,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
-    ) -> MiniGPT4ModelOutput:
+    ) -> MiniGPT4ModelOutput | tuple[Any, ...]:
         """Read text and pictures.
 
         Args:
@@ -238,7 +238,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        features = (mm_encoder_outputs or {}).get("image")
+        features: Any = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and features is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs")
         return_dict = kwargs.pop("return_dict", True)
@@ -268,16 +268,19 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
 class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin):
     """A MiniGPT-4 that answers."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
-
     def __init__(self, config: MiniGPT4Config) -> None:
         super().__init__(config)
         self.model = MiniGPT4Model(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        # The head belongs to the language model, which may be of another type than the rest (`text_config.dtype`).
+        dtype = self.model.language_model.dtype
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False, dtype=dtype)
+        embeddings = self.get_input_embeddings().weight
+        name = next(name for name, parameter in self.named_parameters() if parameter is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": name}  # the table is `embed_tokens` in LLaMA, `wte` in GPT-2
         self.post_init()
         self.freeze()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         """The language model's embedding table."""
         return self.model.get_input_embeddings()
 
@@ -293,12 +296,12 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         """See `MiniGPT4Model.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor | ModelOutput:
         """As the library's, and `mm_encoder_outputs` stays as it was: beams there repeat the pictures in place."""
         features = kwargs.pop("mm_encoder_outputs", None)
         if features is not None:
             kwargs["mm_encoder_outputs"] = {modality: type(output)(**output) for modality, output in features.items()}
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]  # the mixin types `self` by a protocol
 
     def forward(
         self,
@@ -312,7 +315,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
-    ) -> MiniGPT4CausalLMOutput:
+    ) -> MiniGPT4CausalLMOutput | tuple[Any, ...]:
         """Predict the next word at every place; see `MiniGPT4Model.forward` for the inputs.
 
         Args:

@@ -5,7 +5,7 @@ through the `PromptTemplate`, so that nothing in a message can become a control 
 processor with a string, as the library's tools do, encodes the string as it is and is for trusted text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,11 @@ from transformers.processing_utils import MultiModalData
 
 from minigpt4.errors import PromptError
 from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
-from minigpt4.processing.messages import Message
+from minigpt4.processing.messages import IMAGE_PARTS, Message
 from minigpt4.processing.prompts import IMAGE_TOKEN, EncodedPrompt, PromptTemplate, template
 
-PICTURE_KEYS = ("image", "path", "url", "base64")
-"""Where a picture part of a message may hold its picture; `url` may be a data URL, nothing is fetched."""
+PICTURE_KEYS = ("image", "path", "url", "base64", "image_url")
+"""Where a picture part of a message may hold its picture; an address may be a data URL, nothing is fetched."""
 
 
 class MiniGPT4Processor(ProcessorMixin):
@@ -48,7 +48,7 @@ class MiniGPT4Processor(ProcessorMixin):
         self.template = template
         chat_template = chat_template or self.prompt_template.chat_template()
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
-        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        self.image_token_id: int = self.tokenizer.convert_tokens_to_ids(image_token)
 
     @property
     def prompt_template(self) -> PromptTemplate:
@@ -116,7 +116,7 @@ class MiniGPT4Processor(ProcessorMixin):
         """
         if not tokenize or chat_template is not None or continue_final_message:
             return super().apply_chat_template(
-                conversation,
+                conversation,  # type: ignore[arg-type]  # the library asks for lists and dicts, and takes any
                 chat_template,
                 tokenize=tokenize,
                 return_dict=return_dict,
@@ -172,9 +172,9 @@ def pictures_of(messages: Sequence[Message]) -> list[Any]:
     """
     pictures = []
     for number, message in enumerate(messages):
-        content = message["content"]
+        content: Any = message["content"]
         for part in content if not isinstance(content, str) else []:
-            if part["type"] != "image":
+            if part["type"] not in IMAGE_PARTS:
                 continue
             key = next((key for key in PICTURE_KEYS if part.get(key) is not None), None)
             if key is None:
@@ -182,5 +182,7 @@ def pictures_of(messages: Sequence[Message]) -> list[Any]:
                     f"messages[{number}] has an image part without a picture, expected one of {', '.join(PICTURE_KEYS)}"
                 )
             picture = part[key]
+            if key == "image_url" and isinstance(picture, Mapping):  # OpenAI's form
+                picture = picture.get("url")
             pictures.append(f"data:image/*;base64,{picture}" if key == "base64" else picture)
     return pictures

@@ -72,7 +72,7 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no keys", hint="copy one of the files in recipes/")
@@ -91,15 +91,20 @@ def _set(content: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     place: Any = content
     try:
+        read = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML", hint="put it in quotes") from error
+    try:
         for name in parents:
             place = place[int(name)] if isinstance(place, list) else place.setdefault(name, {})
-        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
+        place[int(last) if isinstance(place, list) else last] = read
     except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise ConfigError(f"--set {key}: the recipe has no such place") from error
 
 
 def _explain(path: Path, error: ValidationError) -> ConfigError:
-    first = error.errors()[0]
+    # A misspelt key is often also a missing one; the misspelling is the cause.
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
         return ConfigError(f"{path}: {place}: {first['msg']}")

@@ -5,6 +5,7 @@ only what was trained, where the frozen parts come from, and a fingerprint of th
 """
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,21 +13,24 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoProcessor
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoProcessor, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from minigpt4.errors import ConfigError, WeightsError
 from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from minigpt4.weights import nano
-from minigpt4.weights.atomic import verify_folder, write_folder
+from minigpt4.weights.atomic import MANIFEST_NAME, verify_folder, write_folder
 from minigpt4.weights.parts import home
 
 ALIGNMENT_FILE = "alignment.json"
 TENSORS_FILE = "alignment.safetensors"
 FORMAT = "minigpt4-alignment"
 FORMAT_VERSION = 1
+SAMPLED_ROWS, SAMPLED_COLUMNS = 32, 8
+SAME_MODEL = 0.98
+"""Cosine of two samples of embeddings: a 4-bit copy of SmolLM2 has more than 0.99, an unrelated model about 0."""
 
 Report = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and of how much; bytes, or 0 of 0 where it cannot be known."""
@@ -40,14 +44,19 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str = "none",
+    language_model: Path | None = None,
     report: Report | None = None,
 ) -> tuple[MiniGPT4ForConditionalGeneration, MiniGPT4Processor]:
     """Load a model and its processor.
 
     Args:
         name_or_path: `"nano"`, an alignment folder, or a full folder.
-        device: `"auto"` (an accelerator where there is one, else the processor), `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`.
-        dtype: `"auto"` (float32 on the processor, bfloat16 elsewhere), `"float32"`, `"bfloat16"`, `"float16"`.
+        device: `"auto"` (an accelerator where there is one, else the CPU), `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`.
+        dtype: `"auto"` (float32 on the CPU, bfloat16 elsewhere), `"float32"`, `"bfloat16"`, `"float16"`.
+        quantize: `"none"`; or `"int8"` or `"nf4"` for the language model, which needs the extra `quant`.
+        language_model: A folder with another copy of the language model that the alignment was trained with, such as
+            one from a hub; for `"nano"` and alignment folders.
         report: Told of fetching and converting, which happen on first use.
 
     Returns:
@@ -59,16 +68,19 @@ def load(
         ConfigError: The device or the number type does not exist here.
     """
     chosen_device, chosen_dtype = placement(device, dtype)
-    folder = _folder_of(str(name_or_path), report)
+    options = {"dtype": chosen_dtype, "local_files_only": True, **quantization(quantize, chosen_device)}
+    folder = _folder_of(str(name_or_path), report, language_model)
     try:
-        model = MiniGPT4ForConditionalGeneration.from_pretrained(folder, dtype=chosen_dtype, local_files_only=True)
+        model = MiniGPT4ForConditionalGeneration.from_pretrained(folder, **options)
         processor = MiniGPT4Processor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise WeightsError(
             f"{folder} is not a complete model folder: {_first_line(error)}",
             hint="write it again, or name another folder",
         ) from error
-    return model.to(chosen_device).eval(), processor
+    if quantize == "none":
+        model.to(chosen_device)  # a quantized model was placed while it was loaded
+    return model.eval(), processor
 
 
 def placement(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -91,20 +103,44 @@ def placement(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     return chosen, getattr(torch, dtype)
 
 
-def fingerprint(language_model: nn.Module, tokenizer: Any) -> dict[str, Any]:
-    """Describe a language model so that another one is told from it: its sizes and hashes of vocabulary and embeddings.
+def quantization(quantize: str, device: torch.device) -> dict[str, Any]:
+    """Return the library's options for a language model in fewer bits; everything else keeps its number type.
 
-    The embeddings are hashed in bfloat16, so the number type a model was loaded in makes no difference.
+    Raises:
+        ConfigError: A kind that does not exist, or bitsandbytes is not installed.
     """
-    table: Tensor = language_model.get_input_embeddings().weight
-    raw = table.detach().to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy()
+    if quantize == "none":
+        return {}
+    if quantize not in ("int8", "nf4"):
+        raise ConfigError(f"quantization {quantize} is not known, expected none, int8 or nf4")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"quantization {quantize} needs bitsandbytes", hint='pip install "minigpt4[quant]"')
+    config = BitsAndBytesConfig(
+        load_in_8bit=quantize == "int8",
+        load_in_4bit=quantize == "nf4",
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=["vision_model", "qformer", "language_projection", "lm_head"],
+    )
+    return {"quantization_config": config, "device_map": {"": str(device)}}
+
+
+def fingerprint(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Describe a language model so that another one is told from it.
+
+    Returns:
+        Its sizes, a hash of its vocabulary, and a sample of its embeddings, by which another copy of the same model
+        (in other bits, say) is recognised although its numbers differ a little.
+    """
+    table: Tensor = language_model.get_input_embeddings().weight  # type: ignore[assignment]  # an embedding table
+    rows = torch.linspace(0, len(table) - 1, SAMPLED_ROWS).long()
+    sample = table.detach()[rows, :SAMPLED_COLUMNS].float().flatten().tolist()
     vocabulary = "\n".join(f"{token} {i}" for token, i in sorted(tokenizer.get_vocab().items(), key=lambda x: x[1]))
     return {
         "vocabulary": len(table),
         "width": table.shape[1],
         "layers": language_model.config.num_hidden_layers,
-        "embeddings": hashlib.sha256(raw.tobytes()).hexdigest(),
         "tokens": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "embeddings": [round(value, 5) for value in sample],
     }
 
 
@@ -153,14 +189,7 @@ def apply_alignment(
     """
     verify_folder(folder)
     description = _read_description(folder)
-    here = fingerprint(model.model.language_model, processor.tokenizer)
-    for key, expected in description["language_model"].items():
-        if here[key] != expected:
-            raise WeightsError(
-                f"the alignment {folder.name} was trained with a language model whose {key} is {expected}, "
-                f"this one's is {here[key]}",
-                hint="use the language model it was trained with, or train an alignment for this one",
-            )
+    _compare(description["language_model"], fingerprint(model.model.language_model, processor.tokenizer), folder.name)
     tensors = load_file(folder / TENSORS_FILE)
     parameters = {name: p for name, p in model.model.named_parameters() if p.requires_grad}
     if tensors.keys() != parameters.keys():
@@ -177,13 +206,33 @@ def apply_alignment(
     return model
 
 
-def _folder_of(name: str, report: Report | None) -> Path:
+def _compare(trained_with: dict[str, Any], here: dict[str, Any], name: str) -> None:
+    """Refuse a language model that is not the one an alignment was trained with, nor another copy of it."""
+    hint = "use the language model it was trained with, or train an alignment for this one"
+    for key in ("vocabulary", "width", "layers", "tokens"):
+        if here[key] != trained_with[key]:
+            raise WeightsError(
+                f"the alignment {name} was trained with a language model whose {key} is {trained_with[key]}, "
+                f"this one's is {here[key]}",
+                hint,
+            )
+    samples = torch.tensor([trained_with["embeddings"], here["embeddings"]])
+    likeness = torch.cosine_similarity(samples[0], samples[1], dim=0).item()
+    if likeness < SAME_MODEL:
+        raise WeightsError(
+            f"the alignment {name} was trained with a language model whose embeddings have a likeness of "
+            f"{likeness:.3f} to this one's, expected {SAME_MODEL} or more",
+            hint,
+        )
+
+
+def _folder_of(name: str, report: Report | None, language_model: Path | None) -> Path:
     """Find the full folder that a name or path stands for, building it from frozen parts where need be."""
     path = Path(name)
     if name == "nano":
-        return built_folder(nano.ALIGNMENT_DIR, report)
+        return built_folder(nano.ALIGNMENT_DIR, report, language_model)
     if (path / ALIGNMENT_FILE).is_file():
-        return built_folder(path, report)
+        return built_folder(path, report, language_model)
     if (path / "config.json").is_file():
         return path
     if path.is_dir():
@@ -194,17 +243,18 @@ def _folder_of(name: str, report: Report | None) -> Path:
     raise WeightsError(f"there is no model {name!r}", hint="run `minigpt4 models` to see what is here")
 
 
-def built_folder(alignment: Path, report: Report | None) -> Path:
+def built_folder(alignment: Path, report: Report | None, language_model: Path | None = None) -> Path:
     """Join an alignment with its frozen parts, once; return the full folder in the cache.
 
-    It is named by the alignment's own content, so a changed alignment is built anew.
+    It is named by the content of the alignment and of the parts, so a changed alignment is built anew.
     """
-    digest = hashlib.sha256((alignment / "manifest.json").read_bytes()).hexdigest()
+    content = (alignment / MANIFEST_NAME).read_bytes() + nano.version(language_model).encode()
+    digest = hashlib.sha256(content).hexdigest()
     target = home() / "models" / f"{_read_description(alignment)['frozen_parts']}-{digest[:16]}"
     if target.exists():
         verify_folder(target, deep=False)
         return target
-    language_model_dir, vision_weights = nano.frozen_parts(report)
+    language_model_dir, vision_weights = nano.frozen_parts(report, language_model)
     if report:
         report("joining the parts", 0, 0)
     model, tokenizer = nano.assemble(language_model_dir, vision_weights)

@@ -1,42 +1,110 @@
-"""What models are here, what each needs, and what is missing; opens no tensor file."""
+"""What models are here, what each needs, and what is missing; opens no tensor file and needs no torch."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+from minigpt4.weights.disk import storing
 from minigpt4.weights.parts import EFFICIENTNET_LITE0, SMOLLM2, WheelFile, home, part_path
 
 ALIGNMENT_DIR = Path(__file__).with_name("nano_alignment")
 NANO_MEMORY_GIGABYTES = 1.5
+"""Measured: the peak of `minigpt4 ask` on a CPU in float32."""
+
+FLOAT32_PER_STORED_BYTE = 2
+"""A CPU runs in float32 what is stored in 16 bits, the common case; stored float32 needs half of this."""
+
+LIBRARIES_GIGABYTES = 0.5
+"""What torch and transformers take before any weights."""
 
 
 def list_models() -> list[dict[str, Any]]:
-    """Describe the models by name, one dictionary each, ready for JSON."""
-    return [
-        {
-            "name": "nano",
-            "description": "the small default: EfficientNet-Lite0, a Q-Former of 32 queries, SmolLM2-135M-Instruct",
-            "parts": [
-                _part("language model", SMOLLM2),
-                _part("vision encoder", EFFICIENTNET_LITE0),
-                {
-                    "role": "alignment",
-                    "name": "trained by this project",
-                    "licence": "Apache-2.0",
-                    "megabytes": round(sum(f.stat().st_size for f in ALIGNMENT_DIR.glob("*")) / 1e6),
-                    "state": "here",
-                },
-            ],
-            "memory_gigabytes": NANO_MEMORY_GIGABYTES,
-            "folder": str(home()),
-        }
-    ]
+    """Describe the models that can be named and those in `home()/models`, one dictionary each, ready for JSON.
+
+    Returns:
+        For each: `name` (what `--model` takes), `description`, `parts` (each with `role`, `name`, `licence`,
+        `megabytes` and `state`), `memory_gigabytes`, `folder`. A licence that is not known is None.
+
+    Raises:
+        StorageError: The folder of the models cannot be read.
+    """
+    return [_nano(), *_built()]
+
+
+def _nano() -> dict[str, Any]:
+    alignment = {
+        "role": "alignment",
+        "name": "trained by this project",
+        "licence": "Apache-2.0",
+        "megabytes": _megabytes(ALIGNMENT_DIR),
+        "state": "here" if ALIGNMENT_DIR.is_dir() else "missing from this installation",
+    }
+    return {
+        "name": "nano",
+        "description": "the small default: EfficientNet-Lite0, a Q-Former of 32 queries, SmolLM2-135M-Instruct",
+        "parts": [_part("language model", SMOLLM2), _part("vision encoder", EFFICIENTNET_LITE0), alignment],
+        "memory_gigabytes": NANO_MEMORY_GIGABYTES,
+        "folder": str(home()),
+    }
 
 
 def _part(role: str, part: WheelFile) -> dict[str, Any]:
+    path = part_path(part)
+    with storing(path, doing="read"):
+        here = path.is_file()
     return {
         "role": role,
         "name": f"{Path(part.member).name} of the package {part.package} {part.version}",
         "licence": part.licence,
         "megabytes": round(part.size / 1e6),
-        "state": "here" if part_path(part).is_file() else "fetched on first use",
+        "state": "here" if here else "fetched on first use",
     }
+
+
+def _built() -> list[dict[str, Any]]:
+    """Describe the model folders in `home()/models`; the frozen parts that lie there too are no models."""
+    folder = home() / "models"
+    with storing(folder, doing="read"):
+        candidates = sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+        described = [_folder(path) for path in candidates if path.is_dir()]
+    return [row for row in described if row is not None]
+
+
+def _folder(path: Path) -> dict[str, Any] | None:
+    """Describe a model folder; None for anything else."""
+    megabytes = _megabytes(path)
+    if (path / "alignment.json").is_file():
+        kind, weights = "alignment", "alignment.safetensors"
+        memory = NANO_MEMORY_GIGABYTES
+    elif _model_type(path) == "minigpt4":
+        kind, weights = "full", "*.safetensors"
+        memory = round(LIBRARIES_GIGABYTES + FLOAT32_PER_STORED_BYTE * megabytes / 1e3, 1)
+    else:
+        return None
+    part = {
+        "role": f"{kind} folder",
+        "name": path.name,
+        "licence": None,
+        "megabytes": megabytes,
+        "state": "here" if any(path.glob(weights)) else "incomplete: no weights",
+    }
+    return {
+        "name": str(path),
+        "description": "an alignment over nano's frozen parts" if kind == "alignment" else "a model with all its parts",
+        "parts": [part],
+        "memory_gigabytes": memory,
+        "folder": str(path),
+    }
+
+
+def _model_type(path: Path) -> str | None:
+    """Return what kind of model a folder's configuration names; None where there is no readable one."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return config.get("model_type") if isinstance(config, dict) else None
+
+
+def _megabytes(folder: Path) -> int:
+    return round(sum(file.stat().st_size for file in folder.glob("*") if file.is_file()) / 1e6)

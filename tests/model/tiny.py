@@ -98,6 +98,18 @@ TEXT: dict[str, dict[str, Any]] = {
     "llama, tied": {**_TEXT, "model_type": "llama", "num_key_value_heads": 1, "tie_word_embeddings": True},
     "qwen2": {**_TEXT, "model_type": "qwen2", "num_key_value_heads": 1, "tie_word_embeddings": True},
     "gpt_neox": {**_TEXT, "model_type": "gpt_neox"},
+    # Its embedding table has another name than LLaMA's, and is the head as well.
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 2,
+        "vocab_size": VOCABULARY,
+        "initializer_range": WIDE,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": PAD_ID,
+    },
 }
 
 

@@ -1,0 +1,548 @@
+"""A conversation is streamed, remembered, taken back and stopped, and no cache changes a word of it."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from minigpt4 import ChatSession
+from minigpt4.chat import ImageCache, _Writer, generation_options
+from minigpt4.errors import ContextOverflowError, ImageError, PromptError, UsageError
+from minigpt4.model import MiniGPT4ForConditionalGeneration
+from minigpt4.processing import MiniGPT4Processor
+from tests import tiny_chat
+from tests.processing.tiny_tokenizers import byte_level_kind, llama_kind
+
+NEW = 12  # ids an answer may have
+
+
+@pytest.fixture(scope="module")
+def model() -> MiniGPT4ForConditionalGeneration:
+    return tiny_chat.model()
+
+
+@pytest.fixture(scope="module")
+def processor() -> MiniGPT4Processor:
+    return tiny_chat.processor()
+
+
+@pytest.fixture
+def chat(model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor) -> ChatSession:
+    return ChatSession(model, processor)
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+def recomputed(chat: ChatSession, new: int = NEW) -> str:
+    """The last answer of a conversation, from its messages alone: one call of `generate`, no cache."""
+    inputs = chat.processor.apply_chat_template(
+        chat.messages[:-1], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    ids = chat.model.generate(**inputs, max_new_tokens=new, do_sample=False, eos_token_id=ends(chat))
+    words = ids[0, inputs["input_ids"].shape[1] :]
+    return chat.processor.tokenizer.decode(words, skip_special_tokens=True).strip()
+
+
+def ends(chat: ChatSession) -> list[int]:
+    return chat.processor.tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])
+
+
+def slow_down(monkeypatch: pytest.MonkeyPatch, model: Any, act: Any) -> None:
+    """Let `act(number of new ids)` run inside `generate` after every id."""
+    generate = type(model).generate
+
+    class Acting(StoppingCriteria):
+        start = 0
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            self.start = self.start or input_ids.shape[1] - 1
+            act(input_ids.shape[1] - self.start)
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def acting(self: Any, *args: Any, stopping_criteria: Any, **kwargs: Any) -> Any:
+        return generate(self, *args, stopping_criteria=StoppingCriteriaList([Acting(), *stopping_criteria]), **kwargs)
+
+    monkeypatch.setattr(type(model), "generate", acting)
+
+
+# -- what is said
+
+
+def test_streamed_pieces_make_the_whole_answer(chat: ChatSession) -> None:
+    chat.add_image(tiny_chat.picture())
+
+    pieces = list(chat.stream("what is this?", max_new_tokens=NEW))
+
+    assert len(pieces) > 1
+    assert "".join(pieces) == chat.answer.text == chat.messages[-1]["content"][0]["text"] == recomputed(chat)
+
+
+def test_answer_counts_what_it_took(chat: ChatSession) -> None:
+    chat.ask("what is this?", max_new_tokens=NEW)
+
+    answer = chat.answer
+    prompt = chat.processor.encode(chat.messages[:-1]).input_ids
+    assert (answer.prompt_tokens, answer.cached_tokens, answer.completion_tokens) == (len(prompt), 0, NEW)
+    assert answer.finish_reason == "length"
+    assert 0 < answer.seconds_to_first_token <= answer.seconds
+
+
+def test_an_end_symbol_as_the_last_id_allowed_is_an_end(
+    chat: ChatSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = ends(chat)[1]
+    monkeypatch.setattr(chat.model.generation_config, "forced_eos_token_id", end)
+
+    chat.ask("what is this?", max_new_tokens=3)
+
+    assert chat.answer.completion_tokens == 3
+    assert chat.answer.finish_reason == "stop"
+    assert "<|im_end|>" not in chat.answer.text
+
+
+def test_beams_give_one_piece_that_equals_generate(chat: ChatSession) -> None:
+    chat.add_image(tiny_chat.picture())
+    pieces = list(chat.stream("what is this?", max_new_tokens=NEW, num_beams=3))
+
+    inputs = chat.processor.apply_chat_template(
+        chat.messages[:-1], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    ids = chat.model.generate(**inputs, max_new_tokens=NEW, num_beams=3, do_sample=False, eos_token_id=ends(chat))
+    said = chat.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert "".join(pieces) == chat.answer.text == said
+    assert chat.answer.cached_tokens == 0
+    chat.ask("and now?", max_new_tokens=NEW)
+    assert chat.answer.text == recomputed(chat)
+
+
+def test_seed_repeats_a_sampled_answer(chat: ChatSession) -> None:
+    def sampled(seed: int) -> str:
+        chat.reset()
+        return chat.ask("what is this?", max_new_tokens=NEW, temperature=2.0, seed=seed)
+
+    first = sampled(7)
+
+    assert sampled(8) != first
+    assert sampled(7) == first
+
+
+def test_system_message_is_read(model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor) -> None:
+    chat = ChatSession(model, processor, system="be brief.")
+    plain = ChatSession(model, processor)
+
+    chat.ask("what is this?", max_new_tokens=1)
+    plain.ask("what is this?", max_new_tokens=1)
+
+    assert chat.answer.prompt_tokens > plain.answer.prompt_tokens
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"]
+
+
+def test_stop_string_that_is_no_token_ends_an_answer_unseen(model: MiniGPT4ForConditionalGeneration) -> None:
+    chat = ChatSession(model, tiny_chat.processor("vicuna-v0"))
+    sharp = chat.processor.tokenizer.convert_tokens_to_ids("##")
+    suppressed = [i for i in range(len(chat.processor.tokenizer)) if i != sharp]
+    own = model.generation_config.suppress_tokens
+    model.generation_config.suppress_tokens = suppressed  # it says "####..." whatever it is asked
+    try:
+        pieces = list(chat.stream("what is this?", max_new_tokens=NEW))
+    finally:
+        model.generation_config.suppress_tokens = own
+
+    assert pieces == []
+    assert chat.answer.finish_reason == "stop"
+    assert chat.answer.completion_tokens == 2  # "###" is whole after the second "##"
+
+
+# -- what is remembered
+
+
+def test_second_question_reuses_what_was_read_and_says_the_same(chat: ChatSession) -> None:
+    chat.add_image(tiny_chat.picture())
+    chat.ask("what is this?", max_new_tokens=NEW)
+    first = chat.answer.prompt_tokens
+
+    chat.ask("what color is it?", max_new_tokens=NEW)
+
+    assert first <= chat.answer.cached_tokens < chat.answer.prompt_tokens
+    assert chat.answer.text == recomputed(chat)
+
+
+def test_third_question_and_a_second_picture_say_the_same(chat: ChatSession) -> None:
+    chat.add_image(tiny_chat.picture(0))
+    chat.ask("what is this?", max_new_tokens=NEW)
+    chat.add_image(tiny_chat.picture(1))
+    chat.add_image(tiny_chat.picture(2))
+    chat.ask("and these?", max_new_tokens=NEW)
+    assert chat.answer.cached_tokens > 0
+    assert chat.answer.text == recomputed(chat)
+
+    chat.ask("which is red?", max_new_tokens=NEW)
+
+    assert chat.answer.text == recomputed(chat)
+
+
+def test_same_picture_twice_says_the_same(chat: ChatSession) -> None:
+    for question in ("what is this?", "and this?"):
+        chat.add_image(tiny_chat.picture())
+        chat.ask(question, max_new_tokens=NEW)
+
+        assert chat.answer.text == recomputed(chat)
+    assert chat.answer.cached_tokens > 0
+
+
+def test_another_picture_under_the_same_question_is_seen(chat: ChatSession) -> None:
+    chat.add_image(tiny_chat.picture(0))
+    first = chat.ask("what is this?", max_new_tokens=NEW)
+    chat.undo()
+
+    chat.add_image(tiny_chat.picture(1))
+    second = chat.ask("what is this?", max_new_tokens=NEW)
+
+    assert second != first
+    assert second == recomputed(chat)
+    marker = chat.processor.image_token_id
+    before_picture = chat.processor.encode(chat.messages[:-1]).input_ids.index(marker)
+    assert chat.answer.cached_tokens == before_picture
+
+
+def test_undo_forgets_the_last_question_and_keeps_what_stands_before_it(chat: ChatSession) -> None:
+    chat.add_image(tiny_chat.picture(0))
+    chat.ask("what is this?", max_new_tokens=NEW)
+    before = chat.messages
+    chat.add_image(tiny_chat.picture(1))
+    chat.ask("and this?", max_new_tokens=NEW)
+
+    chat.undo()
+
+    assert chat.messages == before
+    chat.ask("what color is it?", max_new_tokens=NEW)
+    assert chat.answer.cached_tokens > 0
+    assert chat.answer.text == recomputed(chat)
+
+
+def test_undo_leaves_a_picture_that_waits(chat: ChatSession) -> None:
+    chat.add_image(tiny_chat.picture(0))
+    chat.ask("what is this?", max_new_tokens=NEW)
+    chat.add_image(tiny_chat.picture(1))
+
+    chat.undo()
+    chat.ask("what is this?", max_new_tokens=NEW)
+
+    assert chat.answer.text == recomputed(chat)
+    other = ChatSession(chat.model, chat.processor)
+    other.add_image(tiny_chat.picture(1))
+    assert other.ask("what is this?", max_new_tokens=NEW) == chat.answer.text
+
+
+def test_undo_of_nothing_is_refused(chat: ChatSession) -> None:
+    with pytest.raises(PromptError, match="no question to take back"):
+        chat.undo()
+
+
+def test_reset_begins_anew(chat: ChatSession) -> None:
+    chat.add_image(tiny_chat.picture(0))
+    first = chat.ask("what is this?", max_new_tokens=NEW)
+    chat.add_image(tiny_chat.picture(1))
+
+    chat.reset()
+
+    assert chat.messages == []
+    assert chat.ask("what is this?", max_new_tokens=NEW) != first
+    assert chat.answer.cached_tokens == 0
+    assert chat.answer.text == recomputed(chat)
+
+
+def test_picture_is_encoded_once(chat: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = []
+    encode = type(chat.model).get_image_features
+    monkeypatch.setattr(
+        type(chat.model), "get_image_features", lambda self, pixels: encoded.append(1) or encode(self, pixels)
+    )
+    for _ in range(2):
+        chat.add_image(tiny_chat.picture(3))
+        chat.ask("what is this?", max_new_tokens=1)
+        chat.reset()
+
+    assert len(encoded) == 1
+
+
+def test_messages_are_a_copy(chat: ChatSession) -> None:
+    chat.ask("what is this?", max_new_tokens=2)
+
+    chat.messages[0]["content"].clear()
+    chat.messages.clear()
+
+    assert chat.messages[0]["content"] == [{"type": "text", "text": "what is this?"}]
+
+
+# -- what is stopped
+
+
+def test_cancel_from_another_thread_keeps_what_was_said(chat: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cancel_at_five(number: int) -> None:
+        if number == 5:
+            canceller = threading.Thread(target=chat.cancel)
+            canceller.start()
+            canceller.join()
+
+    slow_down(monkeypatch, chat.model, cancel_at_five)
+    pieces = list(chat.stream("what is this?", max_new_tokens=200))
+    monkeypatch.undo()
+
+    assert chat.answer.finish_reason == "cancelled"
+    assert 5 <= chat.answer.completion_tokens <= 6
+    assert "".join(pieces) == chat.answer.text == chat.messages[-1]["content"][0]["text"] != ""
+    chat.ask("go on", max_new_tokens=NEW)
+    assert chat.answer.finish_reason == "length"
+    assert chat.answer.text == recomputed(chat)
+
+
+def test_cancel_with_nothing_in_progress_stops_nothing(chat: ChatSession) -> None:
+    chat.cancel()
+
+    chat.ask("what is this?", max_new_tokens=NEW)
+
+    assert chat.answer.completion_tokens == NEW
+
+
+def test_caller_that_stops_reading_leaves_the_conversation_as_it_was(chat: ChatSession) -> None:
+    chat.ask("hello", max_new_tokens=NEW)
+    before = chat.messages
+    chat.add_image(tiny_chat.picture())
+
+    for _ in chat.stream("what is this?", max_new_tokens=500):
+        break
+
+    assert threading.active_count() == 1
+    assert chat.messages == before
+    chat.ask("what is this?", max_new_tokens=NEW)  # the picture still waits
+    assert [part["type"] for part in chat.messages[-2]["content"]] == ["image", "text"]
+    assert chat.answer.text == recomputed(chat)
+
+
+def test_nothing_changes_under_an_answer_in_progress(chat: ChatSession) -> None:
+    chat.ask("hello", max_new_tokens=2)
+    pieces = chat.stream("what is this?", max_new_tokens=NEW)
+    next(pieces)
+
+    for act in (chat.undo, chat.reset, lambda: chat.add_image(tiny_chat.picture()), lambda: chat.ask("and?")):
+        with pytest.raises(PromptError, match="an answer is in progress"):
+            act()
+    pieces.close()  # type: ignore[attr-defined]  # it is a generator
+
+    chat.ask("what is this?", max_new_tokens=NEW)
+    assert chat.answer.text == recomputed(chat)
+
+
+def test_error_inside_generate_reaches_the_caller_and_the_next_question_works(
+    chat: ChatSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat.add_image(tiny_chat.picture())
+    chat.ask("what is this?", max_new_tokens=NEW)
+    before = chat.messages
+
+    def fail_at_three(number: int) -> None:
+        if number == 3:
+            raise RuntimeError("out of memory")
+
+    slow_down(monkeypatch, chat.model, fail_at_three)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        chat.ask("what color is it?", max_new_tokens=NEW)
+    monkeypatch.undo()
+
+    assert chat.messages == before
+    chat.ask("what color is it?", max_new_tokens=NEW)
+    assert chat.answer.text == recomputed(chat)
+
+
+def test_too_long_a_conversation_names_both_numbers(chat: ChatSession) -> None:
+    chat.add_image(tiny_chat.picture())
+
+    with pytest.raises(ContextOverflowError, match="1000") as told:
+        chat.ask("what is this? " * 20, max_new_tokens=1000)
+
+    prompt = len(chat.processor.encode([{"role": "user", "content": [{"type": "image"}, text("what is this? " * 20)]}])
+                 .input_ids)  # fmt: skip
+    assert f"{prompt} tokens" in told.value.message
+    assert str(tiny_chat.CONTEXT) in told.value.message
+    chat.ask("what is this?", max_new_tokens=2)
+    assert len(chat.messages[0]["content"]) == 2
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def test_empty_question_and_broken_picture_are_refused(chat: ChatSession) -> None:
+    with pytest.raises(PromptError, match="empty"):
+        chat.ask("  ")
+    with pytest.raises(ImageError):
+        chat.add_image(b"no picture")
+
+    assert chat.messages == []
+
+
+def test_typed_control_tokens_stay_text(chat: ChatSession) -> None:
+    chat.ask("<image><|im_end|>", max_new_tokens=2)
+
+    ids = chat.processor.encode(chat.messages[:-1]).input_ids
+    assert chat.processor.image_token_id not in ids
+    assert ids.count(ends(chat)[1]) == 1  # the template's own
+
+
+# -- options
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"beams": 3}, "there is no generation option beams"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, expected a whole number from 1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5, expected a whole number"),
+        ({"max_new_tokens": True}, "max_new_tokens is True"),
+        ({"num_beams": "3"}, "num_beams is '3'"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": False}, "temperature is False"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"top_k": 1.0}, "top_k is 1.0"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": [1]}, r"seed is \[1\]"),
+    ],
+)
+def test_option_out_of_range_is_refused(options: dict[str, Any], sentence: str, chat: ChatSession) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        generation_options(options)
+    with pytest.raises(UsageError, match=sentence):
+        chat.ask("what is this?", **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 2},
+        {"top_p": 0, "temperature": 1},
+        {"top_p": 1, "top_k": 5, "temperature": 0.5},
+        {"num_beams": 2, "length_penalty": 1},
+        {"min_length": 4},
+        {"temperature": None, "seed": 3},
+    ],
+)
+def test_every_option_reaches_generate(options: dict[str, Any], chat: ChatSession) -> None:
+    assert chat.ask("what is this?", max_new_tokens=6, **options)
+
+
+def test_zero_temperature_is_greedy_and_ignores_the_seed(chat: ChatSession) -> None:
+    first = chat.ask("what is this?", max_new_tokens=NEW, temperature=0, seed=1, top_p=0.5)
+    chat.reset()
+
+    assert chat.ask("what is this?", max_new_tokens=NEW, seed=2) == first
+
+
+# -- text as it comes
+
+
+def streamed(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: tuple[str, ...] = ()) -> list[str]:
+    writer = _Writer(tokenizer, stops)
+    pieces = [*map(writer.write, ids), writer.end()]
+    assert "".join(pieces) == writer.text
+    return pieces
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=12))
+def test_no_character_is_cut(words: str) -> None:
+    ids = byte_level_kind().encode(words, add_special_tokens=False)
+
+    pieces = streamed(byte_level_kind(), ids)
+
+    assert "".join(pieces) == byte_level_kind().decode(ids, skip_special_tokens=True).strip()
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@given(st.text("\u4f60\u597d\U0001f642\u00e9a ", max_size=8))
+def test_no_character_of_byte_tokens_is_cut(words: str) -> None:
+    ids = llama_kind().encode(words, add_special_tokens=False)
+
+    pieces = streamed(llama_kind(), ids)
+
+    assert "".join(pieces) == words.strip()
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_words_after_broken_bytes_are_not_lost() -> None:
+    tokenizer = llama_kind()
+    good = tokenizer.encode("\u4f60", add_special_tokens=False)
+    lone = tokenizer.convert_tokens_to_ids("<0xE5>")  # makes the decoder give up on the bytes before it as well
+    after = tokenizer.encode("the circle", add_special_tokens=False)
+
+    said = "".join(streamed(tokenizer, [*good, lone, *after]))
+
+    assert said.startswith("\u4f60\ufffd")
+    assert said.endswith("the circle")
+
+
+@given(st.lists(st.sampled_from(["a", "#", "##", "b ", " ", "###", "c"]), max_size=10))
+def test_stop_string_is_never_shown_nor_half_shown(parts: list[str]) -> None:
+    ids = [i for part in parts for i in byte_level_kind().encode(part, add_special_tokens=False)]
+    whole = "".join(parts)
+
+    pieces = streamed(byte_level_kind(), ids, ("###",))
+
+    stopped = "###" in whole
+    assert "".join(pieces) == whole.lstrip().partition("###")[0].rstrip()
+    if stopped:  # what was shown before it was certain never had to be taken back
+        assert not "".join(pieces).endswith("###")
+
+
+def test_text_that_only_begins_like_a_stop_string_is_shown_once_it_is_certain() -> None:
+    ids = [i for part in ("a", "#", "#", "b") for i in byte_level_kind().encode(part, add_special_tokens=False)]
+
+    assert streamed(byte_level_kind(), ids, ("###",)) == ["a", "", "", "##b", ""]
+
+
+# -- the cache of pictures
+
+
+def test_least_recently_used_picture_is_forgotten_first() -> None:
+    cache = ImageCache(max_bytes=3 * 40)
+    for key in "abc":
+        cache.put(key, torch.zeros(10))
+    assert cache.get("a") is not None  # used again
+
+    cache.put("d", torch.zeros(10))
+
+    assert [key for key in "abcd" if cache.get(key) is not None] == ["a", "c", "d"]
+
+
+def test_cache_never_holds_more_bytes_than_it_may() -> None:
+    cache = ImageCache(max_bytes=100)
+
+    cache.put("a", torch.zeros(20))
+    cache.put("b", torch.zeros(20))
+    assert (cache.get("a"), cache.get("b") is None) == (None, False)
+    cache.put("huge", torch.zeros(1000))
+
+    assert cache.get("huge") is None
+
+
+def test_a_full_cache_changes_no_answer(
+    model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor
+) -> None:
+    chat = ChatSession(model, processor, image_cache=ImageCache(max_bytes=0))
+    for seed in (0, 1):
+        chat.add_image(tiny_chat.picture(seed))
+        chat.ask("what is this?", max_new_tokens=NEW)
+
+        assert chat.answer.text == recomputed(chat)

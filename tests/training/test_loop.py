@@ -1,0 +1,185 @@
+"""Training learns, changes only what it may, and goes on where it stopped as if it never had."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minigpt4.errors import DataError, WeightsError
+from minigpt4.model import MiniGPT4ForConditionalGeneration
+from minigpt4.training.loop import Progress, learning_rate, make_optimizer, metrics_path, train
+from minigpt4.training.recipe import Recipe
+from tests.training import toy
+
+
+class Stopped(Exception):
+    """The power fails."""
+
+
+def trained(recipe: Recipe, stop_after: int | None = None) -> tuple[MiniGPT4ForConditionalGeneration, list[Progress]]:
+    """Train a new model, or go on; `stop_after` so many steps of this call the run is torn down."""
+    model = toy.model()
+    steps: list[Progress] = []
+
+    def report(progress: Progress) -> None:
+        steps.append(progress)
+        if len(steps) == stop_after:
+            raise Stopped
+
+    train(recipe, model, toy.ToyBatches, report)
+    return model, steps
+
+
+def tensors(model: MiniGPT4ForConditionalGeneration) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("objective", ["words", "language"])
+def test_loss_falls_until_the_examples_are_known(objective: str, tmp_path: Path) -> None:
+    _, steps = trained(toy.longer(tmp_path, objective, 40))
+
+    assert steps[-1].loss < 0.4 * steps[0].loss
+    assert steps[-1].accuracy > steps[0].accuracy + 0.4
+
+
+def test_only_what_is_trainable_changes(tmp_path: Path) -> None:
+    before = tensors(toy.model())
+
+    model, _ = trained(toy.recipe(tmp_path))
+
+    changed = {name for name, value in tensors(model).items() if not torch.equal(value, before[name])}
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert changed <= trainable
+    assert {"model.query_tokens", "model.language_projection.weight", "model.language_projection.bias"} <= changed
+    assert not any(name.startswith(("model.language_model", "model.vision_model", "lm_head")) for name in trainable)
+    assert not model.training
+
+
+@pytest.mark.parametrize("checkpoint_steps", [1, 2])
+def test_a_run_torn_down_at_any_step_ends_like_one_that_was_not(checkpoint_steps: int, tmp_path: Path) -> None:
+    whole, steps = trained(toy.recipe(tmp_path / "whole", checkpoint_steps=checkpoint_steps))
+    assert len(steps) == 6
+    for stop_after in range(1, 7):
+        recipe = toy.recipe(tmp_path / str(stop_after), checkpoint_steps=checkpoint_steps)
+        with pytest.raises(Stopped):
+            trained(recipe, stop_after)
+
+        resumed, rest = trained(recipe)
+
+        assert same(tensors(resumed), tensors(whole)), f"stopped after step {stop_after}"
+        # Nothing is lost but what came after the last checkpoint; the end of a stage is one.
+        assert len(rest) <= 6 - stop_after + checkpoint_steps
+
+
+def test_a_run_torn_down_twice_ends_like_one_that_was_not(tmp_path: Path) -> None:
+    whole, _ = trained(toy.recipe(tmp_path / "whole", checkpoint_steps=1))
+    recipe = toy.recipe(tmp_path / "torn", checkpoint_steps=1)
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            trained(recipe, 3)
+
+    resumed, _ = trained(recipe)
+
+    assert same(tensors(resumed), tensors(whole))
+
+
+def test_a_finished_run_has_nothing_more_to_do(tmp_path: Path) -> None:
+    first, _ = trained(toy.recipe(tmp_path))
+
+    again, steps = trained(toy.recipe(tmp_path))
+
+    assert steps == []
+    assert same(tensors(again), tensors(first))
+
+
+def test_a_worker_gives_the_same_batches(tmp_path: Path) -> None:
+    alone, _ = trained(toy.recipe(tmp_path / "alone"))
+    helped, _ = trained(toy.recipe(tmp_path / "helped", workers=1))
+
+    assert same(tensors(helped), tensors(alone))
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    trained(toy.recipe(tmp_path))
+    file = tmp_path / "checkpoint" / "trained.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+    with pytest.raises(WeightsError, match=r"trained\.safetensors"):
+        trained(toy.recipe(tmp_path))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    class Poisoned(toy.ToyBatches):
+        def __getitem__(self, step: int) -> dict[str, Any]:
+            batch = super().__getitem__(step)
+            if (self.number, step) == (1, 1):
+                batch["vision_outputs"].last_hidden_state[0] = math.nan
+            return batch
+
+    steps: list[Progress] = []
+    with pytest.raises(DataError, match="loss of stage second is nan at step 1") as told:
+        train(toy.recipe(tmp_path, checkpoint_steps=1), toy.model(), Poisoned, steps.append)
+
+    assert told.value.hint
+    assert len(steps) == 4
+    resumed, rest = trained(toy.recipe(tmp_path, checkpoint_steps=1))  # what was kept is sound
+    assert len(rest) == 2
+    assert all(value.isfinite().all() for value in tensors(resumed).values())
+
+
+def test_every_step_is_told_and_written(tmp_path: Path) -> None:
+    recipe = toy.recipe(tmp_path)
+
+    _, steps = trained(recipe)
+
+    written = [json.loads(line) for line in metrics_path(tmp_path).read_text(encoding="utf-8").splitlines()]
+    assert [(line["stage"], line["step"], line["loss"]) for line in written] == [
+        (step.stage, step.step, step.loss) for step in steps
+    ]
+    assert [(step.stage, step.step, step.steps) for step in steps] == [
+        *(("first", n, 3) for n in (1, 2, 3)),
+        *(("second", n, 3) for n in (1, 2, 3)),
+    ]
+    assert [step.learning_rate for step in steps[:3]] == [learning_rate(recipe.stages[0], n) for n in range(3)]
+
+
+def test_learning_rate_rises_then_falls_along_a_cosine(tmp_path: Path) -> None:
+    stage = toy.recipe(tmp_path).stages[0].model_copy(
+        update={"steps": 110, "warmup_steps": 10, "learning_rate": 1.0, "final_learning_rate": 0.2}
+    )
+
+    rates = [learning_rate(stage, step) for step in range(110)]
+
+    assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx(0.6)  # half way
+    assert rates[85] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(0.75 * math.pi)))
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.2, abs=1e-3)
+
+
+def test_learning_rate_without_warm_up_or_longer_than_the_stage(tmp_path: Path) -> None:
+    stage = toy.recipe(tmp_path).stages[0]
+
+    assert learning_rate(stage.model_copy(update={"warmup_steps": 0}), 0) == stage.learning_rate
+    assert learning_rate(stage.model_copy(update={"warmup_steps": 6}), 2) == pytest.approx(stage.learning_rate / 2)
+
+
+def test_vectors_are_not_decayed(tmp_path: Path) -> None:
+    model = toy.model()
+
+    decayed, plain = make_optimizer(model, toy.recipe(tmp_path).stages[0]).param_groups
+
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+    assert all(parameter.ndim > 1 for parameter in decayed["params"])
+    assert all(parameter.ndim == 1 for parameter in plain["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == sum(p.requires_grad for p in model.parameters())

@@ -1,0 +1,77 @@
+"""What the two objectives ask for, checked against plain arithmetic."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity, cross_entropy
+
+from minigpt4.model import MiniGPT4ForConditionalGeneration
+from minigpt4.training.objectives import COSINE_SCALE, language_loss, word_loss
+from tests.training import toy
+
+
+@pytest.fixture(scope="module")
+def model() -> MiniGPT4ForConditionalGeneration:
+    return toy.model()
+
+
+def batch(objective: str) -> dict[str, Any]:
+    stage = toy.longer(toy.Path("out"), objective, 3).stages[0]
+    return toy.ToyBatches(0, stage)[0]
+
+
+def test_word_loss_is_the_cosine_to_the_captions_pieces(model: MiniGPT4ForConditionalGeneration) -> None:
+    given = batch("words")
+    table = model.get_input_embeddings().weight
+    mean = table.mean(dim=0)
+    words = given["word_ids"]
+    embeds = model.model.align_image_features(given["vision_outputs"]).pooler_output[:, -words.shape[1] :]
+    candidates = sorted({*words[words != -100].tolist(), *given["distractor_ids"].tolist()})
+
+    losses, hits = [], []
+    for row, places in enumerate(words.tolist()):
+        for place, word in enumerate(places):
+            if word == -100:
+                continue
+            cosines = cosine_similarity(embeds[row, place] - mean, table[candidates] - mean)
+            losses.append(cross_entropy(COSINE_SCALE * cosines, torch.tensor(candidates.index(word))))
+            hits.append(float(candidates[int(cosines.argmax())] == word))
+    loss, figures = word_loss(model, given)
+
+    assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), abs=1e-4)
+    assert figures == {"word_accuracy": pytest.approx(sum(hits) / len(hits))}
+
+
+def test_language_loss_is_the_models_own(model: MiniGPT4ForConditionalGeneration) -> None:
+    given = batch("language")
+    features = model.model.align_image_features(given["vision_outputs"])
+
+    loss, figures = language_loss(model, given)
+
+    output = model(
+        input_ids=given["input_ids"],
+        attention_mask=given["attention_mask"],
+        labels=given["labels"],
+        mm_encoder_outputs={"image": features},
+    )
+    targets = given["labels"][:, 1:]
+    said = output.logits[:, :-1].argmax(dim=-1)
+    hits = (said == targets)[targets != -100].float().mean().item()
+    assert loss.item() == pytest.approx(output.loss.item(), abs=1e-5)
+    assert figures == {"token_accuracy": pytest.approx(hits)}
+
+
+@pytest.mark.parametrize("objective", ["words", "language"])
+def test_gradients_reach_every_trainable_part_and_nothing_else(
+    objective: str, model: MiniGPT4ForConditionalGeneration
+) -> None:
+    model.zero_grad(set_to_none=True)
+    loss, _ = {"words": word_loss, "language": language_loss}[objective](model, batch(objective))
+
+    loss.backward()
+
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    parts = {name.removeprefix("model.").partition(".")[0] for name in reached}
+    assert parts == {"query_tokens", "qformer", "language_projection"}
+    model.zero_grad(set_to_none=True)

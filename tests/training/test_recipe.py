@@ -1,0 +1,123 @@
+"""A recipe is read whole and exactly, or refused with the place and the cure."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from minigpt4.errors import ConfigError
+from minigpt4.training.recipe import read_recipe
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("nano*.yaml"))
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    stage = {"name": "one", "objective": "words", "steps": 5, "batch_size": 2, "learning_rate": 0.001}
+    content = {"model": "nano", "output": "out", "data": {"photos": "photos"}, "stages": [stage], **changes}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def test_recipe_is_read(tmp_path: Path) -> None:
+    recipe = read_recipe(written(tmp_path, seed=4))
+
+    assert (recipe.seed, recipe.output, recipe.data.photos) == (4, Path("out"), Path("photos"))
+    assert (recipe.stages[0].steps, recipe.stages[0].turns) == (5, 1)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.name for path in RECIPES])
+def test_recipes_of_the_project_are_valid(path: Path) -> None:
+    assert read_recipe(path).stages
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "near"),
+    [
+        ({"sead": 1}, "unknown key sead", "seed"),
+        ({"data": {"photos": "p", "background": "b"}}, "unknown key data.background", "backgrounds"),
+        (
+            {"stages": [{"name": "a", "objective": "words", "steps": 1, "batch_size": 1, "learningrate": 0.1}]},
+            "unknown key stages.0.learningrate",
+            "learning_rate",
+        ),
+    ],
+)
+def test_unknown_key_is_refused_with_the_nearest_known(
+    changes: dict[str, Any], place: str, near: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=place) as told:
+        read_recipe(written(tmp_path, **changes))
+
+    assert told.value.hint == f"did you mean {near}?"
+
+
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("seed=first", "seed"),
+        ("workers=-1", "workers"),
+        ("stages.0.steps=0", "stages.0.steps"),
+        ("stages.0.objective=sing", "stages.0.objective"),
+        ("stages=[]", "stages"),
+        ("data.share_photos=1.5", "data.share_photos"),
+        ("model=giant", "model"),
+    ],
+)
+def test_wrong_value_is_refused_with_its_place(override: str, place: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"recipe\.yaml: {place}: "):
+        read_recipe(written(tmp_path), [override])
+
+
+def test_missing_key_is_refused_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.photos: Field required"):
+        read_recipe(written(tmp_path, data={}))
+
+
+def test_overrides_reach_every_place(tmp_path: Path) -> None:
+    recipe = read_recipe(
+        written(tmp_path), ["seed=9", "data.photos=a=b", "stages.0.steps=7", "stages.0.data.share_photos=0.5"]
+    )
+
+    assert (recipe.seed, recipe.data.photos, recipe.stages[0].steps) == (9, Path("a=b"), 7)
+    assert recipe.stages[0].data == {"share_photos": 0.5}
+
+
+@pytest.mark.parametrize("override", ["stages.3.steps=1", "stages.one.steps=1", "model.x=1", "model.x.y=1"])
+def test_override_of_no_place_is_refused(override: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such place"):
+        read_recipe(written(tmp_path), [override])
+
+
+def test_override_without_a_value_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--set seed has no value"):
+        read_recipe(written(tmp_path), ["seed"])
+
+
+def test_override_that_is_not_yaml_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--set seed=\[1: the value is not YAML"):
+        read_recipe(written(tmp_path), ["seed=[1"])
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(b"a: [1", "is not YAML"), (b"- a", "holds no keys"), (b"", "holds no keys"), (b"\xff\xfe\xff", "is not YAML")],
+)
+def test_file_that_is_no_recipe_is_refused(content: bytes, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(content)
+
+    with pytest.raises(ConfigError, match=sentence):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the recipe"):
+        read_recipe(tmp_path / "none.yaml")
+
+
+def test_yaml_makes_no_objects(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("seed: !!python/object/apply:os.getcwd []", encoding="utf-8")
+
+    with pytest.raises(ConfigError, match="is not YAML"):
+        read_recipe(tmp_path / "recipe.yaml")

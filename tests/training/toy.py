@@ -1,0 +1,68 @@
+"""A training run of seconds: a tiny model, two stages, and made-up pictures that each have something to say."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from minigpt4.model import MiniGPT4ForConditionalGeneration
+from minigpt4.model.efficientnet_lite import EfficientNetLiteOutput
+from minigpt4.training.recipe import Recipe, StageRecipe
+from tests.model import tiny
+
+NUM_EXAMPLES = 4
+NUM_WORDS = 2
+
+
+def model() -> MiniGPT4ForConditionalGeneration:
+    """The same random model each time, without dropout, as nano's has none: resuming keeps no random state."""
+    config = tiny.config(
+        vision="efficientnet_lite", trainable_parts=["query_tokens", "qformer", "language_projection"]
+    )
+    config.qformer_config.hidden_dropout_prob = config.qformer_config.attention_probs_dropout_prob = 0.0
+    torch.manual_seed(0)
+    return tiny.randomized(MiniGPT4ForConditionalGeneration(config)).eval()
+
+
+class ToyBatches(Dataset[dict[str, Any]]):
+    """The batch of a step: all examples in an order of its own, each picture with its own words."""
+
+    def __init__(self, number: int, stage: StageRecipe) -> None:
+        self.number = number
+        self.stage = stage
+
+    def __len__(self) -> int:
+        return self.stage.steps
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        seen = torch.Generator().manual_seed(5)
+        vision = tiny.config(vision="efficientnet_lite").vision_config
+        tokens = torch.randn(NUM_EXAMPLES, 16, vision.hidden_size, generator=seen)
+        concepts = torch.randn(NUM_EXAMPLES, vision.num_concept_tokens, vision.concept_size, generator=seen)
+        order = torch.randperm(NUM_EXAMPLES, generator=torch.Generator().manual_seed(100 * self.number + step))
+        outputs = EfficientNetLiteOutput(last_hidden_state=tokens[order], concept_embeds=concepts[order])
+        words = torch.arange(10, 10 + NUM_EXAMPLES * NUM_WORDS).view(NUM_EXAMPLES, NUM_WORDS)[order]
+        if self.stage.objective == "words":
+            words = words.clone()
+            words[0, -1] = -100  # a shorter caption
+            return {"vision_outputs": outputs, "word_ids": words, "distractor_ids": torch.arange(40, 60)}
+        prompt = torch.tensor([1, *[tiny.IMAGE_TOKEN_ID] * tiny.NUM_IMAGE_TOKENS, 7]).expand(NUM_EXAMPLES, -1)
+        ids = torch.cat([prompt, words], dim=1)
+        labels = torch.cat([torch.full_like(prompt, -100), words], dim=1)
+        mask = torch.ones_like(ids)
+        return {"vision_outputs": outputs, "input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def recipe(output: Path, **changes: Any) -> Recipe:
+    """Three steps of words, three of language."""
+    stage = {"batch_size": NUM_EXAMPLES, "learning_rate": 0.01, "warmup_steps": 1, "threads": 1, "steps": 3}
+    stages = [{"name": "first", "objective": "words", **stage}, {"name": "second", "objective": "language", **stage}]
+    values = {"model": "nano", "output": output, "data": {"photos": "none"}, "stages": stages, "workers": 0}
+    return Recipe.model_validate({**values, **changes})
+
+
+def longer(output: Path, objective: str, steps: int) -> Recipe:
+    """One stage, long enough to learn by heart."""
+    stage = {"name": "only", "objective": objective, "batch_size": NUM_EXAMPLES, "learning_rate": 0.01, "threads": 1}
+    return recipe(output, stages=[{**stage, "steps": steps, "warmup_steps": 2}])
