@@ -3,7 +3,12 @@
 Importing this package loads nothing heavy: each public name brings its module when it is first used.
 """
 
+import sys
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -44,7 +49,45 @@ _HOMES = {
 def __getattr__(name: str) -> Any:  # noqa: ANN401  (whatever the name stands for)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if "transformers" in sys.modules:
+        _register()
+    return found
+
+
+def _register() -> None:
+    """Make transformers' Auto classes and pipelines know this package's classes; importing does it."""
+    if not any(name.startswith(f"{__name__}.") and _is_loading(module) for name, module in list(sys.modules.items())):
+        import_module(f"{__name__}.weights.folder")
+
+
+def _is_loading(module: ModuleType) -> bool:
+    return bool(getattr(module.__spec__, "_initializing", False))  # importlib's own mark
+
+
+class _TransformersFinder(MetaPathFinder):
+    """Calls `_register` right after transformers is imported, so that importing this package need not do it."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "transformers":
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                _register()
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "transformers" in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _TransformersFinder())
 
 
 def __dir__() -> list[str]:

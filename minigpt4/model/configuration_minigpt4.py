@@ -59,10 +59,10 @@ class MiniGPT4Config(PreTrainedConfig):
         Raises:
             ValueError: A part to train that does not exist.
         """
-        self.vision_config = _build(self.vision_config, default="blip_2_vision_model")
-        self.text_config = _build(self.text_config, default="llama")
+        self.vision_config = _build("vision_config", self.vision_config, default="blip_2_vision_model")
+        self.text_config = _build("text_config", self.text_config, default="llama")
         if self.qformer_config is not None:
-            self.qformer_config = _build(self.qformer_config, default="blip_2_qformer")
+            self.qformer_config = _build("qformer_config", self.qformer_config, default="blip_2_qformer")
             self.qformer_config.encoder_hidden_size = self.vision_config.hidden_size
         unknown = sorted(set(self.trainable_parts) - set(PARTS))
         if unknown:
@@ -93,9 +93,11 @@ class MiniGPT4Config(PreTrainedConfig):
         return int(self.vision_config.hidden_size * self.num_merged_tokens)
 
 
-def _build(config: dict[str, Any] | PreTrainedConfig | None, default: str) -> PreTrainedConfig:
+def _build(name: str, config: dict[str, Any] | PreTrainedConfig | None, default: str) -> PreTrainedConfig:
     """Turn a dict, or nothing, into a configuration object."""
     if isinstance(config, PreTrainedConfig):
         return config
+    if not isinstance(config, dict | None):
+        raise TypeError(f"{name} is a {type(config).__name__}, expected a dict or a configuration object")
     values = dict(config or {})
     return CONFIG_MAPPING[values.pop("model_type", default)](**values)

@@ -16,12 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, Blip2QFormerModel, Blip2VisionModel, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils import ModelOutput
 
 from .configuration_minigpt4 import PARTS, MiniGPT4Config
-from .efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel, EfficientNetLiteOutput
-
-VisionOutput = BaseModelOutputWithPooling | EfficientNetLiteOutput
+from .efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 
 
 @dataclass
@@ -83,7 +80,7 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
             init.normal_(module.query_tokens, std=self.config.initializer_range)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  (a model, or a tuple with one)
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As the library's, and frozen: it puts new parameters, which all learn, in place of those of `__init__`."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with `output_loading_info=True`
@@ -157,7 +154,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         vision_outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)
         return self.align_image_features(vision_outputs, **kwargs)
 
-    def align_image_features(self, vision_outputs: VisionOutput, **kwargs: Any) -> MiniGPT4ImageFeatures:
+    def align_image_features(self, vision_outputs: Any, **kwargs: Any) -> MiniGPT4ImageFeatures:
         """Turn what the vision encoder saw into image embeddings; the part of the way that can learn.
 
         Args:
@@ -296,7 +293,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         """See `MiniGPT4Model.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Tensor | ModelOutput:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the library's, and `mm_encoder_outputs` stays as it was: beams there repeat the pictures in place."""
         features = kwargs.pop("mm_encoder_outputs", None)
         if features is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoProcessor, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -71,13 +72,22 @@ def load(
     options = {"dtype": chosen_dtype, "local_files_only": True, **quantization(quantize, chosen_device)}
     folder = _folder_of(str(name_or_path), report, language_model)
     try:
-        model = MiniGPT4ForConditionalGeneration.from_pretrained(folder, **options)
+        model, loading = MiniGPT4ForConditionalGeneration.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
         processor = MiniGPT4Processor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise WeightsError(
             f"{folder} is not a complete model folder: {_first_line(error)}",
             hint="write it again, or name another folder",
         ) from error
+    # The library would go on with random numbers in their places.
+    unfit = sorted([*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])])
+    if unfit:
+        raise WeightsError(
+            f"{folder} is not a complete model folder: tensor {unfit[0]} is missing or of another shape",
+            hint="write it again, or name another folder",
+        )
     if quantize == "none":
         model.to(chosen_device)  # a quantized model was placed while it was loaded
     return model.eval(), processor

@@ -6,6 +6,7 @@ every tensor must own the bytes it claims: a kilobyte can otherwise declare tera
 
 import pickle
 import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,19 @@ def read_torch_file(path: Path) -> dict[str, Any]:
         raise _refused(path, "it cannot be read") from error
     if not isinstance(content, dict):
         raise _refused(path, f"it holds a {type(content).__name__}, expected a dictionary of tensors")
-    for name, value in content.items():
-        if isinstance(value, torch.Tensor) and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+    for name, tensor in _tensors(content, ""):
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise _refused(path, f"tensor {name} claims more bytes than it has")
     return content
+
+
+def _tensors(value: object, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors in nested containers, each with its dotted place."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, Mapping | list | tuple):
+        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _tensors(part, f"{name}.{key}" if name else str(key))
 
 
 def _check_archive(path: Path) -> None:

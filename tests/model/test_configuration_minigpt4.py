@@ -30,8 +30,7 @@ def test_merging_four_tokens_gives_the_published_lengths_and_width(side: int, to
 
 
 @pytest.mark.parametrize("qformer", [True, False])
-@pytest.mark.parametrize("text", tiny.TEXT)
-@pytest.mark.parametrize("vision", tiny.VISION)
+@pytest.mark.parametrize(("vision", "text"), tiny.PAIRS)
 def test_written_configuration_is_read_back_whole(tmp_path: Path, vision: str, text: str, qformer: bool) -> None:
     config = tiny.config(vision, text, qformer, trainable_parts=["query_tokens"], post_layernorm_eps=None)
     config.save_pretrained(tmp_path)

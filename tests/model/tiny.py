@@ -111,6 +111,8 @@ TEXT: dict[str, dict[str, Any]] = {
         "pad_token_id": PAD_ID,
     },
 }
+PAIRS = [(vision, "llama") for vision in VISION] + [("blip_2_vision_model", text) for text in TEXT if text != "llama"]
+"""Every vision encoder and every language model at least once."""
 
 
 def config(

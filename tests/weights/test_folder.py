@@ -1,0 +1,242 @@
+"""A model folder comes back exactly, and is refused with a reason where it is damaged or does not fit."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minigpt4 import ChatSession, load
+from minigpt4.errors import ConfigError, WeightsError
+from minigpt4.model import MiniGPT4ForConditionalGeneration
+from minigpt4.weights.atomic import write_folder
+from minigpt4.weights.folder import TENSORS_FILE, apply_alignment, placement, quantization, save_alignment
+from tests import tiny_chat
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def with_frozen_parts_of(model: MiniGPT4ForConditionalGeneration, seed: int) -> MiniGPT4ForConditionalGeneration:
+    """A model of the same frozen parts whose joining parts are others."""
+    other = tiny_chat.model(seed)
+    frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    other.load_state_dict(frozen, strict=False)
+    return other
+
+
+@pytest.fixture
+def alignment(tmp_path: Path) -> Path:
+    save_alignment(tmp_path / "alignment", tiny_chat.model(), tiny_chat.processor(), files={"README.md": "a card"})
+    return tmp_path / "alignment"
+
+
+def rewritten(alignment: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Write the alignment anew, whole and sound, with other tensors."""
+    tensors = load_file(alignment / TENSORS_FILE)
+    texts = {path.name: path.read_text(encoding="utf-8") for path in alignment.glob("*.json")}
+    del texts["manifest.json"]
+    change(tensors)
+    with write_folder(alignment, overwrite=True) as folder:
+        save_file(tensors, folder / TENSORS_FILE)
+        for name, content in texts.items():
+            (folder / name).write_text(content, encoding="utf-8")
+
+
+def test_alignment_comes_back_exactly(alignment: Path) -> None:
+    trained = tiny_chat.model()
+    fresh = with_frozen_parts_of(trained, seed=1)
+
+    apply_alignment(alignment, fresh, tiny_chat.processor())
+
+    for (name, theirs), ours in zip(trained.named_parameters(), fresh.parameters(), strict=True):
+        expected = theirs.to(torch.bfloat16).float() if theirs.requires_grad else theirs
+        assert torch.equal(ours, expected), name
+    assert (alignment / "README.md").read_text(encoding="utf-8") == "a card"
+
+
+def test_alignment_holds_only_what_was_trained(alignment: Path) -> None:
+    stored = load_file(alignment / TENSORS_FILE)
+
+    assert {name.partition(".")[0] for name in stored} == {"query_tokens", "qformer", "language_projection"}
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+
+
+def test_number_type_of_the_language_model_makes_no_difference(alignment: Path) -> None:
+    model = with_frozen_parts_of(tiny_chat.model(), seed=1)
+    model.model.language_model.to(torch.bfloat16)
+
+    apply_alignment(alignment, model, tiny_chat.processor())
+
+
+def test_another_language_model_of_the_same_size_is_refused(alignment: Path) -> None:
+    with pytest.raises(WeightsError, match=r"the alignment alignment was trained with .* likeness of .* expected 0\.98"):
+        apply_alignment(alignment, tiny_chat.model(seed=1), tiny_chat.processor())
+
+
+@pytest.mark.parametrize("key", ["vocabulary", "width", "layers", "tokens"])
+def test_another_kind_of_language_model_is_refused_with_both_fingerprints(key: str, alignment: Path) -> None:
+    description = json.loads((alignment / "alignment.json").read_text(encoding="utf-8"))
+    here = description["language_model"][key]
+    description["language_model"][key] = "other"
+    with write_folder(alignment, overwrite=True) as folder:
+        (folder / "alignment.json").write_text(json.dumps(description), encoding="utf-8")
+
+    with pytest.raises(WeightsError, match=f"whose {key} is other, this one's is {here}") as told:
+        apply_alignment(alignment, tiny_chat.model(), tiny_chat.processor())
+    assert told.value.hint
+
+
+def test_missing_tensor_is_refused_by_name(alignment: Path) -> None:
+    rewritten(alignment, lambda tensors: tensors.pop("language_projection.bias"))
+
+    with pytest.raises(WeightsError, match=r"tensor language_projection\.bias"):
+        apply_alignment(alignment, tiny_chat.model(), tiny_chat.processor())
+
+
+def test_tensor_too_many_is_refused_by_name(alignment: Path) -> None:
+    rewritten(alignment, lambda tensors: tensors.update(extra=torch.zeros(1)))
+
+    with pytest.raises(WeightsError, match="tensor extra"):
+        apply_alignment(alignment, tiny_chat.model(), tiny_chat.processor())
+
+
+def test_tensor_of_another_shape_is_refused(alignment: Path) -> None:
+    rewritten(alignment, lambda tensors: tensors.update({"language_projection.bias": torch.zeros(1)}))
+
+    with pytest.raises(WeightsError, match=r"language_projection\.bias .* is \(1,\), expected \(64,\)"):
+        apply_alignment(alignment, tiny_chat.model(), tiny_chat.processor())
+
+
+@pytest.mark.parametrize("file", ["alignment.safetensors", "alignment.json"])
+def test_flipped_bit_is_refused(file: str, alignment: Path) -> None:
+    content = bytearray((alignment / file).read_bytes())
+    content[-3] ^= 4
+    (alignment / file).write_bytes(content)
+
+    with pytest.raises(WeightsError, match=file):
+        apply_alignment(alignment, tiny_chat.model(), tiny_chat.processor())
+
+
+def test_alignment_of_a_later_version_is_refused(alignment: Path) -> None:
+    with write_folder(alignment, overwrite=True) as folder:
+        (folder / "alignment.json").write_text('{"format": "minigpt4-alignment", "format_version": 2}')
+
+    with pytest.raises(WeightsError, match="version 2, expected minigpt4-alignment version 1") as told:
+        apply_alignment(alignment, tiny_chat.model(), tiny_chat.processor())
+    assert "update minigpt4" in told.value.hint
+
+
+def test_full_folder_is_loaded_and_answers_the_same(tmp_path: Path) -> None:
+    folder = tiny_chat.saved(tmp_path / "full")
+
+    model, processor = load(folder, device="cpu")
+
+    assert not model.training
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    said = []
+    for chat in (ChatSession(model, processor), ChatSession(tiny_chat.model(), tiny_chat.processor())):
+        chat.add_image(tiny_chat.picture())
+        said.append(chat.ask("what is this?", max_new_tokens=8))
+    assert said[0] == said[1]
+    assert load(str(folder), device="cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json", "processor_config.json"])
+def test_folder_without_one_of_its_files_is_refused(file: str, tmp_path: Path) -> None:
+    folder = tiny_chat.saved(tmp_path / "full")
+    (folder / file).unlink()
+
+    with pytest.raises(WeightsError, match="full"):
+        load(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"model_type": "minigpt4", "vision_config": 3}'])
+def test_folder_with_a_broken_config_is_refused(content: bytes, tmp_path: Path) -> None:
+    folder = tiny_chat.saved(tmp_path / "full")
+    (folder / "config.json").write_bytes(content)
+
+    with pytest.raises(WeightsError, match="is not a complete model folder"):
+        load(folder)
+
+
+def test_folder_with_broken_weights_is_refused(tmp_path: Path) -> None:
+    folder = tiny_chat.saved(tmp_path / "full")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+    with pytest.raises(WeightsError, match="is not a complete model folder"):
+        load(folder)
+
+
+def test_folder_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
+    folder = tiny_chat.saved(tmp_path / "full")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.language_projection.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(WeightsError, match="language_projection"):
+        load(folder)
+
+
+def test_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"is not a model folder: it has neither config\.json nor alignment\.json"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nono", "../none", ""])
+def test_unknown_name_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(WeightsError, match="there is no model|is not a model folder"):
+        load(name)
+
+
+def test_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.pth").write_bytes(b"")
+
+    with pytest.raises(WeightsError, match="there is no model"):
+        load(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "quantum", "meta:x", "xpu"])
+def test_device_that_is_not_here_is_refused(device: str) -> None:
+    with pytest.raises(ConfigError, match=f"device {device} is not available here"):
+        placement(device, "auto")
+
+
+def test_number_type_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError, match="number type int3 is not known"):
+        placement("cpu", "int3")
+
+
+def test_cpu_runs_in_float32_unless_told() -> None:
+    assert placement("cpu", "auto") == (torch.device("cpu"), torch.float32)
+    assert placement("cpu", "bfloat16")[1] == torch.bfloat16
+
+
+def test_unknown_quantization_is_refused() -> None:
+    with pytest.raises(ConfigError, match="quantization int5 is not known"):
+        quantization("int5", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("order", ["import minigpt4, transformers", "import transformers, minigpt4", "import minigpt4.model"])
+def test_the_librarys_auto_classes_know_the_folder(order: str, tmp_path: Path) -> None:
+    folder = tiny_chat.saved(tmp_path / "full")
+    program = f"""
+{order}
+import minigpt4
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+processor = AutoProcessor.from_pretrained({str(folder)!r})
+model = AutoModelForImageTextToText.from_pretrained({str(folder)!r})
+print(type(processor).__name__, type(model).__name__)
+print(minigpt4.MiniGPT4Processor is type(processor))
+"""
+
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert result.stdout.split() == ["MiniGPT4Processor", "MiniGPT4ForConditionalGeneration", "True"], result.stderr
