@@ -293,6 +293,7 @@ class ChatSession:
             streamer=streamer,
             **inputs,
             **options,
+            suppress_tokens=self._never_said(),
             **self._stops(),
         )[0].tolist()
         if streamer:
@@ -324,6 +325,10 @@ class ChatSession:
             embeds = cast(Tensor, self.model.get_image_features(pixels).pooler_output)[0]
             self._image_cache.put(key, embeds)
         return embeds
+
+    def _never_said(self) -> list[int]:
+        """List what the model's own settings forbid, and the image token: said, it would be a picture's place."""
+        return [*(self.model.generation_config.suppress_tokens or []), self.model.config.image_token_id]
 
     def _stops(self) -> dict[str, Any]:
         """Say what ends an answer: end tokens where a stop string is a control token, else the strings."""

@@ -510,14 +510,12 @@ def _bar(kind: str, *, transient: bool) -> Any:  # noqa: ANN401  (rich.progress.
 
 
 def _quiet() -> None:
-    """Keep the libraries' own bars and notices out of the terminal; errors still come."""
+    """Keep the libraries' bars and notices out of the terminal, errors aside; to be called before they load."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
 
 def _note(text: str) -> None:

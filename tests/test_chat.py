@@ -1,7 +1,7 @@
 """A conversation is streamed, remembered, taken back and stopped, and no cache changes a word of it."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -57,7 +57,9 @@ def ends(chat: ChatSession) -> list[int]:
     return chat.processor.tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])
 
 
-def slow_down(monkeypatch: pytest.MonkeyPatch, model: Any, act: Any) -> None:
+def slow_down(
+    monkeypatch: pytest.MonkeyPatch, model: MiniGPT4ForConditionalGeneration, act: Callable[[int], None]
+) -> None:
     """Let `act(number of new ids)` run inside `generate` after every id."""
     generate = type(model).generate
 
@@ -69,8 +71,10 @@ def slow_down(monkeypatch: pytest.MonkeyPatch, model: Any, act: Any) -> None:
             act(input_ids.shape[1] - self.start)
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
-    def acting(self: Any, *args: Any, stopping_criteria: Any, **kwargs: Any) -> Any:
-        return generate(self, *args, stopping_criteria=StoppingCriteriaList([Acting(), *stopping_criteria]), **kwargs)
+    def acting(
+        self: MiniGPT4ForConditionalGeneration, stopping_criteria: StoppingCriteriaList, **kwargs: Any
+    ) -> torch.Tensor:
+        return generate(self, stopping_criteria=StoppingCriteriaList([Acting(), *stopping_criteria]), **kwargs)
 
     monkeypatch.setattr(type(model), "generate", acting)
 
@@ -97,9 +101,7 @@ def test_answer_counts_what_it_took(chat: ChatSession) -> None:
     assert 0 < answer.seconds_to_first_token <= answer.seconds
 
 
-def test_an_end_symbol_as_the_last_id_allowed_is_an_end(
-    chat: ChatSession, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_end_symbol_as_the_last_id_allowed_is_an_end(chat: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
     end = ends(chat)[1]
     monkeypatch.setattr(chat.model.generation_config, "forced_eos_token_id", end)
 
@@ -537,9 +539,7 @@ def test_cache_never_holds_more_bytes_than_it_may() -> None:
     assert cache.get("huge") is None
 
 
-def test_a_full_cache_changes_no_answer(
-    model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor
-) -> None:
+def test_a_full_cache_changes_no_answer(model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor) -> None:
     chat = ChatSession(model, processor, image_cache=ImageCache(max_bytes=0))
     for seed in (0, 1):
         chat.add_image(tiny_chat.picture(seed))

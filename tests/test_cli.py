@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers.utils import logging as transformers_logging
 
 from minigpt4 import __version__, cli
 from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
@@ -45,6 +46,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
     """Runs a command in this process, in an empty folder with `cat.png` and an empty standard input."""
     monkeypatch.chdir(tmp_path)
     picture().save("cat.png")
+    # A process of its own is told by environment variables, which are too late for a library that has loaded.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
     def result(*arguments: str, stdin: bytes | None = b"") -> Result:
         monkeypatch.setattr(sys, "argv", ["minigpt4", *arguments])

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from minigpt4.processing import MiniGPT4ImageProcessor, MiniGPT4Processor
 from tests.model import tiny
-from tests.processing.tiny_tokenizers import IMAGE_TOKEN, byte_level_kind
+from tests.processing.tiny_tokenizers import IMAGE_TOKEN, byte_level_kind, image_token_id
 
 CONTEXT = 1024
 SIZE = tiny.IMAGE_SIZE
@@ -50,7 +50,7 @@ def model(seed: int = 0, *, vision: str = "blip_2_vision_model") -> MiniGPT4ForC
             "pad_token_id": words.pad_token_id,
         },
         num_query_tokens=tiny.NUM_IMAGE_TOKENS,
-        image_token_id=words.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_id=image_token_id(words),
         initializer_range=tiny.WIDE,
         trainable_parts=["query_tokens", "qformer", "language_projection"],
     )

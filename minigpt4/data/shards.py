@@ -97,9 +97,16 @@ def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
             if data + size > end:
                 raise DataError(f"{shard.name}: the member at byte {position} runs past the end of the file")
             if header[156:157] in REGULAR:
-                prefix, name = (header[at : at + n].split(b"\0")[0].decode() for at, n in ((345, 155), (0, 100)))
-                yield (f"{prefix}/{name}" if prefix else name), data, size
+                yield _name(header, shard, position), data, size
             position = data + -(-size // BLOCK) * BLOCK
+
+
+def _name(header: bytes, shard: Path, position: int) -> str:
+    try:
+        prefix, name = (header[at : at + n].split(b"\0")[0].decode() for at, n in ((345, 155), (0, 100)))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{shard.name}: the name of the member at byte {position} is not UTF-8") from error
+    return f"{prefix}/{name}" if prefix else name
 
 
 def _size(header: bytes, shard: Path, position: int) -> int:

@@ -58,6 +58,7 @@ class MiniGPT4Config(PreTrainedConfig):
 
         Raises:
             ValueError: A part to train that does not exist.
+            TypeError: A part that is neither a dict nor a configuration object.
         """
         self.vision_config = _build("vision_config", self.vision_config, default="blip_2_vision_model")
         self.text_config = _build("text_config", self.text_config, default="llama")

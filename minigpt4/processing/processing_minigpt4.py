@@ -176,13 +176,13 @@ def pictures_of(messages: Sequence[Message]) -> list[Any]:
         for part in content if not isinstance(content, str) else []:
             if part["type"] not in IMAGE_PARTS:
                 continue
-            key = next((key for key in PICTURE_KEYS if part.get(key) is not None), None)
-            if key is None:
+            key = next((key for key in PICTURE_KEYS if part.get(key) is not None), "")
+            picture = part.get(key)
+            if key == "image_url" and isinstance(picture, Mapping):  # OpenAI's form
+                picture = picture.get("url")
+            if picture is None:
                 raise PromptError(
                     f"messages[{number}] has an image part without a picture, expected one of {', '.join(PICTURE_KEYS)}"
                 )
-            picture = part[key]
-            if key == "image_url" and isinstance(picture, Mapping):  # OpenAI's form
-                picture = picture.get("url")
             pictures.append(f"data:image/*;base64,{picture}" if key == "base64" else picture)
     return pictures

@@ -129,7 +129,8 @@ def quantization(quantize: str, device: torch.device) -> dict[str, Any]:
         load_in_8bit=quantize == "int8",
         load_in_4bit=quantize == "nf4",
         bnb_4bit_quant_type="nf4",
-        llm_int8_skip_modules=["vision_model", "qformer", "language_projection", "lm_head"],
+        # Full names: the library compares them with a module's from its start or its end.
+        llm_int8_skip_modules=["model.vision_model", "model.qformer", "model.language_projection", "lm_head"],
     )
     return {"quantization_config": config, "device_map": {"": str(device)}}
 

@@ -5,6 +5,7 @@ every tensor must own the bytes it claims: a kilobyte can otherwise declare tera
 """
 
 import pickle
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ def read_torch_file(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except pickle.UnpicklingError as error:
         raise _refused(path, "it holds objects other than tensors") from error
-    except (RuntimeError, ValueError, EOFError, OSError, LookupError, AttributeError, TypeError) as error:
+    except (RuntimeError, ValueError, EOFError, OSError, LookupError, AttributeError, TypeError, struct.error) as error:
         raise _refused(path, "it cannot be read") from error
     if not isinstance(content, dict):
         raise _refused(path, f"it holds a {type(content).__name__}, expected a dictionary of tensors")

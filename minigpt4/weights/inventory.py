@@ -8,7 +8,7 @@ from minigpt4.weights.disk import storing
 from minigpt4.weights.parts import EFFICIENTNET_LITE0, SMOLLM2, WheelFile, home, part_path
 
 ALIGNMENT_DIR = Path(__file__).with_name("nano_alignment")
-NANO_MEMORY_GIGABYTES = 1.5
+NANO_MEMORY_GIGABYTES = 1.3
 """Measured: the peak of `minigpt4 ask` on a CPU in float32."""
 
 FLOAT32_PER_STORED_BYTE = 2

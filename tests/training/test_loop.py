@@ -15,7 +15,7 @@ from minigpt4.training.recipe import Recipe
 from tests.training import toy
 
 
-class Stopped(Exception):
+class PowerFailureError(Exception):
     """The power fails."""
 
 
@@ -27,7 +27,7 @@ def trained(recipe: Recipe, stop_after: int | None = None) -> tuple[MiniGPT4ForC
     def report(progress: Progress) -> None:
         steps.append(progress)
         if len(steps) == stop_after:
-            raise Stopped
+            raise PowerFailureError
 
     train(recipe, model, toy.ToyBatches, report)
     return model, steps
@@ -68,7 +68,7 @@ def test_a_run_torn_down_at_any_step_ends_like_one_that_was_not(checkpoint_steps
     assert len(steps) == 6
     for stop_after in range(1, 7):
         recipe = toy.recipe(tmp_path / str(stop_after), checkpoint_steps=checkpoint_steps)
-        with pytest.raises(Stopped):
+        with pytest.raises(PowerFailureError):
             trained(recipe, stop_after)
 
         resumed, rest = trained(recipe)
@@ -82,7 +82,7 @@ def test_a_run_torn_down_twice_ends_like_one_that_was_not(tmp_path: Path) -> Non
     whole, _ = trained(toy.recipe(tmp_path / "whole", checkpoint_steps=1))
     recipe = toy.recipe(tmp_path / "torn", checkpoint_steps=1)
     for _ in range(2):
-        with pytest.raises(Stopped):
+        with pytest.raises(PowerFailureError):
             trained(recipe, 3)
 
     resumed, _ = trained(recipe)
@@ -153,8 +153,10 @@ def test_every_step_is_told_and_written(tmp_path: Path) -> None:
 
 
 def test_learning_rate_rises_then_falls_along_a_cosine(tmp_path: Path) -> None:
-    stage = toy.recipe(tmp_path).stages[0].model_copy(
-        update={"steps": 110, "warmup_steps": 10, "learning_rate": 1.0, "final_learning_rate": 0.2}
+    stage = (
+        toy.recipe(tmp_path)
+        .stages[0]
+        .model_copy(update={"steps": 110, "warmup_steps": 10, "learning_rate": 1.0, "final_learning_rate": 0.2})
     )
 
     rates = [learning_rate(stage, step) for step in range(110)]

@@ -1,5 +1,6 @@
 """What the two objectives ask for, checked against plain arithmetic."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ def model() -> MiniGPT4ForConditionalGeneration:
 
 
 def batch(objective: str) -> dict[str, Any]:
-    stage = toy.longer(toy.Path("out"), objective, 3).stages[0]
+    stage = toy.longer(Path("out"), objective, 3).stages[0]
     return toy.ToyBatches(0, stage)[0]
 
 

@@ -17,9 +17,7 @@ NUM_WORDS = 2
 
 def model() -> MiniGPT4ForConditionalGeneration:
     """The same random model each time, without dropout, as nano's has none: resuming keeps no random state."""
-    config = tiny.config(
-        vision="efficientnet_lite", trainable_parts=["query_tokens", "qformer", "language_projection"]
-    )
+    config = tiny.config(vision="efficientnet_lite", trainable_parts=["query_tokens", "qformer", "language_projection"])
     config.qformer_config.hidden_dropout_prob = config.qformer_config.attention_probs_dropout_prob = 0.0
     torch.manual_seed(0)
     return tiny.randomized(MiniGPT4ForConditionalGeneration(config)).eval()

@@ -16,8 +16,8 @@ FABRICATED = Path(__file__).resolve().parents[2].parent / "shared" / "reference"
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
 
-def written(folder: Path, content: object = TENSORS, **options: object) -> Path:
-    torch.save(content, folder / "file.pth", **options)
+def written(folder: Path, content: object = TENSORS, **options: bool) -> Path:
+    torch.save(content, folder / "file.pth", **options)  # type: ignore[arg-type]  # the format
     return folder / "file.pth"
 
 
@@ -167,9 +167,7 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.reference
 @pytest.mark.skipif(not FABRICATED.is_dir(), reason="the fabricated original weights are not here")
-@pytest.mark.parametrize(
-    "path", sorted(FABRICATED.glob("untrusted_*")) or [Path("none")], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", sorted(FABRICATED.glob("untrusted_*")) or [Path("none")], ids=lambda path: path.name)
 def test_fabricated_hostile_files_are_refused(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(WeightsError, match="was not opened"):
