@@ -110,7 +110,8 @@ def write_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     target = Path(os.path.realpath(target))
     make_folder(target.parent)
     clean_stale(target.parent)
-    with storing(target):
+    # Under the lock: another writer's replacement makes the target vanish for a moment, between two looks at it.
+    with storing(target), lock(_previous(target)):
         _refuse_existing(target, overwrite=overwrite)
     with scratch_folder(target.parent, target.name) as scratch:
         new = scratch / target.name
