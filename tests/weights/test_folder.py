@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def with_frozen_parts_of(model: MiniGPT4ForConditionalGeneration, seed: int) -> MiniGPT4ForConditionalGeneration:
     """A model of the same frozen parts whose joining parts are others."""
     other = tiny_chat.model(seed)
-    frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
-    other.load_state_dict(frozen, strict=False)
+    joining = {name: p for name, p in other.state_dict().items() if other.get_parameter(name).requires_grad}
+    other.load_state_dict({**model.state_dict(), **joining})
     return other
 
 
