@@ -15,18 +15,22 @@ from typing import Any, cast
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from minigpt4.errors import ContextOverflowError, PromptError, UsageError
+from minigpt4.errors import ContextOverflowError, PromptError
+from minigpt4.generation import AnswerWriter, generation_options
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing.pictures import PictureSource, content_hash, open_image
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from minigpt4.processing.prompts import template as template_named
-
-DEFAULT_MAX_NEW_TOKENS = 300
-"""As the original's demo."""
 
 
 @dataclass
@@ -151,7 +155,8 @@ class ChatSession:
         Args:
             question: Any text.
             options: `max_new_tokens` (default 300), `num_beams`, `temperature` (0, the default, for the likeliest
-                answer), `top_p`, `top_k`, `repetition_penalty`, `length_penalty`, `min_length` (in new tokens), `seed`.
+                answer), `top_p`, `top_k`, `repetition_penalty` (on what is newly said), `length_penalty`,
+                `min_length` (in new tokens), `seed`.
 
         Raises:
             UsageError: An option that does not exist or is out of its range.
@@ -225,7 +230,7 @@ class ChatSession:
 
     def _generate(self, ids: list[int], generation: dict[str, Any]) -> Iterator[str]:
         """Run `generate` in a thread of its own and hand out the text as it comes."""
-        writer = _Writer(self.processor.tokenizer, self.template.stop_strings)
+        writer = AnswerWriter(self.processor.tokenizer, self.template.stop_strings)
         started = time.monotonic()
         pieces: queue.Queue[int | BaseException | None] = queue.Queue()
         thread = threading.Thread(target=self._work, args=(ids, generation, pieces), daemon=True)
@@ -282,9 +287,13 @@ class ChatSession:
         if new := self._pictures[old_pictures:]:
             embeds = torch.stack([self._embed(key, picture) for key, picture in new])
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=embeds)}
-        seed, options = generation["seed"], {k: v for k, v in generation.items() if k != "seed"}
-        if seed is not None:
+        options = dict(generation)
+        if (seed := options.pop("seed")) is not None:
             torch.manual_seed(seed)
+        if (penalty := options.pop("repetition_penalty", None)) is not None:
+            # Only on what is newly said, as in the original, whose `generate` never sees the prompt's ids.
+            processor = RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=len(ids))
+            inputs["logits_processor"] = LogitsProcessorList([processor])
         input_ids = torch.tensor([ids], device=self.model.device)
         output: list[int] = self.model.generate(
             input_ids=input_ids,
@@ -343,52 +352,6 @@ class ChatSession:
         return stops | ({"stop_strings": strings, "tokenizer": tokenizer} if strings else {})
 
 
-def generation_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Check generation options and complete them for `generate`.
-
-    Raises:
-        UsageError: An option that does not exist or is out of its range.
-    """
-    options = {name: _checked(name, value) for name, value in options.items() if value is not None}
-    generation = {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS, "num_beams": 1, "seed": None, **options}
-    generation["min_new_tokens"] = generation.pop("min_length", None)
-    if generation.pop("temperature", 0) > 0:
-        generation |= {"do_sample": True, "temperature": options["temperature"]}
-        generation.setdefault("top_k", 0)
-    else:
-        generation |= {"do_sample": False, "top_p": None, "top_k": None, "temperature": None}
-    return {name: value for name, value in generation.items() if value is not None or name == "seed"}
-
-
-_WHOLE_NUMBERS = {
-    "max_new_tokens": (1, 100_000),
-    "num_beams": (1, 64),
-    "top_k": (0, 10**9),
-    "min_length": (0, 100_000),
-    "seed": (0, 2**63 - 1),
-}
-_NUMBERS = {
-    "temperature": (0.0, 100.0),
-    "top_p": (0.0, 1.0),
-    "repetition_penalty": (0.01, 100.0),
-    "length_penalty": (-100.0, 100.0),
-}
-
-
-def _checked(name: str, value: object) -> int | float:
-    """Return one option's value in the type that `generate` wants."""
-    ranges = {**_WHOLE_NUMBERS, **_NUMBERS}
-    if name not in ranges:
-        raise UsageError(f"there is no generation option {name}", hint=f"the options are {', '.join(ranges)}")
-    low, high = ranges[name]
-    whole = name in _WHOLE_NUMBERS
-    fits = isinstance(value, int) or not whole
-    if not isinstance(value, int | float) or isinstance(value, bool) or not fits or not low <= value <= high:
-        kind = "a whole number" if whole else "a number"
-        raise UsageError(f"{name} is {value!r}, expected {kind} from {low} to {high}")
-    return value if whole else float(value)
-
-
 def _can_crop(cache: DynamicCache) -> bool:
     """Tell whether the cache can forget its end; layers with a sliding window cannot."""
     return not any(getattr(layer, "is_sliding", False) for layer in cache.layers)
@@ -417,42 +380,3 @@ class _QueueStreamer(BaseStreamer):
 
     def end(self) -> None:
         """The thread says itself when it ends."""
-
-
-class _Writer:
-    """Ids to text as they come: no character cut in half, no stop string, nothing before the first word."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: tuple[str, ...]) -> None:
-        self.tokenizer = tokenizer
-        self.stop_strings = stop_strings
-        self.ids: list[int] = []
-        self.text = ""
-        self.ended = False
-
-    def write(self, token: int) -> str:
-        """Take an id, return the text that is now certain."""
-        self.ids.append(token)
-        return self._new(final=False)
-
-    def end(self) -> str:
-        """Return what was held back."""
-        return self._new(final=True)
-
-    def _new(self, *, final: bool) -> str:
-        if self.ended:
-            return ""
-        # Of one list of ids it makes one string.
-        text = cast(
-            str, self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        ).lstrip()
-        for stop in self.stop_strings:
-            if stop in text:
-                text, self.ended, final = text.partition(stop)[0], True, True
-        if not final:
-            text = text.rstrip("\ufffd")
-            starts = (stop[:n] for stop in self.stop_strings for n in range(len(stop) - 1, 0, -1))
-            text = text.removesuffix(next((start for start in starts if text.endswith(start)), ""))
-        # A later byte can make earlier ones undecodable and so change text that is out; what follows it is still new.
-        new = text.rstrip()[len(self.text) :]
-        self.text += new
-        return new

@@ -20,6 +20,7 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from minigpt4 import __version__, cli
+from minigpt4.cli.running import without_debug
 from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
@@ -282,8 +283,8 @@ def test_debug_shows_the_traceback_wherever_it_stands(
 
 
 def test_debug_after_two_dashes_is_a_word() -> None:
-    assert cli._without_debug(["ask", "--debug", "--", "--debug"]) == (["ask", "--", "--debug"], True)
-    assert cli._without_debug(["ask", "--", "--debug"]) == (["ask", "--", "--debug"], False)
+    assert without_debug(["ask", "--debug", "--", "--debug"]) == (["ask", "--", "--debug"], True)
+    assert without_debug(["ask", "--", "--debug"]) == (["ask", "--", "--debug"], False)
 
 
 # Help, version, lists

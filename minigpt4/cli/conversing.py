@@ -1,0 +1,112 @@
+"""What is typed into `minigpt4 chat`: lines with a history, and the commands that begin with a slash."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minigpt4.cli.pictures import open_all
+from minigpt4.cli.terminal import note
+from minigpt4.errors import StorageError, UsageError
+
+if TYPE_CHECKING:
+    from minigpt4.chat import ChatSession
+
+HELP = """/image PATH  add a picture to the next question
+/undo        take back the last question and its answer
+/reset       begin anew
+/save FILE   write the conversation as JSON (.json) or Markdown
+/help        this list
+/quit        leave; so does Ctrl-D
+Ctrl-C       stop an answer"""
+
+
+def carry_out(session: "ChatSession", line: str) -> bool:
+    """Carry out a line that begins with a slash; False ends the conversation."""
+    name, _, argument = line[1:].strip().partition(" ")
+    argument = argument.strip()
+    match name:
+        case "image" if argument:
+            session.add_image(open_all([os.path.expanduser(argument)], stdin_taken=True)[0])
+            note(f"{argument} belongs to the next question")
+        case "undo":
+            session.undo()
+            note("the last question is taken back")
+        case "reset":
+            session.reset()
+            note("a new conversation")
+        case "save" if argument:
+            _save(session, Path(argument).expanduser())
+            note(f"saved as {argument}")
+        case "quit" | "exit":
+            return False
+        case "help":
+            note(HELP)
+        case "image" | "save":
+            raise UsageError(f"/{name} needs a file", hint=f"for example: /{name} FILE")
+        case _:
+            raise UsageError(f"there is no command /{name}", hint="/help lists the commands")
+    return True
+
+
+def _save(session: "ChatSession", path: Path) -> None:
+    from minigpt4.weights.atomic import write_file
+
+    rows = []
+    for message in session.messages:
+        text = "".join(part["text"] for part in message["content"] if part["type"] == "text")
+        pictures = sum(part["type"] == "image" for part in message["content"])
+        rows.append({"role": message["role"], "pictures": pictures, "text": text})
+    with write_file(path, "w") as file:
+        if path.suffix == ".json":
+            json.dump(rows, file, indent=2, ensure_ascii=False)
+        else:
+            for row in rows:
+                file.write(f"**{row['role']}**{' [picture]' * row['pictures']}: {row['text']}\n\n")
+
+
+def lines() -> Iterator[str]:
+    """Yield what is typed, with line editing and history where a person types, until the end of the input."""
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\r\n") for line in sys.stdin)
+        return
+    on_screen = sys.stdout is not None and sys.stdout.isatty()
+    with _history():
+        while True:
+            try:
+                if not on_screen:
+                    print("> ", end="", file=sys.stderr, flush=True)
+                yield input("> " if on_screen else "")
+            except KeyboardInterrupt:
+                note("\nCtrl-D leaves")
+            except EOFError:
+                note("")
+                return
+
+
+@contextmanager
+def _history() -> Iterator[None]:
+    """Keep what is typed for the next time."""
+    try:
+        import readline
+    except ImportError:  # Windows has line editing of its own
+        yield
+        return
+    from minigpt4.weights.atomic import make_folder
+    from minigpt4.weights.parts import home
+
+    path = home() / "chat_history"
+    try:
+        if path.is_file():
+            readline.read_history_file(path)
+        yield
+    finally:
+        try:
+            make_folder(path.parent)
+            readline.set_history_length(1000)
+            readline.write_history_file(path)
+        except (OSError, StorageError) as error:
+            note(f"what was typed is not kept for the next time: {error}")

@@ -1,0 +1,68 @@
+"""Running the command line: what goes wrong becomes one sentence, a hint and an exit status."""
+
+import logging
+import os
+import sys
+
+import typer
+
+from minigpt4.cli.app import app
+from minigpt4.cli.terminal import complain, forgiving_streams
+from minigpt4.errors import MiniGPT4Error, UsageError
+
+
+def main() -> None:
+    """Run the command line, and turn what goes wrong into one sentence and an exit status."""
+    arguments, debug = without_debug(sys.argv[1:])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    forgiving_streams()
+    try:
+        _run(arguments)
+    except MiniGPT4Error as error:
+        if debug:
+            raise
+        complain(error)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read has enough
+        sys.exit(141)
+    except Exception as error:
+        if debug:
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        complain(MiniGPT4Error(f"unexpected {reason}", hint="--debug shows where"))
+        sys.exit(1)
+
+
+def _run(arguments: list[str]) -> None:
+    """Run a command without the library's own handling of errors, which would write its own words and statuses."""
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("minigpt4", list(arguments)) as context:
+            command.invoke(context)
+    except typer.Exit:
+        return
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        where = getattr(error, "ctx", None)
+        path = where.command_path if where else "minigpt4"
+        if not arguments:
+            print(error.format_message(), file=sys.stderr)  # the help
+            sys.exit(2)
+        message = " ".join(error.format_message().split()).rstrip(".")
+        raise UsageError(message[:1].lower() + message[1:], f"`{path} --help` says what there is") from error
+    finally:
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a broken pipe is still handled
+
+
+def without_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """Take `--debug` out of the arguments, wherever it stands before `--`."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = [argument for argument in arguments[:end] if argument != "--debug"]
+    return options + arguments[end:], len(options) < end

@@ -1,0 +1,89 @@
+"""What the terminal shows beside answers: notices, complaints and progress, all on standard error."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from minigpt4.errors import MiniGPT4Error
+
+
+def note(text: str) -> None:
+    """Tell the person something that is no answer."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def complain(error: MiniGPT4Error) -> None:
+    """Say what went wrong and how to mend it."""
+    print(f"error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+
+
+def quiet() -> None:
+    """Keep the libraries' bars and notices out of the terminal, errors aside; to be called before they load."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def forgiving_streams() -> None:
+    """Let no character that a terminal lacks, and no byte that is not UTF-8, end the program."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
+
+
+@contextmanager
+def parts_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Show fetching and converting on standard error: a bar on a terminal, else a line for each thing done."""
+    tasks: dict[str, Any] = {}
+    with ExitStack() as stack:
+
+        def report(what: str, done: int, total: int) -> None:
+            if not sys.stderr.isatty():
+                if tasks.setdefault(what, done) is done:
+                    note(what)
+                return
+            if not tasks:
+                tasks[""] = stack.enter_context(_bar("download", transient=True))
+            bar = tasks[""]
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total or None)
+            bar.update(tasks[what], completed=done, total=total or None)
+
+        yield report
+
+
+@contextmanager
+def training_bar() -> Iterator[Callable[[Any], None]]:
+    """Show the stages' progress, rate and loss on standard error: bars on a terminal, else a line every 100 steps."""
+    tasks: dict[str, Any] = {}
+    with ExitStack() as stack:
+
+        def report(progress: Any) -> None:  # noqa: ANN401  (training.loop.Progress, which loads torch)
+            figures = f"loss {progress.loss:.3f}  hits {progress.accuracy:.0%}  {progress.seconds:.1f} s a step"
+            if not sys.stderr.isatty():
+                if progress.step % 100 == 0 or progress.step == progress.steps:
+                    note(f"{progress.stage}  {progress.step} of {progress.steps}  {figures}")
+                return
+            if not tasks:
+                tasks[""] = stack.enter_context(_bar("steps", transient=False))
+            bar = tasks[""]
+            if progress.stage not in tasks:
+                tasks[progress.stage] = bar.add_task(progress.stage, total=progress.steps, figures=figures)
+            bar.update(tasks[progress.stage], completed=progress.step, figures=figures)
+
+        yield report
+
+
+def _bar(kind: str, *, transient: bool) -> Any:  # noqa: ANN401  (rich.progress.Progress, which loads here)
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    amount = [DownloadColumn()] if kind == "download" else [MofNCompleteColumn(), TextColumn("{task.fields[figures]}")]
+    columns = [TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn()]
+    return Progress(*columns, console=Console(stderr=True), transient=transient)
