@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from minigpt4.data.nano_mixture import Example, NanoMixture
+from minigpt4.errors import DataError
 from minigpt4.model import EfficientNetLiteModel
 from minigpt4.model.efficientnet_lite import EfficientNetLiteOutput
 from minigpt4.processing.prompts import TEMPLATES
@@ -62,6 +63,8 @@ class Batches(Dataset[dict[str, Any]]):
         examples = [self._example(step, row) for row in range(self.batch_size)]
         if self.objective == "words":
             examples = [example for example in examples if example.caption]
+            if not examples:
+                raise DataError(f"no example of step {step} has a caption", hint="lower share_unsure for this stage")
         batch: dict[str, Any] = {"vision_outputs": self._see(examples)}
         batch |= self._words(examples) if self.objective == "words" else self._conversations(examples)
         return batch

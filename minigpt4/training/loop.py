@@ -25,6 +25,7 @@ from minigpt4.training.checkpoint import (
 )
 from minigpt4.training.objectives import OBJECTIVES
 from minigpt4.training.recipe import Recipe, StageRecipe
+from minigpt4.weights.atomic import write_file
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -97,6 +98,7 @@ def train(
     if position is not None:
         load_trained(recipe.output, model)
     start = position or Position(stage=0, step=0)
+    _forget_metrics_after(recipe, start)
     model.train()
     for number, stage in enumerate(recipe.stages[start.stage :], start.stage):
         first = start.step if number == start.stage else 0
@@ -105,6 +107,23 @@ def train(
             load_optimizer(recipe.output, model, optimizer)
         _train_stage(recipe, number, first, model, optimizer, batches(number, stage), report)
     model.eval()
+
+
+def _forget_metrics_after(recipe: Recipe, position: Position) -> None:
+    """Drop the figures of steps that will be taken again, and a last line that was cut off."""
+    path = metrics_path(recipe.output)
+    if not path.exists():
+        return
+    numbers = {stage.name: number for number, stage in enumerate(recipe.stages)}
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            break
+        figures = json.loads(line)
+        if (numbers[figures["stage"]], figures["step"]) <= (position.stage, position.step):
+            kept.append(line)
+    with write_file(path, "w") as file:
+        file.writelines(kept)
 
 
 def _train_stage(
@@ -135,7 +154,7 @@ def _train_stage(
         now = time.monotonic()
         progress = Progress(stage.name, step + 1, stage.steps, loss, rate, now - started, accuracy)
         started = now
-        with (recipe.output / METRICS_FILE).open("a", encoding="utf-8") as file:
+        with metrics_path(recipe.output).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(progress)) + "\n")
         report(progress)
         if (step + 1) % recipe.checkpoint_steps == 0 and step + 1 < stage.steps:

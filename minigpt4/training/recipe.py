@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from minigpt4.errors import ConfigError
 
@@ -57,6 +57,14 @@ class Recipe(_Section):
     checkpoint_steps: int = Field(50, gt=0)
     workers: int = Field(1, ge=0)
 
+    @field_validator("stages")
+    @classmethod
+    def _have_names_of_their_own(cls, stages: list[StageRecipe]) -> list[StageRecipe]:
+        names = [stage.name for stage in stages]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two stages have the name {twice[0]!r}")
+        return stages
+
 
 def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe.
@@ -71,9 +79,13 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
+        raise ConfigError(
+            f"cannot read the recipe {path}: {error.strerror}", hint="recipes/ in the source tree holds some to copy"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"{path} is not YAML: {' '.join(str(error).split())}", hint="mend that line, or copy a file from recipes/"
+        ) from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no keys", hint="copy one of the files in recipes/")
     for override in overrides or []:
@@ -99,7 +111,9 @@ def _set(content: dict[str, Any], override: str) -> None:
             place = place[int(name)] if isinstance(place, list) else place.setdefault(name, {})
         place[int(last) if isinstance(place, list) else last] = read
     except (ValueError, IndexError, TypeError, AttributeError) as error:
-        raise ConfigError(f"--set {key}: the recipe has no such place") from error
+        raise ConfigError(
+            f"--set {key}: the recipe has no such place", hint="stages are counted from 0: --set stages.0.steps=100"
+        ) from error
 
 
 def _explain(path: Path, error: ValidationError) -> ConfigError:
@@ -107,7 +121,9 @@ def _explain(path: Path, error: ValidationError) -> ConfigError:
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
-        return ConfigError(f"{path}: {place}: {first['msg']}")
+        reason = first["msg"].removeprefix("Value error, ")
+        return ConfigError(f"{path}: {place}: {reason}", hint=f"the value there is {first['input']!r}"[:200])
     known = sorted({*Recipe.model_fields, *DataRecipe.model_fields, *StageRecipe.model_fields})
     near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-    return ConfigError(f"{path}: unknown key {place}", hint=f"did you mean {near[0]}?" if near else "")
+    hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
+    return ConfigError(f"{path}: unknown key {place}", hint=hint)

@@ -78,6 +78,20 @@ def test_a_run_torn_down_at_any_step_ends_like_one_that_was_not(checkpoint_steps
         assert len(rest) <= 6 - stop_after + checkpoint_steps
 
 
+def test_after_a_resume_every_step_has_one_line_of_figures(tmp_path: Path) -> None:
+    recipe = toy.recipe(tmp_path, checkpoint_steps=2)
+    for stop_after in (1, 3):
+        with pytest.raises(PowerFailureError):
+            trained(recipe, stop_after)
+    with metrics_path(tmp_path).open("a") as file:
+        file.write('{"stage": "fir')  # the power failed in the middle of a line
+
+    trained(recipe)
+
+    lines = [json.loads(line) for line in metrics_path(tmp_path).read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in lines] == [(s, n) for s in ("first", "second") for n in (1, 2, 3)]
+
+
 def test_a_run_torn_down_twice_ends_like_one_that_was_not(tmp_path: Path) -> None:
     whole, _ = trained(toy.recipe(tmp_path / "whole", checkpoint_steps=1))
     recipe = toy.recipe(tmp_path / "torn", checkpoint_steps=1)
