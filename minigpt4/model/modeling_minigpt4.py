@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, Blip2QFormerModel, Blip2VisionModel, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_minigpt4 import PARTS, MiniGPT4Config
 from .efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
@@ -138,6 +139,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         """The encoder of a modality, of which there is one: the vision encoder for `"image"`."""
         return self.vision_model if modality == "image" else super().get_encoder(modality=modality)
 
+    @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> MiniGPT4ImageFeatures:
         """Read pictures into the language model's embedding space.
 
@@ -150,7 +152,6 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
 
         Source: `encode_img` of the original.
         """
-        kwargs.pop("return_dict", None)
         vision_outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)
         return self.align_image_features(vision_outputs, **kwargs)
 
@@ -205,6 +206,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
             )
         return places.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -215,7 +217,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
-    ) -> MiniGPT4ModelOutput | tuple[Any, ...]:
+    ) -> MiniGPT4ModelOutput:
         """Read text and pictures.
 
         Args:
@@ -238,12 +240,10 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         features: Any = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and features is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs")
-        return_dict = kwargs.pop("return_dict", True)
-
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
-            features = self.get_image_features(pixel_values)
+            features = self.get_image_features(pixel_values, return_dict=True)
         image_embeds = None
         if features is not None:
             image_embeds = features.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -258,12 +258,13 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        output = MiniGPT4ModelOutput(**outputs, image_hidden_states=image_embeds)
-        return output if return_dict else output.to_tuple()
+        return MiniGPT4ModelOutput(**outputs, image_hidden_states=image_embeds)
 
 
 class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin):
     """A MiniGPT-4 that answers."""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012  (the library's own form)
 
     def __init__(self, config: MiniGPT4Config) -> None:
         super().__init__(config)
@@ -289,9 +290,10 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         """The language head."""
         return self.lm_head
 
+    @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> MiniGPT4ImageFeatures:
         """See `MiniGPT4Model.get_image_features`."""
-        return self.model.get_image_features(pixel_values, **kwargs)
+        return self.model.get_image_features(pixel_values, return_dict=True, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the library's, and `mm_encoder_outputs` stays as it was: beams there repeat the pictures in place."""
@@ -300,6 +302,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             kwargs["mm_encoder_outputs"] = {modality: type(output)(**output) for modality, output in features.items()}
         return super().generate(*args, **kwargs)  # type: ignore[misc]  # the mixin types `self` by a protocol
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -312,7 +315,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
-    ) -> MiniGPT4CausalLMOutput | tuple[Any, ...]:
+    ) -> MiniGPT4CausalLMOutput:
         """Predict the next word at every place; see `MiniGPT4Model.forward` for the inputs.
 
         Args:
@@ -327,7 +330,6 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             mm_encoder_outputs: As there.
             kwargs: For the language model and the loss (`num_items_in_batch`).
         """
-        return_dict = kwargs.pop("return_dict", True)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -336,6 +338,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -343,7 +346,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
-        output = MiniGPT4CausalLMOutput(
+        return MiniGPT4CausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -351,7 +354,6 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
-        return output if return_dict else output.to_tuple()
 
 
 def _vision_model(config: MiniGPT4Config) -> PreTrainedModel:

@@ -54,7 +54,7 @@ DEFAULT_LIMITS = ImageLimits()
 _CONVERT_HINT = "open it in a picture viewer and save it as JPEG or PNG"
 _SMALLER_HINT = "make it smaller: the model looks at a few hundred pixels a side"
 _DAMAGED_HINT = "open it in a picture viewer and save it again, or fetch it again"
-_SOURCE_HINT = "give a path, a data URL, the bytes of a file, a file opened with 'rb', or a Pillow image"
+_SOURCE_HINT = "name a picture file (in Python also a data URL, bytes, a file opened with 'rb', or a Pillow image)"
 
 _REMOTE = re.compile(r"([a-z][a-z0-9+.-]*)://(?:[^/?#]*@)?([^/?#]*)", re.IGNORECASE)
 _DATA_URL_HEADER_LENGTH = 200
@@ -296,9 +296,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode in _OPAQUE_MODES:
         return image.convert("RGB")
     # Modes I and F say nothing about which number is white.
-    raise ImageError(
-        f"{name} is of Pillow's mode {image.mode}, expected colour or grey", "convert it to mode RGB first"
-    )
+    raise ImageError(f"{name} is of Pillow's mode {image.mode}, expected colour or grey", _CONVERT_HINT)
 
 
 def _rgb_from_16_bit(image: Image.Image) -> Image.Image:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.processing_utils import MultiModalData
+from transformers.utils import logging
 
 from minigpt4.errors import PromptError
 from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
@@ -19,6 +20,10 @@ from minigpt4.processing.prompts import IMAGE_TOKEN, EncodedPrompt, PromptTempla
 
 PICTURE_KEYS = ("image", "path", "url", "base64", "image_url")
 """Where a picture part of a message may hold its picture; an address may be a data URL, nothing is fetched."""
+
+PADDING_OPTIONS = ("padding", "truncation", "max_length", "pad_to_multiple_of")
+
+logger = logging.get_logger(__name__)
 
 
 class MiniGPT4Processor(ProcessorMixin):
@@ -107,11 +112,13 @@ class MiniGPT4Processor(ProcessorMixin):
             continue_final_message: Let the model go on with the last message; only with `tokenize=False`.
             return_assistant_tokens_mask: Add `assistant_masks`.
             return_tensors: `"pt"`, or None for lists.
-            processor_kwargs: Options for tokenizer and image processor (`padding`, ...).
+            processor_kwargs: Options for padding (`padding`, `max_length`, `pad_to_multiple_of`; on the left, where a
+                batch that generates needs it), `truncation` (a conversation longer than `max_length` is refused, never
+                cut: half a picture has no meaning), and the image processor's own.
             kwargs: For the library's own way.
 
         Raises:
-            PromptError: The messages are malformed, or a picture part holds none.
+            PromptError: The messages are malformed, too long for `truncation`, or a picture part holds none.
             ImageError: A picture cannot be opened.
         """
         if not tokenize or chat_template is not None or continue_final_message:
@@ -137,21 +144,48 @@ class MiniGPT4Processor(ProcessorMixin):
             )
             for messages in conversations
         ]
-        inputs = self._pad(prompts, return_tensors)
+        text_options, image_options = self._sorted(processor_kwargs or {})
+        inputs = self._pad(prompts, return_tensors, **text_options)
         pictures = [picture for messages in conversations for picture in pictures_of(messages)]
         if pictures:
-            inputs["pixel_values"] = self.image_processor(pictures, return_tensors=return_tensors).pixel_values
+            pixels = self.image_processor(pictures, return_tensors=return_tensors, **image_options)
+            inputs["pixel_values"] = pixels.pixel_values
         if return_tensors is None and not batched:
             inputs = BatchFeature({k: v[0] if k != "pixel_values" else v for k, v in inputs.items()})
         return inputs if return_dict else inputs["input_ids"]
 
-    def _pad(self, prompts: list[EncodedPrompt], return_tensors: str | None) -> BatchFeature:
-        """Pad on the left, where a batch that generates needs it."""
-        length = max(len(prompt.input_ids) for prompt in prompts)
+    def _sorted(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Part options for padding from the image processor's; the library warns of others, and so does this."""
+        text = {name: value for name, value in options.items() if name in PADDING_OPTIONS}
+        known = self.image_processor.valid_kwargs.__annotations__
+        image = {name: value for name, value in options.items() if name in known and name not in text}
+        for name in options.keys() - text.keys() - image.keys():
+            logger.warning_once(f"{name} is no option of this processor and is ignored")
+        return text, image
+
+    def _pad(
+        self,
+        prompts: list[EncodedPrompt],
+        return_tensors: str | None,
+        padding: bool | str = True,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+    ) -> BatchFeature:
+        """Pad on the left; see `apply_chat_template`."""
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        if truncation and max_length is not None and longest > max_length:
+            raise PromptError(
+                f"a conversation has {longest} tokens, expected at most max_length, {max_length}",
+                hint="leave out its first turns, or raise max_length",
+            )
+        length = (max_length or longest) if padding == "max_length" else longest
+        if pad_to_multiple_of:
+            length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
 
         def padded(values: list[int], filler: int) -> list[int]:
-            return [filler] * (length - len(values)) + values
+            return [filler] * (length - len(values)) + values if padding not in (False, "do_not_pad") else values
 
         data = {
             "input_ids": [padded(prompt.input_ids, pad_id) for prompt in prompts],

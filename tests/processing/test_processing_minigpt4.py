@@ -47,6 +47,49 @@ def tokenized(processor: MiniGPT4Processor, conversation: list[Any], **options: 
     return inputs
 
 
+@pytest.mark.parametrize(
+    ("options", "length"),
+    [
+        ({"padding": "max_length", "max_length": 100}, 100),
+        ({"padding": "max_length", "max_length": 100, "truncation": True, "pad_to_multiple_of": 64}, 128),
+        ({"padding": "longest", "pad_to_multiple_of": 50}, 50),
+    ],
+)
+def test_padding_options_are_kept(options: dict[str, Any], length: int, processor: MiniGPT4Processor) -> None:
+    conversations = [[user("what is this?")], [user("what color is this?")]]
+    whole = [processor.encode(messages).input_ids for messages in conversations]
+
+    inputs = tokenized(processor, conversations, processor_kwargs=options)
+
+    assert [len(row) for row in inputs["input_ids"]] == [length, length]
+    for ids, row, mask in zip(whole, inputs["input_ids"], inputs["attention_mask"], strict=True):
+        assert row[-len(ids) :] == ids
+        assert mask == [0] * (length - len(ids)) + [1] * len(ids)
+
+
+def test_without_padding_every_row_has_its_own_length(processor: MiniGPT4Processor) -> None:
+    conversations = [[user("what is this?")], [user("what color is this?")]]
+
+    inputs = tokenized(processor, conversations, processor_kwargs={"padding": False})
+
+    assert inputs["input_ids"] == [processor.encode(messages).input_ids for messages in conversations]
+
+
+def test_a_conversation_is_never_cut(processor: MiniGPT4Processor) -> None:
+    with pytest.raises(PromptError, match="expected at most max_length, 5"):
+        tokenized(processor, [user("what is this?")], processor_kwargs={"truncation": True, "max_length": 5})
+
+
+def test_image_options_reach_the_image_processor(processor: MiniGPT4Processor) -> None:
+    options = {"do_normalize": False, "do_rescale": False}
+
+    inputs = tokenized(
+        processor, [user("what is this?", tiny_chat.picture())], return_tensors="pt", processor_kwargs=options
+    )
+
+    assert inputs["pixel_values"].max() > 100
+
+
 @pytest.mark.parametrize("tensors", [None, "pt"])
 def test_ids_are_the_templates(tensors: str | None, processor: MiniGPT4Processor) -> None:
     messages = [user("what is this?", tiny_chat.picture()), assistant("a circle"), user("what color?")]
