@@ -51,10 +51,10 @@ class ImageLimits:
 
 DEFAULT_LIMITS = ImageLimits()
 
-_CONVERT_HINT = "open it in a picture viewer and save it as JPEG or PNG"
+_MEND_HINT = "open it in a picture viewer and save it as JPEG or PNG, or fetch it again"
 _SMALLER_HINT = "make it smaller: the model looks at a few hundred pixels a side"
-_DAMAGED_HINT = "open it in a picture viewer and save it again, or fetch it again"
-_SOURCE_HINT = "name a picture file (in Python also a data URL, bytes, a file opened with 'rb', or a Pillow image)"
+_FILE_HINT = "check the path, or name another picture file"
+_SOURCE_HINT = "give a path, a data URL, the bytes of a file, a file opened with 'rb', or a Pillow image"
 
 _REMOTE = re.compile(r"([a-z][a-z0-9+.-]*)://(?:[^/?#]*@)?([^/?#]*)", re.IGNORECASE)
 _DATA_URL_HEADER_LENGTH = 200
@@ -94,11 +94,11 @@ def open_image(source: PictureSource, *, limits: ImageLimits = DEFAULT_LIMITS) -
         return _from_pillow(source, name)
     data = _read(source, name, limits.max_bytes)
     if not data:
-        raise ImageError(f"{name} is empty, expected {ACCEPTED}", _SOURCE_HINT)
+        raise ImageError(f"{name} is empty, expected {ACCEPTED}", "fetch it again, or name another picture file")
     try:
         file = inspect(data)
     except UnreadableFileError as error:
-        raise ImageError(f"{name} {error}", _CONVERT_HINT) from error
+        raise ImageError(f"{name} {error}", _MEND_HINT) from error
     _check_size(file.width, file.height, name, limits)
     return _decode(file, name)
 
@@ -179,12 +179,16 @@ def _read_path(path: str, name: str, max_bytes: int) -> bytes:
         raise ImageError(f"{name} must not be read by this user", "change its permissions (chmod +r)") from error
     except (OSError, ValueError) as error:  # ValueError: a name with a null character or a lone surrogate
         reason = getattr(error, "strerror", None) or "the name is not valid"
-        raise ImageError(f"{name} cannot be opened: {reason}", _SOURCE_HINT) from error
+        raise ImageError(f"{name} cannot be opened: {reason}", _FILE_HINT) from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
-            raise ImageError(f"{name} is {kind}, expected a file", _SOURCE_HINT)
+            if stat.S_ISDIR(status.st_mode):
+                raise ImageError(f"{name} is a folder, expected a file", "name a picture file in it")
+            raise ImageError(
+                f"{name} is a pipe or a device, expected a file",
+                "give - in its place and the picture on standard input",
+            )
         _check_length(status.st_size, name, max_bytes)
         return _read_limited(lambda length: os.read(descriptor, length), name, max_bytes)
     finally:
@@ -220,8 +224,9 @@ def _read_limited(read: Callable[[int], object], name: str, max_bytes: int) -> b
         try:
             part = read(max_bytes + 1 - length)
         except (OSError, ValueError) as error:  # ValueError: a closed file, or text that is not text
-            reason = getattr(error, "strerror", None) or "it is closed, or opened as text"
-            raise ImageError(f"{name} cannot be read: {reason}", _SOURCE_HINT) from error
+            if reason := getattr(error, "strerror", None):
+                raise ImageError(f"{name} cannot be read: {reason}", _FILE_HINT) from error
+            raise ImageError(f"{name} cannot be read: it is closed, or opened as text", _SOURCE_HINT) from error
         if not isinstance(part, bytes):
             raise ImageError(f"{name} gives {type(part).__name__}, expected bytes", _SOURCE_HINT)
         if not part:
@@ -239,7 +244,7 @@ def _check_length(length: int, name: str, max_bytes: int) -> None:
 
 def _check_size(width: int, height: int, name: str, limits: ImageLimits) -> None:
     if not (width > 0 and height > 0):
-        raise ImageError(f"{name} has {width} x {height} pixels, expected at least 1 x 1", _DAMAGED_HINT)
+        raise ImageError(f"{name} has {width} x {height} pixels, expected at least 1 x 1", _MEND_HINT)
     if width * height > limits.max_pixels or max(width, height) > limits.max_side:
         raise ImageError(
             f"{name} has {width} x {height} pixels, expected at most {limits.max_pixels} in all"
@@ -252,7 +257,7 @@ def _decode(file: PictureFile, name: str) -> Image.Image:
     damaged = f"{name} is a {file.format} file that is damaged, cut short or of a kind that is not accepted"
     with _explained(damaged), Image.open(io.BytesIO(file.data), formats=(file.format,)) as image:
         if image.size != (file.width, file.height):
-            raise ImageError(damaged, _DAMAGED_HINT)
+            raise ImageError(damaged, _MEND_HINT)
         return _upright_rgb(image, file.orientation, name)
 
 
@@ -272,7 +277,7 @@ def _explained(message: str) -> Iterator[None]:
     except MemoryError as error:
         raise ImageError("there is not enough memory for a picture of this size", _SMALLER_HINT) from error
     except Exception as error:  # on damaged data a decoder raises whatever its code runs into
-        raise ImageError(message, _DAMAGED_HINT) from error
+        raise ImageError(message, _MEND_HINT) from error
 
 
 def _upright_rgb(image: Image.Image, orientation: int, name: str) -> Image.Image:
@@ -296,7 +301,9 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode in _OPAQUE_MODES:
         return image.convert("RGB")
     # Modes I and F say nothing about which number is white.
-    raise ImageError(f"{name} is of Pillow's mode {image.mode}, expected colour or grey", _CONVERT_HINT)
+    raise ImageError(
+        f"{name} is of Pillow's mode {image.mode}, expected colour or grey", "convert it to mode RGB first"
+    )
 
 
 def _rgb_from_16_bit(image: Image.Image) -> Image.Image:
