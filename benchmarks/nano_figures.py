@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--imagenet", type=Path)
     parser.add_argument("--sprites", type=Path)
     parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--only", nargs="*", default=[""], help="tasks whose names hold one of these")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     n = arguments.count
@@ -140,6 +141,8 @@ def main() -> None:
     chat = ChatSession(*load(arguments.model))
     results = {}
     for task, items in tasks.items():
+        if not any(part in task for part in arguments.only):
+            continue
         started = time.monotonic()
         results[task] = result = measure(chat, items)
         print(f"{task}: {result['right']} of {result['of']}, without the picture {result['blind']}", flush=True)

@@ -17,7 +17,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils.generic import ModelOutput
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 
 @strict
@@ -37,6 +37,8 @@ class EfficientNetLiteConfig(PreTrainedConfig):
         feature_stages: Stages (counted from 0) whose maps become tokens, finest first; every coarser map is
             repeated to the finest one's grid.
         feature_scales: One factor a stage in `feature_stages`; brings the maps to a root mean square near 1.
+        color_bins: Levels of red, green and blue each in a token's colour histogram, which has `color_bins ** 3`
+            channels; 0 for none. The deeper maps of a classifier keep what a thing is and lose its colour.
         position_channels: Channels of each token that say where it is; a multiple of 4.
         num_concepts: The best so many classes are told as words; 0 for none.
         concept_length: Word pieces a class name may take.
@@ -58,6 +60,7 @@ class EfficientNetLiteConfig(PreTrainedConfig):
     num_classes: int = 1000
     feature_stages: list[int] | tuple[int, ...] = (4, 6)
     feature_scales: list[float] | tuple[float, ...] = (1.0, 1.0)
+    color_bins: int = 4
     position_channels: int = 16
     num_concepts: int = 4
     concept_length: int = 4
@@ -76,8 +79,9 @@ class EfficientNetLiteConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Width of a token: the channels of the chosen maps, and those of the position."""
-        return sum(self.stage_channels[stage] for stage in self.feature_stages) + self.position_channels
+        """Width of a token: the channels of the chosen maps, of the colours and of the position."""
+        maps = sum(self.stage_channels[stage] for stage in self.feature_stages)
+        return maps + self.color_bins**3 + self.position_channels
 
     @property
     def num_patches(self) -> int:
@@ -103,12 +107,14 @@ class EfficientNetLiteOutput(ModelOutput):
         logits: `(batch, num_classes)`.
         concept_embeds: `(batch, num_concept_tokens, concept_size)`: the word pieces of the best classes, best first,
             each scaled by its class's probability; None where the configuration asks for none.
+        hidden_states: The stem's map and each stage's, `(batch, channels, height, width)`, where asked for.
     """
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
     logits: Tensor | None = None
     concept_embeds: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class SamePadConv2d(nn.Conv2d):
@@ -195,16 +201,22 @@ class EfficientNetLiteModel(PreTrainedModel):
         if isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> EfficientNetLiteOutput:
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None, **kwargs: Any
+    ) -> EfficientNetLiteOutput:
         """See `EfficientNetLiteOutput`.
 
         Args:
             pixel_values: `(batch, 3, image_size, image_size)`, RGB, normalised with mean 127/255, deviation 128/255.
+            output_hidden_states: Whether to return the maps; by default as the configuration says.
             kwargs: Options of attention models (`output_attentions`, ...); a network of convolutions has none.
         """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         # Twice as fast on a CPU as the default layout.
         pixel_values = pixel_values.to(self.classifier.weight.dtype, memory_format=torch.channels_last)
-        x = self.stem(pixel_values)
+        stem = x = self.stem(pixel_values)
         maps = []
         for stage in self.stages:
             x = stage(x)
@@ -212,27 +224,44 @@ class EfficientNetLiteModel(PreTrainedModel):
         pooled = self.head(x).mean(dim=(2, 3))
         logits = self.classifier(pooled)
         return EfficientNetLiteOutput(
-            last_hidden_state=self._tokens([maps[stage] for stage in self.config.feature_stages]),
+            last_hidden_state=self._tokens([maps[stage] for stage in self.config.feature_stages], pixel_values),
             pooler_output=pooled,
             logits=logits,
             concept_embeds=self.concepts(logits) if self.config.num_concepts else None,
+            hidden_states=(stem, *maps) if output_hidden_states else None,
         )
 
-    def _tokens(self, maps: list[Tensor]) -> Tensor:
-        """Lay the maps over one another on the finest grid, add the position: `(batch, tokens, hidden_size)`."""
+    def _tokens(self, maps: list[Tensor], pixel_values: Tensor) -> Tensor:
+        """Lay the maps over one another on the finest grid, add colour and position: `(batch, tokens, hidden_size)`."""
         batch, _, height, width = maps[0].shape
-        scaled = [
+        layers = [
             nn.functional.interpolate(x * scale, size=(height, width), mode="nearest")
             for x, scale in zip(maps, self.config.feature_scales, strict=True)
         ]
+        if self.config.color_bins:
+            layers.append(_color_histograms(pixel_values, self.config.color_bins, height, width))
         position = _position_code(height, width, self.config.position_channels, maps[0])
-        return torch.cat([*scaled, position.expand(batch, -1, -1, -1)], dim=1).flatten(2).transpose(1, 2)
+        return torch.cat([*layers, position.expand(batch, -1, -1, -1)], dim=1).flatten(2).transpose(1, 2)
 
     def concepts(self, logits: Tensor) -> Tensor:
         """Word pieces of the best classes, scaled by probability: `(batch, num_concept_tokens, concept_size)`."""
         best = logits.float().softmax(dim=-1).topk(self.config.num_concepts, dim=-1)
         words = self.concept_embeddings(best.indices) * best.values.unsqueeze(-1).to(logits.dtype)
         return words.unflatten(-1, (self.config.concept_length, self.config.concept_size)).flatten(1, 2)
+
+
+def _color_histograms(pixel_values: Tensor, bins: int, height: int, width: int) -> Tensor:
+    """How much of each place has which colour: `(batch, bins ** 3, height, width)`.
+
+    A pixel is shared between the two nearest levels of each of red, green and blue (Swain and Ballard 1991, with linear
+    shares), so the histogram changes smoothly with the colour. Scaled to a root mean square of 1 for a plain place.
+    """
+    colors = (nn.functional.avg_pool2d(pixel_values, 2) + 1).clamp(0, 2) / 2
+    levels = torch.linspace(0, 1, bins, device=colors.device, dtype=colors.dtype).view(1, 1, bins, 1, 1)
+    shares = (1 - (colors.unsqueeze(2) - levels).abs() * (bins - 1)).clamp(min=0)
+    red, green, blue = shares.unbind(1)
+    joint = torch.einsum("brhw,bghw,bchw->brgchw", red, green, blue).flatten(1, 3)
+    return nn.functional.adaptive_avg_pool2d(joint, (height, width)) * bins**1.5
 
 
 def _position_code(height: int, width: int, channels: int, like: Tensor) -> Tensor:

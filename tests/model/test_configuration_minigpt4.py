@@ -92,6 +92,6 @@ def test_positions_need_a_multiple_of_four_channels() -> None:
         EfficientNetLiteConfig(position_channels=6)
 
 
-def test_lite0_gives_196_tokens_of_448_channels() -> None:
+def test_lite0_gives_196_tokens_of_512_channels() -> None:
     config = EfficientNetLiteConfig()
-    assert (config.num_patches, config.hidden_size, config.num_concept_tokens) == (196, 448, 16)
+    assert (config.num_patches, config.hidden_size, config.num_concept_tokens) == (196, 512, 16)

@@ -68,7 +68,7 @@ def test_token_in_raster_order_moves_when_its_square_of_the_picture_does(corner:
     assert {int(place) for place in moved.nonzero()} <= {4 * a + b for a in (y - 1, y) for b in (x - 1, x)}
 
 
-def test_channels_are_the_scaled_maps_finest_first_then_the_position() -> None:
+def test_channels_are_the_scaled_maps_finest_first_then_colour_then_the_position() -> None:
     model = encoder()
     maps = []
     for stage in model.stages:
@@ -77,7 +77,7 @@ def test_channels_are_the_scaled_maps_finest_first_then_the_position() -> None:
         tokens = model(tiny.pictures(2)).last_hidden_state
     fine, coarse = maps
     assert (fine.shape, coarse.shape) == ((2, 8, 8, 8), (2, 16, 4, 4))
-    assert tokens.shape == (2, 64, 8 + 16 + 8) == (2, model.config.num_patches, model.config.hidden_size)
+    assert tokens.shape == (2, 64, 8 + 16 + 64 + 8) == (2, model.config.num_patches, model.config.hidden_size)
     grid = tokens.transpose(1, 2).unflatten(2, (8, 8))
     assert torch.equal(grid[:, :8], fine)
     assert torch.equal(grid[:, 8:24], 0.5 * coarse.repeat_interleave(2, 2).repeat_interleave(2, 3))
@@ -86,12 +86,72 @@ def test_channels_are_the_scaled_maps_finest_first_then_the_position() -> None:
             row, column = math.pi * (y + 0.5) / 8, math.pi * (x + 0.5) / 8
             angles = torch.tensor([row, 2 * row, column, 2 * column])
             code = torch.cat([angles[:2].sin(), angles[:2].cos(), angles[2:].sin(), angles[2:].cos()])
-            torch.testing.assert_close(grid[0, 24:, y, x], code, rtol=0.0, atol=1e-5)
+            torch.testing.assert_close(grid[0, 88:, y, x], code, rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("color", "shares"),
+    [
+        ((0.0, 0.0, 0.0), {(0, 0, 0): 1.0}),
+        ((1.0, 0.0, 0.0), {(3, 0, 0): 1.0}),
+        ((1 / 3, 2 / 3, 1.0), {(1, 2, 3): 1.0}),
+        ((0.5, 0.0, 1.0), {(1, 0, 3): 0.5, (2, 0, 3): 0.5}),
+        ((0.25, 1.0, 0.25), {(0, 3, 0): 1 / 16, (0, 3, 1): 3 / 16, (1, 3, 0): 3 / 16, (1, 3, 1): 9 / 16}),
+    ],
+)
+def test_a_plain_place_shares_its_colour_between_the_nearest_levels(
+    color: tuple[float, float, float], shares: dict[tuple[int, int, int], float]
+) -> None:
+    expected = torch.zeros(4, 4, 4)
+    for levels, share in shares.items():
+        expected[levels] = share
+    pixels = (2 * torch.tensor(color) - 1).view(1, 3, 1, 1).expand(1, 3, 16, 16)
+    with torch.no_grad():
+        tokens = encoder()(pixels).last_hidden_state
+    torch.testing.assert_close(tokens[0, :, 24:88], 8 * expected.flatten().expand(64, -1), rtol=0.0, atol=1e-5)
+
+
+def test_colours_are_counted_where_they_are() -> None:
+    pixels = torch.full((1, 3, 16, 16), -1.0)
+    pixels[:, 0, 2:4, 4:6] = 1.0  # a red square over the place in row 1, column 2
+    with torch.no_grad():
+        tokens = encoder()(pixels).last_hidden_state[0, :, 24:88]
+    red, black = 3 * 16, 0
+    assert tokens[:, red].nonzero().flatten().tolist() == [8 + 2]
+    assert tokens[10, red] == 8 and tokens[10, black] == 0 and tokens[9, black] == 8
+
+
+def test_maps_of_the_stem_and_of_every_stage_can_be_had() -> None:
+    model = encoder()
+    with torch.no_grad():
+        plain = model(tiny.pictures(2))
+        output = model(tiny.pictures(2), output_hidden_states=True)
+        assert plain.hidden_states is None
+        assert [tuple(map_.shape) for map_ in output.hidden_states] == [(2, 8, 8, 8), (2, 8, 8, 8), (2, 16, 4, 4)]
+        assert torch.equal(model.stages[1](output.hidden_states[1]), output.hidden_states[2])
+        model.config.output_hidden_states = True
+        assert len(model(tiny.pictures(2)).hidden_states) == 3
+        assert model(tiny.pictures(2), output_hidden_states=False).hidden_states is None
+
+
+def test_tuple_output_begins_with_the_tokens() -> None:
+    model = encoder()
+    with torch.no_grad():
+        named, plain = model(tiny.pictures(1)), model(tiny.pictures(1), return_dict=False)
+    assert isinstance(plain, tuple) and len(plain) == 4
+    assert torch.equal(plain[0], named.last_hidden_state)
+
+
+def test_without_colour_bins_there_are_no_colours() -> None:
+    model = encoder(color_bins=0)
+    with torch.no_grad():
+        tokens = model(tiny.pictures(1)).last_hidden_state
+    assert tokens.shape[-1] == model.config.hidden_size == 8 + 16 + 8
 
 
 def test_no_two_places_have_the_same_position_code() -> None:
     with torch.no_grad():
-        code = encoder()(torch.zeros(1, 3, 16, 16)).last_hidden_state[0, :, 24:]
+        code = encoder()(torch.zeros(1, 3, 16, 16)).last_hidden_state[0, :, 88:]
     distance = torch.cdist(code, code) + 9 * torch.eye(64)
     assert distance.min() > 0.1
 

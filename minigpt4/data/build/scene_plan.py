@@ -11,8 +11,8 @@ from minigpt4.data.build.scene_shapes import LOOKALIKES, SHAPES
 from minigpt4.data.build.sprite_names import NEAR_NAMES
 from minigpt4.data.build.sprites import Concept, Drawing, Sprites
 
-_COUNT_SHARES = (0.25, 0.25, 0.23, 0.15, 0.07, 0.05)
-_MODES = {"alike": 0.34, "colours": 0.20, "kinds": 0.46}
+_COUNT_SHARES = (0.29, 0.27, 0.24, 0.11, 0.05, 0.04)
+_MODES = {"alike": 0.50, "colours": 0.15, "kinds": 0.35}
 _SPRITE_SHARES = {0.0: 0.45, 1.0: 0.40, 0.5: 0.15}
 _ABSENT = 6
 _NEAR: dict[str, set[str]] = {}

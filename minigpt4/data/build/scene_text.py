@@ -14,6 +14,11 @@ from minigpt4.data.build.scene_words import NUMBERS, article, listing
 _PRONOUN_SHARE = 0.8
 _OPEN_SHARE = 0.7
 _REPEATABLE = ("exists", "count", "colour")
+_OPENER_SHARE = 0.5
+_OPENERS = ("name", "describe", "count_total")
+_WEIGHTS = {"name": 2.0, "describe": 2.0, "count": 3.0, "colour": 3.0, "count_total": 1.5, "exists": 1.5, "kinds": 0.5,
+            "colours": 0.5, "identify": 0.3, "compare": 0.2, "size": 0.2, "position": 0.2}  # fmt: skip
+"""How often a task is asked; 1 where none is named. What a small model cannot learn is asked rarely."""
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
@@ -49,17 +54,23 @@ def dialogue(scene: Scene, rng: np.random.Generator, turns: int) -> list[tuple[s
     Returns:
         Questions with their answers.
     """
-    pool = questions(scene, rng)
-    openers = [item for item in pool if item[0] in ("name", "describe", "count_total")]
-    rest = [item for item in pool if item[0] not in ("name", "describe")]
+    pool = _by_weight(questions(scene, rng), rng)
+    openers = [item for item in pool if item[0] in _OPENERS] if rng.random() < _OPENER_SHARE else pool
+    first = openers[0]
     follow_ups = _shuffled(_pronouns(scene, rng), rng)[:2] if rng.random() < _PRONOUN_SHARE else []
     asked = {task for task, _, _ in follow_ups}
-    others = [item for item in _shuffled(rest, rng) if item[0] not in asked]
-    chosen = [openers[int(rng.integers(len(openers)))]]
-    for item in follow_ups + others:
+    chosen = [first]
+    for item in follow_ups + [item for item in pool if item[0] not in asked | {"name", "describe"}]:
         if len(chosen) < turns and _is_new(item, chosen):
             chosen.append(item)
     return [(question, answer) for _, question, answer in chosen[:turns]]
+
+
+def _by_weight(items: list[Item], rng: np.random.Generator) -> list[Item]:
+    """Shuffle, tasks of a larger weight towards the front; a task with many items weighs no more than with one."""
+    sizes = Counter(task for task, _, _ in items)
+    keys = [rng.random() ** (sizes[task] / _WEIGHTS.get(task, 1.0)) for task, _, _ in items]
+    return [item for _, item in sorted(zip(keys, items, strict=True), key=lambda pair: -pair[0])]
 
 
 def _shuffled(items: list[Item], rng: np.random.Generator) -> list[Item]:
