@@ -55,9 +55,13 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401  (whatever the name stands fo
     return found
 
 
-def _register() -> None:
-    """Make transformers' Auto classes and pipelines know this package's classes; importing does it."""
-    if not any(name.startswith(f"{__name__}.") and _is_loading(module) for name, module in list(sys.modules.items())):
+def _register(finished: str = "") -> None:
+    """Make transformers' Auto classes and pipelines know this package's classes; importing does it.
+
+    While a module of this package loads, other than the one that just `finished`, the rest has to wait for it.
+    """
+    ours = [name for name in sys.modules if name.startswith(f"{__name__}.") and name != finished]
+    if not any(_is_loading(sys.modules[name]) for name in ours):
         import_module(f"{__name__}.weights.folder")
 
 

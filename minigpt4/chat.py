@@ -290,14 +290,15 @@ class ChatSession:
         options = dict(generation)
         if (seed := options.pop("seed")) is not None:
             torch.manual_seed(seed)
-        if (penalty := options.pop("repetition_penalty", None)) is not None:
-            # Only on what is newly said, as in the original, whose `generate` never sees the prompt's ids.
-            processor = RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=len(ids))
-            inputs["logits_processor"] = LogitsProcessorList([processor])
+        # Only on what is newly said, as in the original, whose `generate` never sees the prompt's ids. The library
+        # lets this one take the place of its own, which would count them.
+        penalty = options.pop("repetition_penalty", self.model.generation_config.repetition_penalty or 1.0)
+        processor = RepetitionPenaltyLogitsProcessor(float(penalty), prompt_ignore_length=len(ids))
         input_ids = torch.tensor([ids], device=self.model.device)
         output: list[int] = self.model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
+            logits_processor=LogitsProcessorList([processor]),
             stopping_criteria=StoppingCriteriaList([_Cancelled(self._cancelled)]),
             streamer=streamer,
             **inputs,

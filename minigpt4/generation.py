@@ -51,7 +51,9 @@ def _checked(name: str, value: object) -> int | float:
     fits = isinstance(value, int) or not whole
     if not isinstance(value, int | float) or isinstance(value, bool) or not fits or not low <= value <= high:
         kind = "a whole number" if whole else "a number"
-        raise UsageError(f"{name} is {value!r}, expected {kind} from {low} to {high}")
+        raise UsageError(
+            f"{name} is {value!r}, expected {kind} from {low} to {high}", "leave it out for the usual answer"
+        )
     return value if whole else float(value)
 
 

@@ -1,5 +1,6 @@
 """A conversation is streamed, remembered, taken back and stopped, and no cache changes a word of it."""
 
+import string
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -451,14 +452,41 @@ def test_zero_temperature_is_greedy_and_ignores_the_seed(chat: ChatSession) -> N
     assert chat.ask("what is this?", max_new_tokens=NEW, seed=2) == first
 
 
-def test_repetition_penalty_counts_what_is_newly_said_and_not_the_question(chat: ChatSession) -> None:
-    free = chat.ask("what is this?", max_new_tokens=1)
-    chat.reset()
-    # The question holds the very word the answer would begin with: still it may be said once.
-    asked = chat.ask(f"what is this {free} {free}?", max_new_tokens=1)
-    chat.reset()
+def question_that_holds_its_answer(chat: ChatSession) -> tuple[str, str]:
+    """A question that holds the very id its answer begins with, and the text of that id."""
+    for start in range(len(string.ascii_letters)):
+        question = string.ascii_letters[start:] + string.ascii_letters[:start]
+        first = chat.ask(question, max_new_tokens=1)
+        ids = chat.processor.encode(chat.messages[:-1]).input_ids
+        chat.reset()
+        if first and set(chat.processor.tokenizer.encode(first, add_special_tokens=False)) <= set(ids):
+            return question, first
+    raise AssertionError("no question holds its answer")
 
-    assert chat.ask(f"what is this {free} {free}?", max_new_tokens=1, repetition_penalty=50.0) == asked
+
+def test_repetition_penalty_counts_what_is_newly_said_and_not_the_question(
+    chat: ChatSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question, first = question_that_holds_its_answer(chat)
+
+    for beams in (1, 2):
+        assert chat.ask(question, max_new_tokens=1, num_beams=beams, repetition_penalty=50.0) == first
+        chat.reset()
+    # The same where the penalty comes from the model's own settings.
+    monkeypatch.setattr(chat.model.generation_config, "repetition_penalty", 50.0)
+    assert chat.ask(question, max_new_tokens=1) == first
+
+
+def test_repetition_penalty_makes_what_was_said_less_likely(chat: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(**options: Any) -> list[int]:
+        chat.reset()
+        chat.ask("what is this?", max_new_tokens=24, min_length=24, **options)
+        return chat._read.ids[chat.answer.prompt_tokens :]
+
+    free = said()
+    assert len(set(said(repetition_penalty=50.0))) > len(set(free))
+    monkeypatch.setattr(chat.model.generation_config, "repetition_penalty", 50.0)
+    assert said(repetition_penalty=1) == free
 
 
 # -- the cache of pictures

@@ -158,7 +158,7 @@ def test_question_without_quotes_and_in_the_wrong_place_are_recognised(run: Run)
 
 
 def test_ask_needs_both_a_picture_and_a_question(run: Run) -> None:
-    for arguments in ([], ["cat.png"], ["What is it?"]):
+    for arguments in ([], ["cat.png"], ["What is it?"], ["cat.png", "-"]):
         refused(run("ask", *arguments), "a picture and a question")
 
 
@@ -187,11 +187,17 @@ def test_question_that_no_model_can_read_is_told_at_once(run: Run, question: str
         ("--top-p", "2"),
         ("--seed", "-1"),
         ("--min-length", "1.5"),
+        ("--max-new-tokens", "1000000"),
+        ("--temperature", "inf"),
+        ("--repetition-penalty", "0"),
     ],
 )
 def test_number_out_of_range_names_its_option(run: Run, option: str, value: str) -> None:
-    refused(run("ask", "cat.png", "What is it?", option, value), option)
-    refused(run("chat", option, value), option)
+    for command in (["ask", "cat.png", "What is it?"], ["chat"]):
+        result = run(*command, option, value)
+        refused(result)
+        # The command line's own checks say `--top-p`, those of the conversation `top_p`.
+        assert option.lstrip("-") in result.err.splitlines()[0].replace("_", "-")
 
 
 @pytest.mark.parametrize(
@@ -209,6 +215,30 @@ def test_unknown_commands_and_options_are_refused(run: Run) -> None:
     result = run("ask", "cat.png", "What is it?", "--look")
     refused(result, "--look")
     assert "minigpt4 ask --help" in result.err
+
+
+def test_question_that_begins_with_a_dash_is_told_how_to_be_asked(run: Run) -> None:
+    for question in ("-What is it?", "--what is it?"):
+        result = run("ask", "cat.png", question)
+        refused(result, "no such option")
+        assert "put -- before" in result.err
+        refused(run("ask", "cat.png", "-m", "nowhere", "--", question), "nowhere")
+
+
+def test_option_without_its_value_points_to_the_help_of_its_command(run: Run) -> None:
+    result = run("ask", "cat.png", "What is it?", "--model")
+    refused(result, "--model")
+    assert "minigpt4 ask --help" in result.err
+
+
+def test_hints_about_pictures_are_for_a_terminal(run: Run) -> None:
+    Path("empty.png").write_bytes(b"")
+    Path("text.png").write_bytes(b"text")
+    os.mkfifo("pipe")
+    for source in ("empty.png", "text.png", "pipe", ".", "a\0b", "text.png/x", "no.png"):
+        result = run("ask", source, "What is it?")
+        refused(result)
+        assert not any(word in result.err for word in ("Pillow", "bytes", "'rb'", "data URL")), result.err
 
 
 def test_standard_input_can_be_one_picture_and_must_be_one(run: Run) -> None:
@@ -288,6 +318,18 @@ def test_debug_after_two_dashes_is_a_word() -> None:
 
 
 # Help, version, lists
+
+
+def test_group_without_a_command_shows_its_help_on_standard_error(run: Run) -> None:
+    result = run("weights")
+    assert (result.status, result.out) == (2, "")
+    assert "Usage: minigpt4 weights" in result.err
+    refused(run("weights", "frob"), "'frob'")
+
+
+def test_language_model_that_is_no_folder_is_named(run: Run) -> None:
+    for command in (["ask", "cat.png", "What is it?"], ["chat"]):
+        refused(run(*command, "--language-model", "no_such_folder"), "no_such_folder")
 
 
 def test_no_arguments_show_the_help_on_standard_error(run: Run) -> None:

@@ -94,3 +94,22 @@ def test_entry_point_exists(target: str) -> None:
     module, _, function = target.partition(":")
 
     assert callable(getattr(importlib.import_module(module), function))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from minigpt4.processing import MiniGPT4Processor",
+        "from minigpt4.model import MiniGPT4Config",
+        "import minigpt4.processing.prompts, transformers",
+        "import transformers, minigpt4.processing.prompts",
+        "import minigpt4, transformers",
+    ],
+)
+def test_auto_classes_know_ours_after_any_import(statement: str) -> None:
+    check = (
+        "from transformers.models.auto.processing_auto import PROCESSOR_MAPPING as known\n"
+        "print([value.__name__ for value in known._extra_content.values()])"
+    )
+    result = subprocess.run([sys.executable, "-c", f"{statement}\n{check}"], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "['MiniGPT4Processor']"

@@ -21,7 +21,8 @@ app = typer.Typer(
     epilog=examples('minigpt4 ask cat.jpg "What is in this picture?"', "minigpt4 chat cat.jpg"),
 )
 
-weights_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+weights_app = typer.Typer(name="weights", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(weights_app)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -41,3 +42,8 @@ def _options(
     version: Version = False,
 ) -> None:
     """Ask questions about pictures."""
+
+
+@weights_app.callback()
+def _weights() -> None:
+    """Prepare, check, import and export weights."""

@@ -13,6 +13,7 @@ import typer
 
 from minigpt4.cli.app import AsJson, app, examples
 from minigpt4.cli.conversing import carry_out, lines
+from minigpt4.cli.original import CfgPath, GpuId, Options, from_the_original
 from minigpt4.cli.pictures import QUESTION_HINT, open_all
 from minigpt4.cli.terminal import complain, note, parts_bar, quiet
 from minigpt4.errors import MiniGPT4Error, UsageError
@@ -63,11 +64,14 @@ def ask(
     dtype: Dtype = "auto",
     quantize: Quantize = "none",
     language_model: LanguageModel = None,
+    cfg_path: CfgPath = None,
+    options: Options = None,
+    gpu_id: GpuId = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer one question about pictures."""
-    options = _generation(locals())
-    if not pictures:
+    generation = _generation(locals())
+    if not pictures or question == "-":  # standard input is a picture
         raise UsageError("ask needs a picture and a question", QUESTION_HINT)
     check_question(question)
     if os.path.isfile(question):
@@ -75,11 +79,14 @@ def ask(
     check_placement(device, dtype, quantize)
     opened = open_all(pictures)  # before the model: a wrong picture is told at once
     started = time.monotonic()
-    chat = _session(model, options, device=device, dtype=dtype, quantize=quantize, language_model=language_model)
+    model, device, quantize = from_the_original(
+        cfg_path, options, gpu_id, model=model, device=device, quantize=quantize
+    )
+    chat = _session(model, generation, device=device, dtype=dtype, quantize=quantize, language_model=language_model)
     loaded = time.monotonic() - started
     for picture in opened:
         chat.add_image(picture)
-    stream(chat, question, options, show=not as_json)
+    stream(chat, question, generation, show=not as_json)
     if as_json:
         print(json.dumps(_as_json(chat, model, loaded), ensure_ascii=False))
     if chat.answer.finish_reason == "cancelled":
@@ -109,14 +116,20 @@ def chat(
     dtype: Dtype = "auto",
     quantize: Quantize = "none",
     language_model: LanguageModel = None,
+    cfg_path: CfgPath = None,
+    options: Options = None,
+    gpu_id: GpuId = None,
 ) -> None:
     """Hold a conversation; /help in it says more."""
-    options = _generation(locals())
+    generation = _generation(locals())
     if sys.stdin is None:
         raise UsageError("standard input is closed, and chat reads questions from it", "ask answers one question")
     check_placement(device, dtype, quantize)
     opened = open_all(pictures or [], stdin_taken=True)
-    session = _session(model, options, device=device, dtype=dtype, quantize=quantize, language_model=language_model)
+    model, device, quantize = from_the_original(
+        cfg_path, options, gpu_id, model=model, device=device, quantize=quantize
+    )
+    session = _session(model, generation, device=device, dtype=dtype, quantize=quantize, language_model=language_model)
     for picture in opened:
         session.add_image(picture)
     note(f"{model} is ready; /help lists the commands")
@@ -127,7 +140,7 @@ def chat(
                     return
             elif line.strip():
                 check_question(line)
-                stream(session, line, options)
+                stream(session, line, generation)
         except MiniGPT4Error as error:
             complain(error)
 

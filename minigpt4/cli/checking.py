@@ -1,8 +1,36 @@
-"""The commands that look without loading a model: `minigpt4 models`."""
+"""The commands that look without loading a model: `minigpt4 models`, `minigpt4 weights inspect`, `minigpt4 doctor`."""
 
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from minigpt4.cli.app import AsJson, app, examples
+import typer
+
+from minigpt4.cli.app import AsJson, app, examples, weights_app
+from minigpt4.cli.asking import Device, Dtype, Quantize, check_placement
+from minigpt4.cli.terminal import quiet
+from minigpt4.errors import UsageError
+
+if TYPE_CHECKING:
+    from minigpt4.weights.checkup import CheckUp
+    from minigpt4.weights.inspection_kinds import Inspection
+
+MEGABYTE, GIGABYTE = 1e6, 1e9
+LABEL_WIDTH = 14
+
+Beams = Annotated[int, typer.Option("--num-beams", min=1, help="Answers followed at once.")]
+Context = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of conversation and answer; default 2048, or less if it reads less.")
+]
+CheckWeights = Annotated[
+    bool | None,
+    typer.Option(
+        "--check-weights/--no-check-weights", help="Look at the language model's numbers; default up to 1 GB."
+    ),
+]
+WantedModel = Annotated[
+    str, typer.Option("--model", "-m", help="nano, or a model, alignment or language model folder.")
+]
 
 
 @app.command(epilog=examples("minigpt4 models", "minigpt4 models --json"))
@@ -20,3 +48,143 @@ def models(as_json: AsJson = False) -> None:
             licence = part["licence"] or "licence not stated"
             print(f"  {part['role']}: {part['name']}, {licence}, {part['megabytes']} MB, {part['state']}")
         print(f"  memory: about {row['memory_gigabytes']} GB; kept in {row['folder']}")
+
+
+@weights_app.command(
+    epilog=examples("minigpt4 weights inspect pretrained_minigpt4.pth", "minigpt4 weights inspect vicuna-7b --json")
+)
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A file of weights, or a folder with some.")],
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a file or folder of weights is, what it fits and what is missing."""
+    quiet()
+    from minigpt4.weights.inspection import inspect as look_at
+
+    found = look_at(path)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        _print_inspection(found)
+
+
+def _print_inspection(found: "Inspection") -> None:
+    print(f"{found.path}: {found.title}")
+    size = f"{found.bytes / MEGABYTE:,.1f} MB on disk"
+    if found.parameters is not None:
+        size += f", {found.parameters:,} parameters"
+    types = ", ".join(t if len(found.dtypes) == 1 else f"{n:,} in {t}" for t, n in found.dtypes.items())
+    rows = [
+        ("version", found.version),
+        ("sizes", ", ".join(f"{name} {value}" for name, value in found.sizes.items())),
+        ("contents", ", ".join(part for part in (size, types) if part)),
+        ("template", found.template or ""),
+        *(("fits", text) for text in found.fits),
+        *(("missing", text) for text in found.missing),
+        *(("note", text) for text in found.notes),
+    ]
+    _print_rows(rows)
+
+
+def _print_rows(rows: list[tuple[str, str]]) -> None:
+    """Print labels and texts in two columns; a label that repeats is shown once, an empty text not at all."""
+    before = ""
+    for label, text in rows:
+        if text:
+            print(f"  {'' if label == before else label:<{LABEL_WIDTH}}{text}")
+            before = label
+
+
+@app.command(
+    epilog=examples(
+        "minigpt4 doctor",
+        "minigpt4 doctor -m models/minigpt4-7b --device cuda --dtype float16 --num-beams 5",
+        "minigpt4 doctor -m vicuna-7b --check-weights",
+    )
+)
+def doctor(
+    model: WantedModel = "nano",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: Quantize = "none",
+    num_beams: Beams = 1,
+    context: Context = None,
+    check_weights: CheckWeights = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell whether a model will run here, before anything is loaded, and what to change if not."""
+    check_placement(device, dtype, quantize)
+    if not model.strip():
+        raise UsageError("the model's name is empty", "name nano, or a folder")
+    quiet()
+    from minigpt4.weights.checkup import check_up
+
+    found = check_up(
+        model,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        num_beams=num_beams,
+        context=context,
+        check_weights=check_weights,
+    )
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        _print_check_up(found)
+    if found.problems:
+        raise found.problems[0]
+
+
+def _print_check_up(found: "CheckUp") -> None:
+    facts = found.as_dict()
+    right = [library for library in found.libraries if library.fits]
+    named = [f"{library.name} {library.version}" for library in right if library.name in ("torch", "transformers")]
+    rows = [("machine", f"{facts['system']}, {facts['cores']} cores")]
+    rows += [
+        ("devices", f"{device.name}: {device.description}, {_share(device.free, device.total)}")
+        for device in found.devices
+    ]
+    rows.append(("versions", f"minigpt4 {facts['version']}, Python {facts['python']}, {', '.join(named)}"))
+    if found.libraries:
+        rows.append(("versions", f"{len(right)} of {len(found.libraries)} libraries are in their promised ranges"))
+    state = found.cache.problem or f"can be written, {found.cache.free / GIGABYTE:.1f} GB free"
+    rows.append(("cache", f"{found.cache.folder}: {state}"))
+    _print_rows([*rows, *_needs(found), *_weights(found), *(("note", note) for note in found.notes)])
+    _print_rows([("problem", f"{problem.message}; {problem.hint}") for problem in found.problems])
+    if not found.problems:
+        print(f"{found.model.name if found.model else 'the model'} will run here")
+
+
+def _needs(found: "CheckUp") -> list[tuple[str, str]]:
+    """Say what the model needs, part by part."""
+    if found.model is None or found.placement is None or found.need is None:
+        return []
+    wanted = found.placement
+    packed = "" if wanted.quantize == "none" else f", its language model in {wanted.quantize}"
+    beams = "1 beam" if wanted.num_beams == 1 else f"{wanted.num_beams} beams"
+    rows = [
+        ("model", f"{found.model.name} on {wanted.device} in {wanted.dtype}{packed}"),
+        ("model", f"{beams}, {wanted.context} tokens of conversation and answer"),
+    ]
+    rows += [("memory", f"{size / GIGABYTE:7.2f} GB  {what}") for what, size in found.need.on_device.items()]
+    free = found.free[wanted.device]
+    rows.append(("memory", f"{found.need.total / GIGABYTE:7.2f} GB  together; {free / GIGABYTE:.2f} GB are free"))
+    if found.need.loading:
+        free = found.free["cpu"]
+        text = f"of the computer's own while loading; {free / GIGABYTE:.2f} GB are free"
+        rows.append(("memory", f"{found.need.loading / GIGABYTE:7.2f} GB  {text}"))
+    return rows
+
+
+def _weights(found: "CheckUp") -> list[tuple[str, str]]:
+    """Say what a look at the language model's numbers gave."""
+    seen = found.sanity
+    if seen is None or seen.problem:
+        return []
+    text = f"sound: the loss on a plain sentence is {seen.loss:.2f}, guessing costs {seen.chance:.2f}"
+    return [("weights", text), *(("weights", note) for note in seen.notes)]
+
+
+def _share(free: int, total: int) -> str:
+    return f"{free / GIGABYTE:.1f} of {total / GIGABYTE:.1f} GB free"

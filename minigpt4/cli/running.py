@@ -3,10 +3,12 @@
 import logging
 import os
 import sys
+from typing import Any
 
 import typer
 
 from minigpt4.cli.app import app
+from minigpt4.cli.original import spread_options
 from minigpt4.cli.terminal import complain, forgiving_streams
 from minigpt4.errors import MiniGPT4Error, UsageError
 
@@ -42,7 +44,7 @@ def _run(arguments: list[str]) -> None:
     """Run a command without the library's own handling of errors, which would write its own words and statuses."""
     command = typer.main.get_command(app)
     try:
-        with command.make_context("minigpt4", list(arguments)) as context:
+        with command.make_context("minigpt4", spread_options(arguments)) as context:
             command.invoke(context)
     except typer.Exit:
         return
@@ -50,15 +52,23 @@ def _run(arguments: list[str]) -> None:
         if not hasattr(error, "format_message"):
             raise
         where = getattr(error, "ctx", None)
-        path = where.command_path if where else "minigpt4"
-        if not arguments:
-            print(error.format_message(), file=sys.stderr)  # the help
+        message = error.format_message()
+        if where and message == where.get_help():  # a group without a command
+            print(message, file=sys.stderr)
             sys.exit(2)
-        message = " ".join(error.format_message().split()).rstrip(".")
-        raise UsageError(message[:1].lower() + message[1:], f"`{path} --help` says what there is") from error
+        message = " ".join(message.split()).rstrip(".")
+        raise UsageError(message[:1].lower() + message[1:], _usage_hint(arguments, where)) from error
     finally:
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where a broken pipe is still handled
+
+
+def _usage_hint(arguments: list[str], where: Any) -> str:  # noqa: ANN401  (the library's context, or None)
+    """Name the cure of a command line that was not understood."""
+    if any(argument.startswith("-") and " " in argument for argument in arguments):
+        return "put -- before a question that begins with -, and every option before the --"
+    path = where.command_path if where else " ".join(["minigpt4", *arguments[:1]])
+    return f"`{path} --help` says what there is"
 
 
 def without_debug(arguments: list[str]) -> tuple[list[str], bool]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, Blip2QFormerModel, Blip2VisionModel, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -100,14 +101,22 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
     def train(self, mode: bool = True) -> Self:
         """Set training mode, except in parts without a trainable parameter: those stay in evaluation mode.
 
-        A frozen Q-Former would otherwise drop out a tenth of its activations (BLIP-2 was trained with dropout).
+        A frozen Q-Former would otherwise drop out a tenth of its activations (BLIP-2 was trained with dropout). Layers
+        that checkpoint their activations do so in training mode only, so these have it, and what they consist of has
+        not: the way back to the projection leads through the frozen language model.
         """
         super().train(mode)
         for part in PARTS:
             module = getattr(self.base_model, part, None)
             if isinstance(module, nn.Module) and not any(p.requires_grad for p in module.parameters()):
-                module.eval()
+                for inner in module.modules():
+                    checkpoints = isinstance(inner, GradientCheckpointingLayer) and inner.gradient_checkpointing
+                    inner.training = mode and checkpoints
         return self
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        self.train(self.training)
 
 
 class MiniGPT4Model(MiniGPT4PreTrainedModel):

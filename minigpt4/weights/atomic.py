@@ -22,7 +22,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -48,7 +48,9 @@ __all__ = [
     "file_sha256",
     "lock",
     "make_folder",
+    "move_folder",
     "recover",
+    "refuse_existing",
     "require_free_space",
     "scratch_folder",
     "verify_folder",
@@ -112,7 +114,7 @@ def write_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     clean_stale(target.parent)
     # Under the lock: another writer's replacement makes the target vanish for a moment, between two looks at it.
     with storing(target), lock(_previous(target)):
-        _refuse_existing(target, overwrite=overwrite)
+        refuse_existing(target, overwrite=overwrite)
     with scratch_folder(target.parent, target.name) as scratch:
         new = scratch / target.name
         with storing(target):
@@ -192,6 +194,26 @@ def verify_folder(path: Path, *, deep: bool = True) -> Manifest:
     return manifest
 
 
+def move_folder(new: Path, target: Path, known: Mapping[str, FileEntry]) -> None:
+    """Write the manifest of a finished folder and rename it to `target`, which must not exist or be empty.
+
+    Args:
+        new: The folder, on the same file system.
+        target: Where it goes.
+        known: What is known of its files already, by name: they are on the disk and are not read again.
+
+    Raises:
+        StorageError: `target` exists.
+        WeightsError: The folder holds something other than files and folders.
+        OSError: It cannot be written.
+    """
+    _write_manifest(new, known)
+    with lock(_previous(target)):
+        refuse_existing(target, overwrite=False)
+        os.rename(new, target)
+        fsync_folder(target.parent)
+
+
 def recover(target: Path) -> None:
     """Undo or finish a replacement of the folder `target` that a crash interrupted; else do nothing.
 
@@ -245,7 +267,12 @@ def _was_interrupted(target: Path) -> bool:
     return (_previous(target) / MANIFEST_NAME).is_file()
 
 
-def _refuse_existing(target: Path, *, overwrite: bool) -> None:
+def refuse_existing(target: Path, *, overwrite: bool) -> None:
+    """Refuse a target that stands there and may not be replaced.
+
+    Raises:
+        StorageError: `target` is a file, or a folder that is not empty; with `overwrite`, one without a manifest.
+    """
     if not os.path.lexists(target):
         return
     if not target.is_dir():
@@ -266,7 +293,7 @@ def _is_empty(folder: Path) -> bool:
 def _move_in(new: Path, target: Path, scratch: Path, *, overwrite: bool) -> None:
     """Rename `new` to `target`; the caller holds the lock on the replacement of `target`."""
     _recover_locked(target, scratch)
-    _refuse_existing(target, overwrite=overwrite)
+    refuse_existing(target, overwrite=overwrite)
     previous = _previous(target)
     replaces = target.is_dir() and not _is_empty(target)
     if replaces:
@@ -298,11 +325,13 @@ def _discard(previous: Path, scratch: Path) -> None:
     os.rename(previous, scratch / f"discarded-{secrets.token_hex(4)}")
 
 
-def _write_manifest(folder: Path) -> None:
-    """Bring every file and folder to the disk, then the manifest."""
-    files = {}
+def _write_manifest(folder: Path, known: Mapping[str, FileEntry] | None = None) -> None:
+    """Bring every file and folder to the disk, then the manifest; files in `known` are there already."""
+    files = dict(known or {})
     for name in _list_files(folder):
         path = folder / name
+        if name in files:
+            continue
         if path.is_symlink() or not path.is_file():
             message = f"`{name}` is not a plain file, a folder to be written holds files and folders only"
             raise WeightsError(message, "write its content instead")

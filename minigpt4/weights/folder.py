@@ -23,6 +23,8 @@ from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from minigpt4.weights import nano
 from minigpt4.weights.atomic import MANIFEST_NAME, verify_folder, write_folder
+from minigpt4.weights.direct import load_directly
+from minigpt4.weights.hub import hub_folder, is_hub_id
 from minigpt4.weights.parts import home
 
 ALIGNMENT_FILE = "alignment.json"
@@ -52,7 +54,8 @@ def load(
     """Load a model and its processor.
 
     Args:
-        name_or_path: `"nano"`, an alignment folder, or a full folder.
+        name_or_path: `"nano"`, an alignment folder, a full folder, or a full folder's id on the Hugging Face hub
+            (`owner/name` or `owner/name@revision`).
         device: `"auto"` (an accelerator where there is one, else the CPU), `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`.
         dtype: `"auto"` (float32 on the CPU, bfloat16 elsewhere), `"float32"`, `"bfloat16"`, `"float16"`.
         quantize: `"none"`; or `"int8"` or `"nf4"` for the language model, which needs the extra `quant`.
@@ -65,24 +68,27 @@ def load(
 
     Raises:
         WeightsError: There is no such model, or its files are missing, damaged or do not fit each other.
-        DownloadError: A frozen part is not here and cannot be fetched.
+        DownloadError: A frozen part, or a model of the hub, is not here and cannot be fetched.
         ConfigError: The device or the number type does not exist here.
     """
     chosen_device, chosen_dtype = placement(device, dtype)
     options = {"dtype": chosen_dtype, "local_files_only": True, **quantization(quantize, chosen_device)}
     folder = _folder_of(str(name_or_path), report, language_model)
     try:
-        model, loading = MiniGPT4ForConditionalGeneration.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        model: Any = load_directly(folder, chosen_dtype) if quantize == "none" else None
+        unfit: list[str] = []
+        if model is None:
+            model, loading = MiniGPT4ForConditionalGeneration.from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+            # The library would go on with random numbers in their places.
+            unfit = sorted([*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])])
         processor = MiniGPT4Processor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise WeightsError(
             f"{folder} is not a complete model folder: {_first_line(error)}",
             hint="write it again, or name another folder",
         ) from error
-    # The library would go on with random numbers in their places.
-    unfit = sorted([*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])])
     if unfit:
         raise WeightsError(
             f"{folder} is not a complete model folder: tensor {unfit[0]} is missing or of another shape",
@@ -251,6 +257,11 @@ def _folder_of(name: str, report: Report | None, language_model: Path | None) ->
             f"{name} is not a model folder: it has neither config.json nor {ALIGNMENT_FILE}",
             hint="name a folder written by save_pretrained or by minigpt4 train",
         )
+    if not path.exists() and is_hub_id(name):
+        fetched = hub_folder(name)
+        if not (fetched / "config.json").is_file():
+            raise WeightsError(f"{name} on the hub is not a model folder: it has no config.json", "name another model")
+        return fetched
     raise WeightsError(f"there is no model {name!r}", hint="run `minigpt4 models` to see what is here")
 
 
@@ -268,6 +279,9 @@ def built_folder(alignment: Path, report: Report | None, language_model: Path | 
     language_model_dir, vision_weights = nano.frozen_parts(report, language_model)
     if report:
         report("joining the parts", 0, 0)
+    if language_model is not None:  # before it is joined: another model may not even fit
+        trained_with = _read_description(alignment)["language_model"]
+        _compare(trained_with, fingerprint(*nano.read_language_model(language_model_dir)), alignment.name)
     model, tokenizer = nano.assemble(language_model_dir, vision_weights)
     processor = nano.make_processor(model.config, tokenizer)
     apply_alignment(alignment, model, processor)

@@ -5,17 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4.weights.disk import storing
+from minigpt4.weights.needs import FLOAT32_PER_STORED_BYTE, LIBRARIES_BYTES, NANO_PEAK_BYTES
 from minigpt4.weights.parts import EFFICIENTNET_LITE0, SMOLLM2, WheelFile, home, part_path
 
 ALIGNMENT_DIR = Path(__file__).with_name("nano_alignment")
-NANO_MEMORY_GIGABYTES = 1.3
-"""Measured: the peak of `minigpt4 ask` on a CPU in float32."""
-
-FLOAT32_PER_STORED_BYTE = 2
-"""A CPU runs in float32 what is stored in 16 bits, the common case; stored float32 needs half of this."""
-
-LIBRARIES_GIGABYTES = 0.4
-"""Measured: what a process takes with torch and transformers loaded and no weights, rounded up."""
 
 
 def list_models() -> list[dict[str, Any]]:
@@ -43,7 +36,7 @@ def _nano() -> dict[str, Any]:
         "name": "nano",
         "description": "the small default: EfficientNet-Lite0, a Q-Former of 32 queries, SmolLM2-135M-Instruct",
         "parts": [_part("language model", SMOLLM2), _part("vision encoder", EFFICIENTNET_LITE0), alignment],
-        "memory_gigabytes": NANO_MEMORY_GIGABYTES,
+        "memory_gigabytes": _gigabytes(NANO_PEAK_BYTES),
         "folder": str(home()),
     }
 
@@ -75,10 +68,10 @@ def _folder(path: Path) -> dict[str, Any] | None:
     megabytes = _megabytes(path)
     if (path / "alignment.json").is_file():
         kind, weights = "alignment", "alignment.safetensors"
-        memory = NANO_MEMORY_GIGABYTES
+        memory = NANO_PEAK_BYTES
     elif _model_type(path) == "minigpt4":
         kind, weights = "full", "*.safetensors"
-        memory = round(LIBRARIES_GIGABYTES + FLOAT32_PER_STORED_BYTE * megabytes / 1e3, 1)
+        memory = LIBRARIES_BYTES + FLOAT32_PER_STORED_BYTE * round(megabytes * 1e6)
     else:
         return None
     part = {
@@ -92,7 +85,7 @@ def _folder(path: Path) -> dict[str, Any] | None:
         "name": str(path),
         "description": "an alignment over nano's frozen parts" if kind == "alignment" else "a model with all its parts",
         "parts": [part],
-        "memory_gigabytes": memory,
+        "memory_gigabytes": _gigabytes(memory),
         "folder": str(path),
     }
 
@@ -108,3 +101,7 @@ def _model_type(path: Path) -> str | None:
 
 def _megabytes(folder: Path) -> int:
     return round(sum(file.stat().st_size for file in folder.glob("*") if file.is_file()) / 1e6)
+
+
+def _gigabytes(number: int) -> float:
+    return round(number / 1e9, 1)

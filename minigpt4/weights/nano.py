@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
@@ -146,21 +147,41 @@ def convert_language_model(original: Path, target: Path) -> None:
     Args:
         original: A GGUF file, or a folder of the same model from a hub.
         target: An empty folder.
+
+    Raises:
+        WeightsError: The folder holds no language model with its tokenizer, or one of another kind.
     """
     source: dict[str, Any] = {"pretrained_model_name_or_path": original, "local_files_only": True}
     if original.is_file():
         source |= {"pretrained_model_name_or_path": original.parent, "gguf_file": original.name}
-    read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    hint = "name a folder of SmolLM2-135M-Instruct as it comes from a hub"
+    try:
+        read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), "").rstrip(".") or type(error).__name__
+        raise WeightsError(f"{original} is not a folder of a language model: {reason}", hint) from error
+    if read.config.model_type != LlamaConfig.model_type:
+        raise WeightsError(
+            f"{original} holds a language model of kind {read.config.model_type}, expected {LlamaConfig.model_type}",
+            hint,
+        )
     config = LlamaConfig(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
     # A model read from GGUF refuses to be saved ("quantized"); a new one with its tensors does not.
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(target)
+    tokenizer.save_pretrained(target)
     tokenizer_file = target / "tokenizer.json"
     text = tokenizer_file.read_text(encoding="utf-8")
     tokenizer_file.write_text(text.replace(json.dumps(UNUSED_TOKEN), json.dumps(IMAGE_TOKEN)), encoding="utf-8")
+
+
+def read_language_model(folder: Path) -> tuple[Any, Any]:
+    """Read a folder as `convert_language_model` writes it: the model in float32 with its head, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def nano_config(text_config: LlamaConfig, image_token_id: int) -> MiniGPT4Config:
@@ -197,8 +218,7 @@ def assemble(
     Returns:
         The model in float32 and evaluation mode, and its tokenizer.
     """
-    tokenizer: Any = AutoTokenizer.from_pretrained(language_model_dir)
-    language_model: Any = AutoModelForCausalLM.from_pretrained(language_model_dir, dtype=torch.float32)
+    language_model, tokenizer = read_language_model(language_model_dir)
     config = nano_config(language_model.config, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     model = MiniGPT4ForConditionalGeneration(config)
     model.model.language_model.load_state_dict(language_model.model.state_dict())

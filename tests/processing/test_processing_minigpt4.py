@@ -228,6 +228,18 @@ def test_engines_are_told_the_places_of_pictures(processor: MiniGPT4Processor) -
     assert processor._get_num_multimodal_tokens()["num_image_tokens"] == []
 
 
+def test_engines_are_told_which_ids_stand_for_pictures(processor: MiniGPT4Processor) -> None:
+    pictures = [tiny_chat.picture(0), tiny_chat.picture(1)]
+
+    inputs = processor(text="<image>a<image>b", images=pictures, return_mm_token_type_ids=True, return_tensors="pt")
+
+    assert torch.equal(inputs["mm_token_type_ids"] == 1, inputs["input_ids"] == processor.image_token_id)
+    assert int(inputs["mm_token_type_ids"].sum()) == sum(
+        processor._get_num_multimodal_tokens(image_sizes=[(24, 20)] * 2)["num_image_tokens"]
+    )
+    assert processor.image_token_ids == [processor.image_token_id] == [tiny_chat.model().config.image_token_id]
+
+
 def test_saved_processor_comes_back(processor: MiniGPT4Processor, tmp_path: Path) -> None:
     folder = tiny_chat.saved(tmp_path / "full")
 

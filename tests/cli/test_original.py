@@ -1,0 +1,169 @@
+"""`minigpt4 weights import` and `export`, and the original's own options, as a user meets them."""
+
+import io
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers.utils import logging as transformers_logging
+
+from minigpt4 import cli
+from minigpt4.cli.original import spread_options
+from tests.weights import original_files
+
+HEADS = ["vision_config.num_attention_heads=2", "qformer_config.num_attention_heads=2"]
+SET = [word for setting in HEADS for word in ("--set", setting)]
+OF_THE_YAML = [f"model.{setting}" for setting in HEADS]
+YAML = """\
+model:
+  arch: mini_gpt4
+  model_type: pretrain_vicuna
+  low_resource: False
+  llama_model: vicuna
+  ckpt: pretrained_minigpt4.pth
+"""
+
+
+@dataclass
+class Result:
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs a command in this process, in a folder with a small model's files, its YAML and `cat.png`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINIGPT4_HOME", str(tmp_path / "home"))
+    original_files.write(tmp_path)
+    (tmp_path / "eval.yaml").write_text(YAML, encoding="utf-8")
+    Image.new("RGB", (30, 20), "red").save("cat.png")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+    def result(*arguments: str, stdin: str = "") -> Result:
+        monkeypatch.setattr(sys, "argv", ["minigpt4", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
+        capfd.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as error:
+            status = int(error.code or 0)
+        return Result(status, *capfd.readouterr())
+
+    return result
+
+
+def paths() -> list[str]:
+    return ["--vision", "eva_vit_g.pth", "--qformer", "blip2_pretrained_flant5xxl.pth", "--language-model", "vicuna"]
+
+
+def test_import_by_path_prints_the_folder_and_accounts_for_every_tensor(run: Run) -> None:
+    done = run("weights", "import", "-o", "model", *paths(), "--projection", "pretrained_minigpt4.pth", *SET)
+    assert (done.status, done.out) == (0, "model\n")
+    assert "eva_vit_g.pth: 43 tensors used" in done.err
+    assert "blip2_pretrained_flant5xxl.pth: 2 tensors not needed: BLIP-2's own projection" in done.err
+    assert "parameters, prompt template vicuna-v0" in done.err
+    answer = run("ask", "cat.png", "what is this?", "-m", "model", "--max-new-tokens", "2", "--device", "cpu")
+    assert answer.status == 0
+
+
+def test_import_by_yaml_takes_paths_and_settings_from_the_command_line_first(run: Run, tmp_path: Path) -> None:
+    done = run("weights", "import", "-o", "model", "--cfg-path", "eval.yaml", *SET, "--template", "llama-2")
+    assert done.status == 0
+    assert "prompt template llama-2" in done.err
+    (tmp_path / "eval.yaml").write_text(YAML.replace("pretrained", "/path/to/pretrained"), encoding="utf-8")
+    again = run("weights", "import", "-o", "again", "--cfg-path", "eval.yaml", *SET)
+    assert again.status == 2
+    assert again.err.startswith("error: eval.yaml, line 6: `ckpt` is still the placeholder")
+    assert "hint: put the path of" in again.err
+    assert run("weights", "import", "-o", "again", "--cfg-path", "eval.yaml", "--projection",
+               "pretrained_minigpt4.pth", *SET).status == 0  # fmt: skip
+
+
+def test_dry_run_says_what_would_be_and_writes_nothing(run: Run, tmp_path: Path) -> None:
+    done = run("weights", "import", "-o", "model", *paths(), "--dry-run", *SET)
+    assert done.status == 0
+    assert "nothing was written" in done.out
+    assert "the projection is new" in done.err
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "hint"),
+    [
+        ([], "weights import needs --vision", "--cfg-path"),
+        (["--vision", "eva_vit_g.pth"], "weights import needs --language-model", "--cfg-path"),
+        (["--vision", "no.pth", "--language-model", "vicuna"], "--vision no.pth does not exist", "path"),
+        (["--vision", "vicuna", "--language-model", "vicuna"], "expected a vision encoder", "--language-model"),
+        ([*paths(), "--options", "model.x=1"], "there is none", "--set"),
+        ([*paths(), "--set", "vision_config.heads=2"], "vision_config.heads: there is no such key", ""),
+        (["--cfg-path", "missing.yaml"], "cannot read missing.yaml", "--cfg-path"),
+    ],
+)
+def test_mistake_is_one_sentence_and_a_hint(
+    arguments: list[str], error: str, hint: str, run: Run, tmp_path: Path
+) -> None:
+    done = run("weights", "import", "-o", "model", *arguments)
+    assert done.status == 2
+    lines = [line for line in done.err.splitlines() if line.startswith(("error: ", "hint: "))]
+    assert error in lines[0]
+    assert hint in lines[-1]
+    assert not (tmp_path / "model").exists()
+
+
+def test_export_writes_the_originals_files(run: Run, tmp_path: Path) -> None:
+    run("weights", "import", "-o", "model", *paths(), "--projection", "pretrained_minigpt4.pth", *SET)
+    done = run("weights", "export", "model", "-o", "out")
+    assert (done.status, done.out) == (0, "out\n")
+    assert {"eva_vit_g.pth", "language-model", "minigpt4_eval.yaml"} <= {path.name for path in Path("out").iterdir()}
+    assert run("weights", "export", "model", "-o", "out").status == 2
+    assert run("weights", "export", "model", "-o", "out", "--overwrite").status == 0
+    only = run("weights", "export", "model", "-o", "small", "--only-checkpoint")
+    assert only.status == 0
+    assert not (tmp_path / "small/eva_vit_g.pth").exists()
+
+
+def test_question_is_answered_by_the_originals_yaml(run: Run) -> None:
+    question = ["cat.png", "what is this?", "--max-new-tokens", "2"]
+    done = run("ask", *question, "--cfg-path", "eval.yaml", "--gpu-id", "0", "--device", "cpu",
+               "--options", *OF_THE_YAML)  # fmt: skip
+    assert done.status == 0
+    assert done.out.endswith("\n")
+    assert "no CUDA device" in done.err or "cuda" in done.err
+    talk = run("chat", "cat.png", "--cfg-path", "eval.yaml", "--options", *OF_THE_YAML, "--max-new-tokens", "2",
+               "--device", "cpu", stdin="what is this?\n")  # fmt: skip
+    assert talk.status == 0
+
+
+def test_options_of_the_original_need_its_yaml(run: Run) -> None:
+    done = run("ask", "cat.png", "what?", "--options", "model.ckpt=x")
+    assert done.status == 2
+    assert "--cfg-path" in done.err
+    done = run("ask", "cat.png", "what?", "--cfg-path", "eval.yaml", "-m", "model")
+    assert done.status == 2
+    assert "both --cfg-path and --model" in done.err
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (["--options", "a.b=1"], ["--options", "a.b=1"]),
+        (["--options", "a.b=1", "c.d=2", "-x"], ["--options", "a.b=1", "--options", "c.d=2", "-x"]),
+        (["--options", "a.b=1", "--options", "c.d=2"], ["--options", "a.b=1", "--options", "c.d=2"]),
+        (["--options", "a.b=1", "a question?"], ["--options", "a.b=1", "a question?"]),
+        (["a.b=1", "--set", "c.d=2"], ["a.b=1", "--set", "c.d=2"]),
+        (["--options", "a.b=1", "--set", "c.d=2"], ["--options", "a.b=1", "--set", "c.d=2"]),
+        (["--options"], ["--options"]),
+    ],
+)
+def test_one_options_takes_several_values_as_in_the_original(typed: list[str], meant: list[str]) -> None:
+    assert spread_options(typed) == meant
