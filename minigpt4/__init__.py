@@ -88,6 +88,26 @@ class _TransformersFinder(MetaPathFinder):
         return spec
 
 
+class _OwnFinder(MetaPathFinder):
+    """Calls `_register` after a module of this package that brought transformers with it: it had to wait for it."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if not name.startswith(f"{__name__}."):
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                if "transformers" in sys.modules and f"{__name__}.weights.folder" not in sys.modules:
+                    _register(finished=name)
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+sys.meta_path.insert(0, _OwnFinder())
 if "transformers" in sys.modules:
     _register()
 else:
