@@ -16,14 +16,14 @@ from minigpt4.weights.folder import save_alignment
 from tests.processing.tiny_tokenizers import CHATML_TOKENS, SENTENCES
 
 
-def tokenizer(*more: str) -> PreTrainedTokenizerFast:
-    """A tokenizer with SmolLM2's control tokens."""
+def tokenizer(*more: str, unused: str = nano.UNUSED_TOKEN) -> PreTrainedTokenizerFast:
+    """A tokenizer with SmolLM2's control tokens; 300 tokens, and `more`."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300 + len(more),
-        special_tokens=[nano.UNUSED_TOKEN, *CHATML_TOKENS, *more],
+        special_tokens=[unused, *CHATML_TOKENS, *more],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -115,6 +115,13 @@ def test_a_model_of_other_words_is_refused_with_both_numbers(alignment: Path, tm
     other = language_model(tmp_path / "other", words=tokenizer("<more>"))
 
     with pytest.raises(WeightsError, match="whose vocabulary is 300, this one's is 301"):
+        load(alignment, language_model=other, device="cpu")
+
+
+def test_a_model_without_a_place_for_pictures_is_refused_before_it_is_joined(alignment: Path, tmp_path: Path) -> None:
+    other = language_model(tmp_path / "other", words=tokenizer(unused="<other>"))
+
+    with pytest.raises(WeightsError, match=r"whose tokens is [0-9a-f]{64}, this one's is [0-9a-f]{64}"):
         load(alignment, language_model=other, device="cpu")
 
 
