@@ -6,7 +6,7 @@ A LLaMA of a 7B's width and as many layers as fill `--gigabytes` is made up, and
 the base in one per layer, the delta in two. Every way runs in a process of its own, with the inputs out of the
 system's cache, and ends with its output on the disk (fsync):
 
-- floor: read both inputs and write as many bytes as the output has, without arithmetic.
+- floor: read both inputs and write as many bytes as the output has, without arithmetic; it reads while it writes.
 - ours: `minigpt4.weights.delta.apply_delta`, which also makes the digests of the manifest.
 - load all: read both models into memory, add, save.
 - split: what the original's `--low-cpu-mem` does: both models copied into small files, then added file by file, with a
@@ -27,6 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -122,15 +123,18 @@ def weight_files(folder: Path) -> list[Path]:
 
 def floor(base: Path, delta: Path, target: Path) -> None:
     target.mkdir()
-    buffer = bytearray(READ_BYTES)
-    for file in weight_files(base):
-        with file.open("rb", buffering=0) as source, (target / file.name).open("wb", buffering=0) as output:
-            while count := source.readinto(buffer):
-                output.write(memoryview(buffer)[:count])
-            os.fsync(output.fileno())
+    with ThreadPoolExecutor(1) as thread:
+        for file in weight_files(base):
+            with file.open("rb", buffering=0) as source, (target / file.name).open("wb", buffering=0) as output:
+                writing = thread.submit(output.write, b"")
+                while data := source.read(READ_BYTES):
+                    writing.result()
+                    writing = thread.submit(output.write, data)
+                writing.result()
+                os.fsync(output.fileno())
     for file in weight_files(delta):
         with file.open("rb", buffering=0) as source:
-            while source.readinto(buffer):
+            while source.read(READ_BYTES):
                 pass
 
 

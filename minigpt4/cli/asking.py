@@ -1,11 +1,14 @@
 """`minigpt4 ask` and `minigpt4 chat`."""
 
+import gc
 import json
 import os
 import re
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -176,13 +179,24 @@ def _generation(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _session(model: str, options: dict[str, Any], **placement: Any) -> "ChatSession":
     quiet()
-    from minigpt4.chat import ChatSession
-    from minigpt4.generation import generation_options
-    from minigpt4.weights import load
+    with parts_bar() as report, _no_collection():
+        from minigpt4.chat import ChatSession
+        from minigpt4.generation import generation_options
+        from minigpt4.weights import load
 
-    with parts_bar() as report:
         generation_options(options)  # a wrong option is told before the model loads
         return ChatSession(*load(model, report=report, **placement))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Leave out the collector of reference cycles: what loads stays, and looking through it takes a second of five."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def stream(chat: "ChatSession", question: str, options: dict[str, Any], show: bool = True) -> None:
