@@ -7,7 +7,7 @@ the base in one per layer, the delta in two. Every way runs in a process of its 
 system's cache, and ends with its output on the disk (fsync):
 
 - floor: read both inputs and write as many bytes as the output has, without arithmetic; it reads while it writes.
-- ours: `minigpt4.weights.delta.apply_delta`, which also makes the digests of the manifest.
+- ours: `minigpt4.weights.llama.delta.apply_delta`, which also makes the digests of the manifest.
 - load all: read both models into memory, add, save.
 - split: what the original's `--low-cpu-mem` does: both models copied into small files, then added file by file, with a
   search through the delta's files for a tensor that the one at hand lacks.
@@ -34,8 +34,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minigpt4.weights.delta import apply_delta
-from minigpt4.weights.shard_files import PIECE_BYTES, Entry, write_torch_archive
+from minigpt4.weights.files.shard_files import PIECE_BYTES, Entry, write_torch_archive
+from minigpt4.weights.llama.delta import apply_delta
 
 WIDTH, MLP, ROWS = 4096, 11008, 32000
 DELTA_FILES = 2

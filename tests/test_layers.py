@@ -31,7 +31,7 @@ LAYERS = {
 }
 TORCH_FREE = {"cli", "errors", "processing.prompts"}  # `--help` is instant, and prompts are text
 TORCH = {"torch", "transformers", "accelerate", "peft", "safetensors"}
-ONE_DOOR = "weights.foreign"  # the one module that opens pickled tensor files
+ONE_DOOR = "weights.files.foreign"  # the one module that opens pickled tensor files
 
 # A library that has one home in the package.
 HOMES = {
@@ -50,7 +50,7 @@ YAML_CALLS = {"yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load"
 
 
 def module_name(path: Path) -> str:
-    """The dotted name below `minigpt4`: `weights.atomic`, `weights.__init__`, `cli`."""
+    """The dotted name below `minigpt4`: `weights.files.atomic`, `weights.__init__`, `cli`."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
@@ -78,7 +78,7 @@ def type_only_lines(tree: ast.Module) -> set[int]:
 
 
 def unit(module: str) -> str:
-    """The part of the package a module belongs to: `weights` for `weights.atomic`."""
+    """The part of the package a module belongs to: `weights` for `weights.files.atomic`."""
     return module.split(".")[0]
 
 
@@ -171,10 +171,10 @@ def test_every_module_is_read() -> None:
         ("evaluation.run", "from safetensors.torch import load_file"),
         ("chat", "print('hello')"),
         ("chat", "import sys\nsys.stdout.write('hello')"),
-        ("weights.original", "import pickle"),
-        ("weights.original", "import torch\ntorch.load('x.pth', weights_only=True)"),
-        ("weights.original", "from torch import load"),
-        ("weights.foreign", "import torch\ntorch.load('x.pth', weights_only=False)"),
+        ("weights.original.names", "import pickle"),
+        ("weights.original.names", "import torch\ntorch.load('x.pth', weights_only=True)"),
+        ("weights.original.names", "from torch import load"),
+        ("weights.files.foreign", "import torch\ntorch.load('x.pth', weights_only=False)"),
         ("training.features", "import numpy as np\nnp.load('x.npy', allow_pickle=True)"),
         ("chat", "eval('1')"),
         ("chat", "exec('1')"),
@@ -192,7 +192,7 @@ def test_a_planted_violation_is_caught(module: str, source: str) -> None:
     [
         ("weights.folder", "from minigpt4.model.modeling_minigpt4 import MiniGPT4Model"),
         ("weights.folder", "from . import atomic\nfrom .atomic import write_folder"),
-        ("weights.foreign", "import torch\ntorch.load('x.pth', weights_only=True, mmap=True)"),
+        ("weights.files.foreign", "import torch\ntorch.load('x.pth', weights_only=True, mmap=True)"),
         ("chat", "from minigpt4.weights import folder\nmodel.eval()"),
         ("cli.asking", "print('answer')"),
         ("processing.prompts", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),

@@ -12,8 +12,8 @@ from minigpt4.cli.terminal import quiet
 from minigpt4.errors import UsageError
 
 if TYPE_CHECKING:
-    from minigpt4.weights.checkup import CheckUp
-    from minigpt4.weights.inspection_kinds import Inspection
+    from minigpt4.weights.checking.checkup import CheckUp
+    from minigpt4.weights.checking.inspection_kinds import Inspection
 
 MEGABYTE, GIGABYTE = 1e6, 1e9
 LABEL_WIDTH = 14
@@ -59,7 +59,7 @@ def inspect(
 ) -> None:
     """Tell what a file or folder of weights is, what it fits and what is missing."""
     quiet()
-    from minigpt4.weights.inspection import inspect as look_at
+    from minigpt4.weights.checking.inspection import inspect as look_at
 
     found = look_at(path)
     if as_json:
@@ -117,7 +117,7 @@ def doctor(
     if not model.strip():
         raise UsageError("the model's name is empty", "name nano, or a folder")
     quiet()
-    from minigpt4.weights.checkup import check_up
+    from minigpt4.weights.checking.checkup import check_up
 
     found = check_up(
         model,

@@ -53,7 +53,7 @@ def carry_out(session: "ChatSession", line: str) -> bool:
 
 
 def _save(session: "ChatSession", path: Path) -> None:
-    from minigpt4.weights.atomic import write_file
+    from minigpt4.weights.files.atomic import write_file
 
     rows = []
     for message in session.messages:
@@ -95,7 +95,7 @@ def _history() -> Iterator[None]:
     except ImportError:  # Windows has line editing of its own
         yield
         return
-    from minigpt4.weights.atomic import make_folder
+    from minigpt4.weights.files.atomic import make_folder
     from minigpt4.weights.parts import home
 
     path = home() / "chat_history"

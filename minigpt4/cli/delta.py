@@ -58,7 +58,7 @@ def apply_delta(
 ) -> None:
     """Add a delta to its base; memory does not grow with the model, and an interrupted run goes on."""
     quiet()
-    from minigpt4.weights import delta as deltas
+    from minigpt4.weights.llama import delta as deltas
 
     with parts_bar() as report:
         result = deltas.apply_delta(
@@ -87,7 +87,7 @@ def make_delta(
 ) -> None:
     """Make the delta that turns a base into a model, to publish it: the inverse of apply-delta."""
     quiet()
-    from minigpt4.weights import delta as deltas
+    from minigpt4.weights.llama import delta as deltas
 
     with parts_bar() as report:
         result = deltas.make_delta(
@@ -114,10 +114,10 @@ def from_meta(
 ) -> None:
     """Convert Meta's own LLaMA files to a folder in transformers' format."""
     quiet()
-    from minigpt4.weights import meta_llama
+    from minigpt4.weights.llama import meta
 
     with parts_bar() as report:
-        notes = meta_llama.from_meta(source, output, tokenizer=tokenizer, file_format=file_format.value, report=report)
+        notes = meta.from_meta(source, output, tokenizer=tokenizer, file_format=file_format.value, report=report)
     _tell(notes)
     print(output)
 
@@ -128,7 +128,7 @@ def verify(
     quick: Annotated[bool, typer.Option("--quick", help="Compare names and sizes only.")] = False,
 ) -> None:
     """Check that a folder written here holds what its manifest says, byte for byte."""
-    from minigpt4.weights.atomic import verify_folder
+    from minigpt4.weights.files.atomic import verify_folder
 
     manifest = verify_folder(folder, deep=not quick)
     size = sum(entry.size for entry in manifest.files.values())

@@ -12,7 +12,7 @@ from minigpt4.cli.terminal import note, parts_bar, quiet
 from minigpt4.errors import UsageError
 
 if TYPE_CHECKING:
-    from minigpt4.weights.original_import import Imported
+    from minigpt4.weights.original.importing import Imported
 
 CfgPath = Annotated[
     Path | None, typer.Option(metavar="FILE.yaml", help="One of the original's YAML files in place of a model.")
@@ -55,13 +55,13 @@ def import_weights(
 ) -> None:
     """Make a model folder of the original's files."""
     quiet()
-    from minigpt4.weights.original_import import OriginalFiles, import_original
+    from minigpt4.weights.original.importing import OriginalFiles, import_original
 
     given = {"vision": vision, "qformer": qformer, "language_model": language_model, "projection": projection}
     overrides = list(settings or [])
     if cfg_path is not None:
-        from minigpt4.weights.original_run import find_files
-        from minigpt4.weights.original_yaml import read_original_yaml
+        from minigpt4.weights.original.configs import read_original_yaml
+        from minigpt4.weights.original.run import find_files
 
         read = read_original_yaml(cfg_path, options or [])
         files = find_files(read, given)
@@ -113,7 +113,7 @@ def export_weights(
 ) -> None:
     """Write a model folder as the original's files."""
     quiet()
-    from minigpt4.weights.original_export import export_original
+    from minigpt4.weights.original.exporting import export_original
 
     with parts_bar() as report:
         notes = export_original(model, output, only_checkpoint=only_checkpoint, overwrite=overwrite, report=report)
@@ -141,7 +141,7 @@ def from_the_original(
         if gpu_id is None:
             return model, device, quantize
     quiet()
-    from minigpt4.weights.original_run import chosen_device, prepare_original
+    from minigpt4.weights.original.run import chosen_device, prepare_original
 
     if cfg_path is None:
         device, notes = chosen_device(gpu_id, device)

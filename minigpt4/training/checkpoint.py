@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minigpt4.weights.atomic import verify_folder, write_folder
+from minigpt4.weights.files.atomic import verify_folder, write_folder
 
 FOLDER = "checkpoint"
 

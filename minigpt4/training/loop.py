@@ -25,7 +25,7 @@ from minigpt4.training.checkpoint import (
 )
 from minigpt4.training.objectives import OBJECTIVES
 from minigpt4.training.recipe import Recipe, StageRecipe
-from minigpt4.weights.atomic import write_file
+from minigpt4.weights.files.atomic import write_file
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -22,8 +22,8 @@ from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from minigpt4.weights import nano
-from minigpt4.weights.atomic import MANIFEST_NAME, verify_folder, write_folder
 from minigpt4.weights.direct import load_directly
+from minigpt4.weights.files.atomic import MANIFEST_NAME, verify_folder, write_folder
 from minigpt4.weights.hub import hub_folder, is_hub_id
 from minigpt4.weights.parts import home
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minigpt4.weights.disk import storing
-from minigpt4.weights.needs import FLOAT32_PER_STORED_BYTE, LIBRARIES_BYTES, NANO_PEAK_BYTES
+from minigpt4.weights.checking.needs import FLOAT32_PER_STORED_BYTE, LIBRARIES_BYTES, NANO_PEAK_BYTES
+from minigpt4.weights.files.disk import storing
 from minigpt4.weights.parts import EFFICIENTNET_LITE0, SMOLLM2, WheelFile, home, part_path
 
 ALIGNMENT_DIR = Path(__file__).with_name("nano_alignment")

@@ -24,8 +24,8 @@ from minigpt4.model import (
 )
 from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
-from minigpt4.weights.atomic import write_folder
-from minigpt4.weights.foreign import read_torch_file
+from minigpt4.weights.files.atomic import write_folder
+from minigpt4.weights.files.foreign import read_torch_file
 from minigpt4.weights.parts import EFFICIENTNET_LITE0, SMOLLM2, fetch, home
 
 ALIGNMENT_DIR = Path(__file__).with_name("nano_alignment")

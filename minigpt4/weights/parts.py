@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from minigpt4.errors import DownloadError, MiniGPT4Error, StorageError, WeightsError
-from minigpt4.weights.atomic import (
+from minigpt4.weights.files.atomic import (
     clean_stale,
     file_sha256,
     lock,
@@ -32,7 +32,7 @@ from minigpt4.weights.atomic import (
     scratch_folder,
     write_file,
 )
-from minigpt4.weights.disk import storing
+from minigpt4.weights.files.disk import storing
 
 CHUNK_BYTES = 1024**2
 POLL_SECONDS = 0.1

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
 from minigpt4 import cli
-from minigpt4.weights import checkup
-from minigpt4.weights.machine import Device
-from tests.weights import original_files
+from minigpt4.weights.checking import checkup
+from minigpt4.weights.checking.machine import Device
+from tests.weights.original import original_files
 
 
 @dataclass

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from minigpt4 import cli
-from minigpt4.weights.tensors import open_tensors
-from tests.weights.delta_files import (
+from minigpt4.weights.files.tensors import open_tensors
+from tests.weights.llama.delta_files import (
     GOLDEN,
     ROWS,
     naive_sum,
@@ -353,7 +353,7 @@ def test_verify_of_a_folder_that_was_not_written_here_says_so(run: Run) -> None:
 
 
 def test_meta_files_are_converted(run: Run) -> None:
-    from tests.weights.test_meta_llama import write_meta
+    from tests.weights.llama.test_meta import write_meta
 
     if not GOLDEN.is_dir():
         pytest.skip("needs a SentencePiece vocabulary: the fixtures of the original are not here")

@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from minigpt4 import cli
 from minigpt4.cli.original import spread_options
-from tests.weights import original_files
+from tests.weights.original import original_files
 
 HEADS = ["vision_config.num_attention_heads=2", "qformer_config.num_attention_heads=2"]
 SET = [word for setting in HEADS for word in ("--set", setting)]

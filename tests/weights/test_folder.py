@@ -15,7 +15,7 @@ from torch import Tensor
 from minigpt4 import ChatSession, load
 from minigpt4.errors import ConfigError, WeightsError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
-from minigpt4.weights.atomic import write_folder
+from minigpt4.weights.files.atomic import write_folder
 from minigpt4.weights.folder import TENSORS_FILE, apply_alignment, placement, quantization, save_alignment
 from tests import tiny_chat
 

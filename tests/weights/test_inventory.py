@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from minigpt4.errors import StorageError
+from minigpt4.weights.checking.needs import LIBRARIES_BYTES, NANO_PEAK_BYTES, Placement, need
 from minigpt4.weights.inventory import list_models
-from minigpt4.weights.needs import LIBRARIES_BYTES, NANO_PEAK_BYTES, Placement, need
 from minigpt4.weights.parts import SMOLLM2, part_path
 
 
@@ -98,7 +98,7 @@ def test_listing_loads_no_torch() -> None:
 
 
 def test_nanos_figure_is_near_what_is_worked_out_before_loading() -> None:
-    from minigpt4.weights.model_size import describe
+    from minigpt4.weights.checking.model_size import describe
 
     assert list_models()[0]["memory_gigabytes"] == NANO_PEAK_BYTES / 1e9
     assert need(describe("nano").size, Placement(context=512)).total == pytest.approx(NANO_PEAK_BYTES, rel=0.25)

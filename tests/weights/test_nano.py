@@ -9,7 +9,7 @@ from torch import Tensor
 from minigpt4.model import EfficientNetLiteConfig, EfficientNetLiteModel, MiniGPT4ForConditionalGeneration
 from minigpt4.model.efficientnet_lite import EfficientNetLiteOutput
 from minigpt4.weights import nano
-from minigpt4.weights.foreign import read_torch_file
+from minigpt4.weights.files.foreign import read_torch_file
 from minigpt4.weights.parts import EFFICIENTNET_LITE0, fetch
 
 pytestmark = pytest.mark.network

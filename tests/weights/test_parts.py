@@ -24,7 +24,7 @@ import pytest
 
 from minigpt4.errors import DownloadError, MiniGPT4Error, StorageError, WeightsError
 from minigpt4.weights import parts
-from minigpt4.weights.atomic import clean_stale
+from minigpt4.weights.files.atomic import clean_stale
 from minigpt4.weights.parts import EFFICIENTNET_LITE0, SMOLLM2, WheelFile, fetch
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,264 @@
+"""A model folder back into the original's files, so that what was trained here runs in the original code.
+
+The tensors keep their bits and their types. Knows the original's formats; what the names are called is the business of
+`names`.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from minigpt4.errors import ConfigError, WeightsError
+from minigpt4.model import MiniGPT4Config
+from minigpt4.weights.files.atomic import require_free_space, write_folder
+from minigpt4.weights.files.tensors import TensorFiles, open_tensors
+from minigpt4.weights.llama.tokenizer import ORIGINAL_DIR, TOKENIZER_FILES, VOCABULARY_FILE
+from minigpt4.weights.original.names import (
+    LANGUAGE_NAMES,
+    NUM_BLOCKS_MARK,
+    QFORMER_NAMES,
+    STATE_DICT_NAMES,
+    VISION_NAMES,
+    Pair,
+    to_original,
+)
+from minigpt4.weights.original.sizes import PUBLISHED_QFORMER, PUBLISHED_VISION
+
+VISION_FILE = "eva_vit_g.pth"
+QFORMER_FILE = "blip2_pretrained_flant5xxl.pth"
+CHECKPOINT_FILE = "pretrained_minigpt4.pth"
+LANGUAGE_DIR = "language-model"
+YAML_FILE = "minigpt4_eval.yaml"
+MAX_SHARD_BYTES = 2**31
+
+_ROOM = 64 * 2**20
+_MODEL_TYPES = {True: ("pretrain_vicuna", "###"), False: ("pretrain_llama2", "</s>")}  # with a Q-Former, without
+_TEXT_KEYS = (
+    "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "initializer_range", "intermediate_size",
+    "max_position_embeddings", "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "pad_token_id", "rms_norm_eps", "tie_word_embeddings", "vocab_size", "head_dim", "attention_bias", "mlp_bias",
+)  # fmt: skip
+
+Report = Callable[[str, int, int], None]
+
+
+def export_original(
+    model: Path, target: Path, *, only_checkpoint: bool = False, overwrite: bool = False, report: Report | None = None
+) -> list[str]:
+    """Write a model folder as the original's files.
+
+    Args:
+        model: A full model folder with EVA-ViT, a Q-Former or none, and a LLaMA.
+        target: The folder to appear: `pretrained_minigpt4.pth` and, unless `only_checkpoint`, `eva_vit_g.pth`,
+            `blip2_pretrained_flant5xxl.pth`, the language model's folder and an eval YAML that names them.
+        only_checkpoint: Write only what was trained, as the original's checkpoints do.
+        overwrite: Replace an earlier export.
+        report: Told how far the writing is.
+
+    Returns:
+        Sentences for the user.
+
+    Raises:
+        WeightsError: The folder is damaged, or the original has no place for a part of it.
+        StorageError: The target exists, or there is no room for it.
+    """
+    config = _config(model)
+    tensors = open_tensors(model)
+    names = list(tensors.names())
+    trained = tuple(f"model.{part}" for part in config.trainable_parts)
+    groups: dict[str, tuple[Sequence[Pair], list[str]]] = {
+        CHECKPOINT_FILE: (STATE_DICT_NAMES, [name for name in names if name.startswith(trained)])
+    }
+    if not only_checkpoint:
+        groups |= _whole_set(names)
+    _check_places(groups, names, whole=not only_checkpoint)
+    sizes = {file: _bytes(tensors, group) for file, (_, group) in groups.items()}
+    done, total = 0, sum(sizes.values())
+    require_free_space(target.absolute().parent, total + _ROOM)
+    notes: list[str] = []
+    with write_folder(target, overwrite=overwrite) as folder:
+        for file, (pairs, group) in groups.items():
+            _write_group(folder, file, tensors, pairs, group, config)
+            done += sizes[file]
+            if report:
+                report("writing the original's files", done, total)
+        if not only_checkpoint:
+            notes += _write_language_files(model, config, folder / LANGUAGE_DIR)
+            (folder / YAML_FILE).write_text(_eval_yaml(config), encoding="utf-8", newline="\n")
+    return notes
+
+
+def _config(model: Path) -> MiniGPT4Config:
+    path = model / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("model_type") != MiniGPT4Config.model_type:
+            raise WeightsError(f"{model} is a model of the type {content.get('model_type')!r}, expected minigpt4")
+        config = MiniGPT4Config.from_dict(content)
+    except FileNotFoundError as error:
+        hint = "name a full model folder, such as `minigpt4 weights import` writes"
+        raise WeightsError(f"{model} is not a model folder: it has no config.json", hint) from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise WeightsError(f"{path} cannot be read as a model's configuration", "write the folder again") from error
+    for part, kind in (("vision_config", "blip_2_vision_model"), ("text_config", "llama")):
+        found = getattr(config, part).model_type
+        if found != kind:
+            raise ConfigError(
+                f"the original cannot run this model: its {part} is of the type {found}, expected {kind}",
+                "only models of EVA-ViT and a LLaMA can be exported",
+            )
+    return config
+
+
+def _whole_set(names: Iterable[str]) -> dict[str, tuple[Sequence[Pair], list[str]]]:
+    """Say which tensors go into which file, the checkpoint aside."""
+    vision, qformer, language = ([name for name in names if to_original(pairs, name)]
+                                 for pairs in (VISION_NAMES, QFORMER_NAMES, LANGUAGE_NAMES))  # fmt: skip
+    groups: dict[str, tuple[Sequence[Pair], list[str]]] = {VISION_FILE: (VISION_NAMES, vision)}
+    if "model.query_tokens" in qformer:  # without one, the norm after the vision encoder goes with the checkpoint
+        groups[QFORMER_FILE] = (QFORMER_NAMES, qformer)
+    groups[LANGUAGE_DIR] = (LANGUAGE_NAMES, [name for name in language if name.startswith(_LANGUAGE)])
+    return groups
+
+
+_LANGUAGE = ("model.language_model.", "lm_head.")
+
+
+def _check_places(groups: dict[str, tuple[Sequence[Pair], list[str]]], names: Sequence[str], *, whole: bool) -> None:
+    """Refuse a tensor that the original has no place for; put a norm without a Q-Former into the checkpoint."""
+    if QFORMER_FILE not in groups and whole:
+        norms = [name for name in names if name.startswith("model.vision_model.post_layernorm.")]
+        pairs, group = groups[CHECKPOINT_FILE]
+        groups[CHECKPOINT_FILE] = (pairs, list(dict.fromkeys([*group, *norms])))
+    for pairs, group in groups.values():
+        for name in group:
+            if not to_original(pairs, name):
+                raise WeightsError(f"the original has no place for tensor {name}", "only its own parts can be exported")
+    placed = {name for _, group in groups.values() for name in group}
+    left = [name for name in names if name not in placed]
+    if whole and left:
+        raise WeightsError(f"the original has no place for tensor {left[0]}", "only its own parts can be exported")
+
+
+def _bytes(tensors: TensorFiles, names: Iterable[str]) -> int:
+    return sum(torch.Size(tensors.shape(name)).numel() * tensors.dtype(name).itemsize for name in names)
+
+
+def _write_group(
+    folder: Path, file: str, tensors: TensorFiles, pairs: Sequence[Pair], names: Sequence[str], config: MiniGPT4Config
+) -> None:
+    if file == LANGUAGE_DIR:
+        (folder / file).mkdir()
+        _write_shards(folder / file, tensors, names)
+        return
+    content = _originals(tensors, pairs, names)
+    if file == VISION_FILE:
+        content[NUM_BLOCKS_MARK] = torch.tensor(config.vision_config.num_hidden_layers)
+        torch.save(content, folder / file)  # flat, as it was published
+    else:
+        torch.save({"model": content}, folder / file)
+
+
+def _originals(tensors: TensorFiles, pairs: Sequence[Pair], names: Iterable[str]) -> dict[str, Tensor]:
+    content: dict[str, Tensor] = {}
+    for name in names:
+        tensor = tensors.read(name)
+        for original, third in to_original(pairs, name):
+            content[original] = tensor if third is None else _third(tensor, third, name)
+    return content
+
+
+def _third(bias: Tensor, third: int, name: str) -> Tensor:
+    """Take the query's or the value's third of a fused bias; the key's has no place in the original."""
+    size = len(bias) // 3
+    if bias[size : 2 * size].any():
+        raise WeightsError(
+            f"tensor {name} has a key bias that is not zero, and the original has none",
+            "export a model whose vision encoder was not trained",
+        )
+    return bias[third * size : (third + 1) * size].clone()
+
+
+def _write_shards(folder: Path, tensors: TensorFiles, names: Sequence[str]) -> None:
+    """Write the language model as `pytorch_model-*.bin`, which any version of transformers reads."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in names:
+        size = _bytes(tensors, [name])
+        if shards[-1] and filled + size > MAX_SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"pytorch_model-{number:05}-of-{len(shards):05}.bin"
+        content = _originals(tensors, LANGUAGE_NAMES, shard)
+        torch.save(content, folder / file)
+        places |= dict.fromkeys(content, file)
+    index = {"metadata": {"total_size": _bytes(tensors, names)}, "weight_map": places}
+    _write_json(folder / "pytorch_model.bin.index.json", index)
+
+
+def _write_language_files(model: Path, config: MiniGPT4Config, folder: Path) -> list[str]:
+    """Write configuration and tokenizer of the language model."""
+    text = config.text_config.to_dict()
+    rope = text.get("rope_parameters") or {}
+    values: dict[str, Any] = {key: text[key] for key in _TEXT_KEYS if key in text}
+    values["rope_theta"] = rope.get("rope_theta", 10000.0)
+    if rope.get("rope_type", "default") != "default":
+        values["rope_parameters"] = rope
+    dtype = str(config.dtype or "float16").removeprefix("torch.")
+    _write_json(folder / "config.json", {"architectures": ["LlamaForCausalLM"], **values, "torch_dtype": dtype})
+    ids = {key: values.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(folder / "generation_config.json", ids)
+    kept = model / ORIGINAL_DIR
+    if (kept / VOCABULARY_FILE).is_file():
+        for name in TOKENIZER_FILES:
+            if (kept / name).is_file():
+                (folder / name).write_bytes((kept / name).read_bytes())
+        return []
+    tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    tokenizer.save_pretrained(folder)
+    return [f"{model} does not hold {VOCABULARY_FILE}; copy the language model's into {LANGUAGE_DIR} for the original"]
+
+
+def _eval_yaml(config: MiniGPT4Config) -> str:
+    """Write the YAML that runs the exported files, in the original and here."""
+    has_qformer = config.qformer_config is not None
+    model_type, end = _MODEL_TYPES[has_qformer]
+    values: dict[str, Any] = {
+        "arch": "mini_gpt4",
+        "model_type": model_type,
+        "image_size": config.vision_config.image_size,
+        "freeze_vit": True,
+        "freeze_qformer": True,
+        "max_txt_len": 160,
+        "end_sym": end,
+        "low_resource": False,
+        "prompt_template": "###Human: {} ###Assistant: " if has_qformer else "[INST] {} [/INST] ",
+        "llama_model": LANGUAGE_DIR,
+        "ckpt": CHECKPOINT_FILE,
+        "vision_config": _differences(config.vision_config.to_dict(), PUBLISHED_VISION),
+    }
+    if has_qformer:
+        values |= {"num_query_token": config.num_query_tokens, "q_former_model": QFORMER_FILE}
+        values["qformer_config"] = _differences(config.qformer_config.to_dict(), PUBLISHED_QFORMER)
+    else:
+        values["has_qformer"] = False
+    kept = {key: value for key, value in values.items() if value != {}}
+    return yaml.safe_dump({"model": kept}, sort_keys=False)
+
+
+def _differences(config: Mapping[str, Any], published: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: config[key] for key, value in published.items() if config.get(key) != value}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")

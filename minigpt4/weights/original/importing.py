@@ -1,0 +1,362 @@
+"""The original's files into one model folder: vision encoder, Q-Former, language model, projection.
+
+Everything is checked from headers first (`plan`); then tensor after tensor is read, joined where the original
+keeps two, and written piece by piece: the model is never in memory.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedTokenizerBase
+
+from minigpt4.errors import WeightsError
+from minigpt4.model import MiniGPT4Config
+from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
+from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
+from minigpt4.processing.prompts import template as template_named
+from minigpt4.weights.files.atomic import require_free_space, write_folder
+from minigpt4.weights.files.shard_files import PIECE_BYTES, Entry, write_safetensors
+from minigpt4.weights.files.tensors import open_tensors
+from minigpt4.weights.llama.tokenizer import ORIGINAL_DIR, load_llama_tokenizer, mended_ids, mended_tokenizer
+from minigpt4.weights.llama.version import is_delta
+from minigpt4.weights.original.names import Kind, recognise
+from minigpt4.weights.original.plan import NORMS, POSITIONS, Plan, Source, Tensors, plan_import
+from minigpt4.weights.original.sizes import read_overrides
+
+MAX_SHARD_BYTES = 2**30
+OTHER_FILES_BYTES = 32 * 2**20
+"""Room for the configuration and the tokenizer."""
+
+FLAN_T5_XXL_WIDTH = 4096
+FLAN_T5_XL_WIDTH = 2048
+
+Report = Callable[[str, int, int], None]
+"""Told what is being done, how many bytes of it are done, and of how many."""
+
+_FILES_OF = {
+    "--vision": (Kind.VISION, Kind.HUB_BLIP2),
+    "--qformer": (Kind.QFORMER, Kind.HUB_BLIP2),
+    "--language-model": (Kind.LANGUAGE_MODEL,),
+    "--projection": (Kind.CHECKPOINT,),
+}
+
+
+@dataclass(frozen=True)
+class OriginalFiles:
+    """The files that make a model.
+
+    Args:
+        vision: `eva_vit_g.pth`, or a converted BLIP-2 folder, which holds the Q-Former too.
+        qformer: `blip2_pretrained_flant5xxl.pth`; None for a model without a Q-Former.
+        language_model: A LLaMA or Vicuna folder.
+        projection: `pretrained_minigpt4*.pth`; None leaves the projection new, for training.
+    """
+
+    vision: Path
+    language_model: Path
+    qformer: Path | None = None
+    projection: Path | None = None
+
+    def by_option(self) -> dict[str, Path]:
+        """List the files by the option that names them, in the order in which the original loads them."""
+        files = {
+            "--vision": self.vision,
+            "--qformer": self.qformer,
+            "--language-model": self.language_model,
+            "--projection": self.projection,
+        }
+        return {option: path for option, path in files.items() if path is not None}
+
+
+@dataclass
+class Imported:
+    """What an import did, or would do.
+
+    Args:
+        folder: The model folder.
+        plan: Where everything came from.
+        template: The prompt template's name.
+        notes: Sentences for the user, in order.
+    """
+
+    folder: Path
+    plan: Plan
+    template: str
+    notes: list[str] = field(default_factory=list)
+
+
+def import_original(
+    target: Path,
+    files: OriginalFiles,
+    *,
+    overrides: Sequence[str] = (),
+    template: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    report: Report | None = None,
+) -> Imported:
+    """Make a model folder of the original's files.
+
+    Args:
+        target: The folder to appear, whole or not at all.
+        files: What it is made of.
+        overrides: `key=value` each, for what shapes cannot tell (`vision_config.num_attention_heads=2`).
+        template: The prompt template; default `vicuna-v0`, or `llama-2` for a model without a Q-Former.
+        overwrite: Replace a model folder that stands there.
+        dry_run: Check everything and write nothing.
+        report: Told how far the writing is.
+
+    Raises:
+        WeightsError: A file that is missing, damaged, of another kind, or that does not fit the others.
+        ConfigError: An override or a template that does not exist.
+        StorageError: The target exists, or there is no room for it.
+    """
+    wanted = read_overrides(overrides)
+    sources = [_open(option, path) for option, path in files.by_option().items()]
+    text_config, notes = _text_config(files.language_model)
+    plan = plan_import(sources, text_config, wanted)
+    chosen = template or ("vicuna-v0" if plan.config.qformer_config is not None else "llama-2")
+    tokenizer, mends = load_llama_tokenizer(files.language_model)
+    _fit_tokenizer(plan.config, tokenizer, chosen, keeps_image_token="image_token_id" in wanted)
+    imported = Imported(target, plan, chosen, [*plan.notes, *notes, *mends])
+    if dry_run:
+        return imported
+    require_free_space(target.absolute().parent, sum(map(plan.num_bytes, plan.shapes)) + OTHER_FILES_BYTES)
+    with write_folder(target, overwrite=overwrite) as folder:
+        _write_tensors(plan, folder, report)
+        _write_rest(plan, tokenizer, chosen, folder)
+        (folder / ORIGINAL_DIR).mkdir()
+        for name, content in mended_tokenizer(files.language_model).files.items():
+            (folder / ORIGINAL_DIR / name).write_bytes(content)
+    return imported
+
+
+def _open(option: str, path: Path) -> Source:
+    if not path.exists():
+        raise WeightsError(f"{option} {path} does not exist", "check the path")
+    tensors = open_tensors(path)
+    kind = recognise(set(tensors.names()))
+    if kind is Kind.MINIGPT_V2:
+        raise WeightsError(
+            f"{path} is {kind.value}: it comes in a later version of minigpt4, with LoRA and pictures of 448 pixels",
+            "use a MiniGPT-4 checkpoint: pretrained_minigpt4.pth, prerained_minigpt4_7b.pth",
+        )
+    if kind is None:
+        first = next(iter(tensors.names()), None)
+        what = f"its first tensor is {first}" if first else "it holds no tensor"
+        raise WeightsError(
+            f"{path} is none of the original's files: {what}", f"expected for {option}: {_wanted(option)}"
+        )
+    if kind not in _FILES_OF[option]:
+        raise WeightsError(f"{option} {path} is {kind.value}, expected {_wanted(option)}", _other_option(kind))
+    if kind is Kind.HUB_BLIP2:
+        _check_hub_folder(path, tensors)
+    if kind is Kind.QFORMER:
+        _check_qformer(path, tensors)
+    if kind is Kind.LANGUAGE_MODEL and is_delta(tensors):
+        raise WeightsError(
+            f"{option} {path} is a delta, the difference of two language models",
+            "merge it first: minigpt4 weights apply-delta --base LLAMA --delta THIS --target VICUNA",
+        )
+    return Source(kind, path, tensors)
+
+
+def _wanted(option: str) -> str:
+    return " or ".join(kind.value for kind in _FILES_OF[option])
+
+
+def _other_option(kind: Kind) -> str:
+    if kind is Kind.META:
+        return "convert them first: minigpt4 weights from-meta"
+    fitting = next((option for option, kinds in _FILES_OF.items() if kind in kinds), "")
+    return f"give it as {fitting}" if fitting else "give one of the original's files"
+
+
+def _check_qformer(path: Path, tensors: Tensors) -> None:
+    """Refuse the Q-Formers of BLIP-2's other language models; each has weights of its own."""
+    names = tensors.names()
+    other = "OPT" if "opt_proj.weight" in names else ""
+    if "t5_proj.weight" in names and tensors.shape("t5_proj.weight")[0] == FLAN_T5_XL_WIDTH:
+        other = "flan-t5-xl"
+    if other:
+        raise WeightsError(
+            f"the Q-Former in {path} was trained for {other}, MiniGPT-4's is the one for flan-t5-xxl",
+            "use blip2_pretrained_flant5xxl.pth",
+        )
+
+
+def _check_hub_folder(path: Path, tensors: Tensors) -> None:
+    """Refuse a converted BLIP-2 whose Q-Former is not that of flan-t5-xxl."""
+    config = _read_json(path / "config.json" if path.is_dir() else path.parent / "config.json")
+    text = config.get("text_config") or {}
+    kind, width = text.get("model_type", "opt"), text.get("d_model", text.get("hidden_size", "unknown"))
+    if (kind, width) != ("t5", FLAN_T5_XXL_WIDTH):
+        raise WeightsError(
+            f"the BLIP-2 folder {path} was trained for a {kind} language model {width} wide; MiniGPT-4 uses the "
+            f"Q-Former for flan-t5-xxl (t5, {FLAN_T5_XXL_WIDTH} wide), and each has other weights",
+            "use a BLIP-2 folder of flan-t5-xxl, or eva_vit_g.pth and blip2_pretrained_flant5xxl.pth",
+        )
+
+
+def _text_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    config = _read_json(folder / "config.json")
+    if config.get("model_type") not in CONFIG_MAPPING:
+        raise WeightsError(
+            f"{folder / 'config.json'} names the model type {config.get('model_type')!r}, which transformers lacks",
+            "use a LLaMA or Vicuna folder in the transformers format",
+        )
+    return mended_ids(config, "config.json")
+
+
+def _fit_tokenizer(
+    config: MiniGPT4Config, tokenizer: PreTrainedTokenizerBase, template: str, *, keeps_image_token: bool
+) -> None:
+    """Choose the token that holds a picture's places, and pad as the original does."""
+    template_named(template)  # refuses a name that does not exist
+    rows = config.text_config.vocab_size
+    if len(tokenizer) > rows:
+        raise WeightsError(
+            f"the tokenizer has {len(tokenizer)} tokens, the language model's table {rows} rows",
+            "the tokenizer files are of another version of the model: 32001 is v0, 32000 is v1.1 and LLaMA",
+        )
+    tokenizer.pad_token = tokenizer.eos_token
+    if not keeps_image_token:
+        config.image_token_id = _spare_token(tokenizer)
+
+
+def _spare_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Find an id that no text encodes to: LLaMA spells what it does not know in bytes and never says `<unk>`."""
+    taken = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in taken:
+        return int(tokenizer.unk_token_id)
+    for number, token in sorted(tokenizer.added_tokens_decoder.items()):
+        if token.special and "reserved" in token.content and number not in taken:
+            return int(number)
+    raise WeightsError(
+        "the language model's tokenizer has no token to spare for the places of pictures",
+        "name one: --set image_token_id=N",
+    )
+
+
+def _write_tensors(plan: Plan, folder: Path, report: Report | None) -> None:
+    """Write the shards and their index; a tensor that needs no joining goes from file to file in pieces."""
+    shards = _shards(plan)
+    total = sum(map(plan.num_bytes, plan.shapes))
+    done = 0
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        entries = [Entry(name, plan.dtype(name), plan.shapes[name]) for name in names]
+        write_safetensors(folder / file, entries, partial(_pieces, plan))
+        places |= dict.fromkeys(names, file)
+        done += sum(map(plan.num_bytes, names))
+        if report:
+            report("writing the model", done, total)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _pieces(plan: Plan, name: str) -> Iterable[Tensor]:
+    tensor = assembled(plan, name)
+    return tensor.flatten().split(max(1, PIECE_BYTES // tensor.itemsize))
+
+
+def _shards(plan: Plan) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in plan.shapes:
+        if shards[-1] and filled + plan.num_bytes(name) > MAX_SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += plan.num_bytes(name)
+    return shards
+
+
+def assembled(plan: Plan, name: str) -> Tensor:
+    """Read one tensor of the model: as it is, joined of its thirds, interpolated, or new."""
+    parts = plan.parts.get(name)
+    if not parts:
+        return _new(plan, name)
+    tensors = [part.source.tensors.read(part.name) for part in parts]
+    if parts[0].third is not None:
+        query, value = tensors
+        return torch.cat([query, torch.zeros_like(query), value])
+    (tensor,) = tensors
+    if name == POSITIONS and tuple(tensor.shape) != plan.shapes[name]:
+        return interpolated_positions(tensor, math.isqrt(plan.shapes[name][1] - 1))
+    return tensor
+
+
+def interpolated_positions(table: Tensor, grid: int) -> Tensor:
+    """Fit the table of positions to another number of patches.
+
+    Args:
+        table: `(1, 1 + side * side, width)`, the class token's place first.
+        grid: The new number of patches along a side.
+
+    Returns:
+        `(1, 1 + grid * grid, width)` in float32.
+
+    Source: `interpolate_pos_embed` of the original.
+    """
+    side, width = math.isqrt(table.shape[1] - 1), table.shape[-1]
+    table = table.float()
+    first, places = table[:, :1], table[:, 1:]
+    picture = places.reshape(1, side, side, width).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(picture, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([first, resized.permute(0, 2, 3, 1).flatten(1, 2)], dim=1).contiguous()
+
+
+def _new(plan: Plan, name: str) -> Tensor:
+    """Make a tensor that no file holds: the norm that the original leaves at its start, or a projection to train."""
+    shape = plan.shapes[name]
+    if name in NORMS:
+        return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
+    bound = 1 / math.sqrt(plan.config.image_embed_size)  # as a new linear layer of the original's
+    return torch.empty(shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def _write_rest(plan: Plan, tokenizer: PreTrainedTokenizerBase, template: str, folder: Path) -> None:
+    config = plan.config
+    config.architectures = ["MiniGPT4ForConditionalGeneration"]
+    config.dtype = plan.dtype("model.language_model.embed_tokens.weight")
+    config.save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    ).save_pretrained(folder)
+    size = config.vision_config.image_size
+    processor = MiniGPT4Processor(
+        MiniGPT4ImageProcessor(size={"height": size, "width": size}),
+        tokenizer,
+        num_image_tokens=config.num_image_tokens,
+        image_token=str(tokenizer.convert_ids_to_tokens(config.image_token_id)),
+        template=template,
+    )
+    processor.save_pretrained(folder)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path} is missing", "fetch the folder again, with its small files") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} cannot be read as JSON", "fetch it again") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds no keys", "fetch it again")
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
