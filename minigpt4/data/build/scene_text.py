@@ -93,10 +93,9 @@ def _pronouns(scene: Scene, rng: np.random.Generator) -> list[Item]:
     it, them, be = ("it", "it", "is") if one else ("they", "them", "are")
     color = spelling(rng)
     items = _pronoun_colour(scene, it, be, color, rng)
-    if not one:
-        wordings = ("How many are there?", "How many of them are there?", "How many do you see?", "How many are they?")
-        answer = there_are(len(things), things[0].kind, things[0].plural)
-        items.append(("count", pick(rng, wordings), answer))
+    wordings = ("How many are there?", "How many of them are there?", "How many do you see?", "How many are they?")
+    answer = there_are(len(things), things[0].kind, things[0].plural)
+    items.append(("count", pick(rng, wordings), answer))
     if scene.background in COLOURS:
         wordings = (
             f"What {color} is the background?",
