@@ -1,5 +1,6 @@
 """How an answer is generated and written: the options and their ranges, and ids to text as they come."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -24,13 +25,17 @@ _NUMBERS = {
 }
 
 
-def generation_options(options: dict[str, Any]) -> dict[str, Any]:
+def generation_options(options: dict[str, Any], spelled: Callable[[str], str] = str) -> dict[str, Any]:
     """Check generation options and complete them for `generate`.
+
+    Args:
+        options: Values by name; None stands for an option that was not given.
+        spelled: Writes an option's name as the person knows it, for the error.
 
     Raises:
         UsageError: An option that does not exist or is out of its range.
     """
-    options = {name: _checked(name, value) for name, value in options.items() if value is not None}
+    options = {name: _checked(name, value, spelled) for name, value in options.items() if value is not None}
     generation = {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS, "num_beams": 1, "seed": None, **options}
     generation["min_new_tokens"] = generation.pop("min_length", None)
     if generation.pop("temperature", 0) > 0:
@@ -41,18 +46,19 @@ def generation_options(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in generation.items() if value is not None or name == "seed"}
 
 
-def _checked(name: str, value: object) -> int | float:
+def _checked(name: str, value: object, spelled: Callable[[str], str]) -> int | float:
     """Return one option's value in the type that `generate` wants."""
     ranges = {**_WHOLE_NUMBERS, **_NUMBERS}
     if name not in ranges:
-        raise UsageError(f"there is no generation option {name}", hint=f"the options are {', '.join(ranges)}")
+        known = ", ".join(map(spelled, ranges))
+        raise UsageError(f"there is no generation option {spelled(name)}", hint=f"the options are {known}")
     low, high = ranges[name]
     whole = name in _WHOLE_NUMBERS
     fits = isinstance(value, int) or not whole
     if not isinstance(value, int | float) or isinstance(value, bool) or not fits or not low <= value <= high:
         kind = "a whole number" if whole else "a number"
         raise UsageError(
-            f"{name} is {value!r}, expected {kind} from {low} to {high}", "leave it out for the usual answer"
+            f"{spelled(name)} is {value!r}, expected {kind} from {low} to {high}", "leave it out for the usual answer"
         )
     return value if whole else float(value)
 

@@ -304,7 +304,7 @@ def test_cancel_from_another_thread_keeps_what_was_said(chat: ChatSession, monke
     assert 5 <= chat.answer.completion_tokens <= 6
     assert "".join(pieces) == chat.answer.text == chat.messages[-1]["content"][0]["text"] != ""
     chat.ask("go on", max_new_tokens=NEW)
-    assert chat.answer.finish_reason == "length"
+    assert chat.answer.finish_reason in ("length", "stop")
     assert chat.answer.text == recomputed(chat)
 
 

@@ -1,10 +1,12 @@
 """Ids become text as they come: no character is cut, no stop string is shown, nothing is lost."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from minigpt4.generation import AnswerWriter
+from minigpt4.errors import UsageError
+from minigpt4.generation import AnswerWriter, generation_options
 from tests.processing.tiny_tokenizers import byte_level_kind, llama_kind
 
 
@@ -64,3 +66,11 @@ def test_text_that_only_begins_like_a_stop_string_is_shown_once_it_is_certain() 
     ids = [i for part in ("a", "#", "#", "b") for i in byte_level_kind().encode(part, add_special_tokens=False)]
 
     assert streamed(byte_level_kind(), ids, ("###",)) == ["a", "", "", "##b", ""]
+
+
+@pytest.mark.parametrize("name", ["top_p", "nucleus"])
+def test_option_is_named_as_the_person_spells_it(name: str) -> None:
+    with pytest.raises(UsageError, match=f" {name}$|^{name} is 2"):
+        generation_options({name: 2})
+    with pytest.raises(UsageError, match=f" <{name}>$|^<{name}> is 2"):
+        generation_options({name: 2}, lambda option: f"<{option}>")

@@ -28,7 +28,7 @@ DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "int8", "nf4")
 
-Model = Annotated[str, typer.Option("--model", "-m", help="nano, or a model or alignment folder.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="nano, a model or alignment folder, or owner/name of a hub.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Quantize = Annotated[str, typer.Option(help="none, int8 or nf4: the language model in fewer bits.")]
@@ -82,6 +82,7 @@ def ask(
     check_placement(device, dtype, quantize)
     opened = open_all(pictures)  # before the model: a wrong picture is told at once
     started = time.monotonic()
+    quiet_for(model)
     model, device, quantize = from_the_original(
         cfg_path, options, gpu_id, model=model, device=device, quantize=quantize
     )
@@ -129,6 +130,7 @@ def chat(
         raise UsageError("standard input is closed, and chat reads questions from it", "ask answers one question")
     check_placement(device, dtype, quantize)
     opened = open_all(pictures or [], stdin_taken=True)
+    quiet_for(model)
     model, device, quantize = from_the_original(
         cfg_path, options, gpu_id, model=model, device=device, quantize=quantize
     )
@@ -177,15 +179,25 @@ def _generation(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: arguments[name] for name in (*names, "min_length", "seed")}
 
 
+def quiet_for(model: str) -> None:
+    """Keep the libraries quiet, and off the network unless the model comes from the hub."""
+    from minigpt4.weights.hub import is_on_hub
+
+    quiet(hub=is_on_hub(model))
+
+
 def _session(model: str, options: dict[str, Any], **placement: Any) -> "ChatSession":
-    quiet()
     with parts_bar() as report, _no_collection():
         from minigpt4.chat import ChatSession
         from minigpt4.generation import generation_options
         from minigpt4.weights import load
 
-        generation_options(options)  # a wrong option is told before the model loads
+        generation_options(options, _as_typed)  # a wrong option is told before the model loads
         return ChatSession(*load(model, report=report, **placement))
+
+
+def _as_typed(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 @contextmanager

@@ -21,10 +21,16 @@ def complain(error: MiniGPT4Error) -> None:
         print(f"hint: {error.hint}", file=sys.stderr)
 
 
-def quiet() -> None:
-    """Keep the libraries' bars and notices out of the terminal, errors aside; to be called before they load."""
+def quiet(*, hub: bool = False) -> None:
+    """Keep the libraries' bars and notices out of the terminal, errors aside, and the libraries off the network.
+
+    To be called before they load. What the person has set holds, and then what the first call set.
+
+    Args:
+        hub: Let them ask the hub: the command needs a model of it.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "0" if hub else "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

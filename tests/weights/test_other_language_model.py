@@ -4,77 +4,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from minigpt4 import load
-from minigpt4.errors import WeightsError
-from minigpt4.model import EfficientNetLiteConfig, EfficientNetLiteModel
-from minigpt4.weights import nano
-from minigpt4.weights.folder import save_alignment
-from tests.processing.tiny_tokenizers import CHATML_TOKENS, SENTENCES
-
-
-def tokenizer(*more: str, unused: str = nano.UNUSED_TOKEN) -> PreTrainedTokenizerFast:
-    """A tokenizer with SmolLM2's control tokens; 300 tokens, and `more`."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300 + len(more),
-        special_tokens=[unused, *CHATML_TOKENS, *more],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(SENTENCES, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=CHATML_TOKENS[1], pad_token=CHATML_TOKENS[1])
-
-
-def language_model(
-    folder: Path,
-    *,
-    seed: int = 0,
-    words: PreTrainedTokenizerFast | None = None,
-    dtype: torch.dtype = torch.float32,
-    **sizes: int,
-) -> Path:
-    """Write a tiny language model as a hub would have it."""
-    words = words or tokenizer()
-    torch.manual_seed(seed)
-    config: dict[str, int] = {
-        "hidden_size": 64,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        **sizes,
-    }
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), tie_word_embeddings=True, **config))
-    model.to(dtype).save_pretrained(folder)
-    words.save_pretrained(folder)
-    return folder
+from minigpt4.errors import ConfigError, WeightsError
+from tests import tiny_chat
+from tests.weights import tiny_nano
+from tests.weights.tiny_nano import language_model, tokenizer
 
 
 @pytest.fixture
 def original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The language model an alignment is trained with; the vision encoder's file is a stand-in."""
+    """The language model an alignment is trained with."""
     monkeypatch.setenv("MINIGPT4_HOME", str(tmp_path / "home"))
-    random = EfficientNetLiteModel(EfficientNetLiteConfig()).state_dict()
-    seen: dict[str, Tensor] = {name: t for name, t in random.items() if not name.startswith("concept_embeddings")}
-    monkeypatch.setattr(nano, "fetch", lambda part, progress=None: Path(part.member))
-    monkeypatch.setattr(nano, "read_torch_file", lambda path: {})
-    monkeypatch.setattr(nano, "convert_vision_weights", lambda tensors: seen)
+    tiny_nano.stand_in_for_the_parts(monkeypatch)
     return language_model(tmp_path / "original")
 
 
 @pytest.fixture
 def alignment(original: Path, tmp_path: Path) -> Path:
-    """An alignment trained with `original`, with a mark in its projection."""
-    model, words = nano.assemble(*nano.frozen_parts(language_model=original))
-    with torch.no_grad():
-        model.model.language_projection.bias.fill_(0.5)
-    save_alignment(tmp_path / "alignment", model, nano.make_processor(model.config, words))
-    return tmp_path / "alignment"
+    return tiny_nano.alignment(tmp_path / "alignment", original)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -152,3 +101,13 @@ def test_a_folder_that_is_no_model_is_refused_in_one_sentence(alignment: Path, t
 def test_a_folder_that_does_not_exist_is_refused(alignment: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="none is not a folder"):
         load(alignment, language_model=tmp_path / "none", device="cpu")
+
+
+def test_a_full_folder_keeps_its_own(tmp_path: Path) -> None:
+    full = tiny_chat.saved(tmp_path / "full")
+
+    with pytest.raises(ConfigError, match=f"^{full} is a full model with a language model of its own") as told:
+        load(full, language_model=language_model(tmp_path / "copy"), device="cpu")
+
+    assert str(tmp_path / "copy") in told.value.message
+    assert "leave the other language model out" in told.value.hint

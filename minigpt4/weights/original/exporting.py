@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from minigpt4.errors import ConfigError, WeightsError
 from minigpt4.model import MiniGPT4Config
+from minigpt4.weights.alignment import ALIGNMENT_FILE
 from minigpt4.weights.files.atomic import require_free_space, write_folder
 from minigpt4.weights.files.tensors import TensorFiles, open_tensors
 from minigpt4.weights.llama.tokenizer import ORIGINAL_DIR, TOKENIZER_FILES, VOCABULARY_FILE
@@ -39,6 +40,7 @@ MAX_SHARD_BYTES = 2**31
 
 _ROOM = 64 * 2**20
 _MODEL_TYPES = {True: ("pretrain_vicuna", "###"), False: ("pretrain_llama2", "</s>")}  # with a Q-Former, without
+_EXPORTED = "only full model folders of EVA-ViT and a LLaMA can be exported, such as `minigpt4 weights import` writes"
 _TEXT_KEYS = (
     "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "initializer_range", "intermediate_size",
     "max_position_embeddings", "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
@@ -96,6 +98,12 @@ def export_original(
 
 def _config(model: Path) -> MiniGPT4Config:
     path = model / "config.json"
+    if (model / ALIGNMENT_FILE).is_file():
+        raise ConfigError(
+            f"{model} is an alignment over the frozen parts of nano, which the original cannot run", _EXPORTED
+        )
+    if not model.exists():
+        raise WeightsError(f"{model} does not exist", f"name the folder of a model; {_EXPORTED}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get("model_type") != MiniGPT4Config.model_type:
@@ -111,7 +119,7 @@ def _config(model: Path) -> MiniGPT4Config:
         if found != kind:
             raise ConfigError(
                 f"the original cannot run this model: its {part} is of the type {found}, expected {kind}",
-                "only models of EVA-ViT and a LLaMA can be exported",
+                _EXPORTED,
             )
     return config
 
