@@ -1,31 +1,95 @@
 """`minigpt4 train`."""
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+import yaml
 
 from minigpt4.cli.app import app, examples
-from minigpt4.cli.terminal import parts_bar, quiet, training_bar
+from minigpt4.cli.original import Options
+from minigpt4.cli.terminal import note, parts_bar, quiet, training_bar
+from minigpt4.errors import UsageError
+
+if TYPE_CHECKING:
+    from minigpt4.training.recipe import Recipe
 
 
 @app.command(
     epilog=examples(
-        "minigpt4 train recipes/nano.yaml",
         "minigpt4 train recipes/nano.yaml --set output=runs/mine --set stages.0.steps=100",
+        "minigpt4 train --cfg-path train_configs/minigpt4_stage1_pretrain.yaml --dry-run",
     )
 )
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml")],
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE.yaml")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key.")] = None,
+    cfg_path: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="One of the original's train YAML files, not a recipe.")
+    ] = None,
+    options: Options = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe, train nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Go on although the run began with another recipe.")] = False,
 ) -> None:
     """Train, or go on with what was interrupted."""
-    from minigpt4.training.recipe import read_recipe
+    if (recipe is None) == (cfg_path is None):
+        raise UsageError(
+            "train needs a RECIPE.yaml, or --cfg-path with one of the original's train YAML files"
+            if recipe is None
+            else "train takes a RECIPE.yaml or --cfg-path, not both",
+            "recipes/ in the source tree holds recipes",
+        )
+    if recipe is not None:
+        if options:
+            raise UsageError("--options changes keys of a YAML of the original's, and there is none", "use --set")
+        from minigpt4.training.recipe import read_recipe
 
-    settings = read_recipe(recipe, overrides)
+        settings = read_recipe(recipe, overrides)
+    else:
+        if overrides:
+            raise UsageError(
+                "--set changes keys of a recipe, and --cfg-path names a YAML of the original's",
+                "use --options, or print the recipe with --dry-run and train that",
+            )
+        settings = _from_the_original(Path(cfg_path or ""), options or [], dry_run=dry_run)
+    if dry_run:
+        content = settings.model_dump(mode="json", exclude_unset=True)
+        print(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), end="")
+        return
     from minigpt4.training.run import run
 
     quiet()
     with training_bar() as report, parts_bar() as report_parts:
-        folder = run(settings, report, report_parts)
-    print(folder)
+        folder = run(settings, report, report_parts, force=force)
+    if _speaks():
+        print(folder)
+
+
+def _from_the_original(cfg_path: Path, options: list[str], *, dry_run: bool) -> "Recipe":
+    """Translate a train YAML, and make the model folder of the files that it names."""
+    quiet()
+    from minigpt4.training.original import has_cuda, own_folder, recipe_from_original
+    from minigpt4.weights.original.configs import read_original_yaml
+
+    read = read_original_yaml(cfg_path, options)
+    if dry_run:
+        settings, notes = recipe_from_original(read)
+    else:
+        settings, notes = recipe_from_original(read, cuda=has_cuda(), check_files=True)
+        if own_folder(read) is None:
+            from minigpt4.weights.original.run import prepare_original
+
+            with parts_bar() as report:
+                found = prepare_original(cfg_path, options, report=report, training=True)
+            settings = settings.model_copy(update={"model": str(found.folder), "quantize": found.quantize})
+            notes = [*notes, *found.notes, f"model: {found.folder}"]
+    if _speaks():
+        for sentence in notes:
+            note(sentence)
+    return settings
+
+
+def _speaks() -> bool:
+    """Whether this is the one of torchrun's processes that tells the others' news."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,69 +1,164 @@
 """What a run needs to go on after it was stopped: trained tensors, optimizer state, and where it was.
 
-Safetensors and JSON only. The order of the data is a function of stage and step, so it needs no state.
+Safetensors and JSON only, each checkpoint a folder of its own that appears whole or not at all. The order of the data
+and the random numbers are functions of seed, stage and step, so they need no state.
 """
 
 import json
-from dataclasses import asdict, dataclass
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from minigpt4.weights.files.atomic import verify_folder, write_folder
+from minigpt4.errors import MiniGPT4Error, StorageError, WeightsError
+from minigpt4.weights.files.atomic import clean_stale, verify_folder, write_file, write_folder
 
-FOLDER = "checkpoint"
+FOLDER = "checkpoints"
+BEST_FILE = "best.json"
+NAME = re.compile(r"stage(\d+)-step(\d+)")
 
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run is: the next step to take, of the stage."""
-
-    stage: int
-    step: int
+logger = logging.getLogger(__name__)
 
 
-def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the trainable parameters by name."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+@dataclass
+class State:
+    """Where a run is, and what it counts.
+
+    Args:
+        stage: Number of the stage.
+        step: The next update to make in it.
+        skipped: Updates in a row that were left out because of a number that is none.
+        recent_bad: Bad examples of each of the last updates, as `[bad, read]`.
+        groups: Good and bad examples of each shard that had a bad one.
+        best_loss: The smallest validation loss so far.
+        scaler: Of the loss, in `fp16`.
+    """
+
+    stage: int = 0
+    step: int = 0
+    skipped: int = 0
+    recent_bad: list[list[int]] = field(default_factory=list)
+    groups: dict[str, list[int]] = field(default_factory=dict)
+    best_loss: float | None = None
+    scaler: dict[str, Any] = field(default_factory=dict)
 
 
-def save_checkpoint(output: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position) -> None:
-    """Replace the run's checkpoint, whole or not at all."""
-    parameters = trained_tensors(model)
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the trainable parameters by name; a part that is spread over processes is gathered, by all of them."""
+    return {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's moments as `PARAMETER/MOMENT`, gathered likewise."""
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    moments = {
-        f"{names[id(parameter)]}/{key}": value
+    return {
+        f"{names[id(parameter)]}/{key}": whole(value)
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
-    with write_folder(output / FOLDER, overwrite=True) as folder:
-        save_file({k: v.contiguous() for k, v in parameters.items()}, folder / "trained.safetensors")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that may be spread over processes as one, on the CPU."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+
+
+def write_checkpoint(output: Path, tensors: dict[str, Tensor], moments: dict[str, Tensor], state: State) -> Path:
+    """Add a checkpoint to a run.
+
+    Raises:
+        StorageError: It cannot be written; what was there before stays.
+    """
+    target = output / FOLDER / f"stage{state.stage}-step{state.step:07d}"
+    with write_folder(target, overwrite=True) as folder:
+        save_file(tensors, folder / "trained.safetensors")
         save_file(moments, folder / "optimizer.safetensors")
-        (folder / "position.json").write_text(json.dumps(asdict(position)))
+        (folder / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
+    return target
 
 
-def load_position(output: Path) -> Position | None:
-    """Return where the run stopped; None for a run that has no checkpoint."""
-    if not (output / FOLDER).exists():
-        return None
-    verify_folder(output / FOLDER)
-    return Position(**json.loads((output / FOLDER / "position.json").read_text()))
+def remove_old(output: Path, keep: int) -> None:
+    """Remove all checkpoints but the last ones and the best."""
+    best = best_checkpoint(output)
+    for folder in list(_newest_first(output))[keep:]:
+        if folder != best:
+            shutil.rmtree(folder)
 
 
-def load_trained(output: Path, model: nn.Module) -> None:
-    """Put the checkpoint's trained tensors into the model."""
-    stored = load_file(output / FOLDER / "trained.safetensors")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(stored.pop(name))
+def mark_best(output: Path, checkpoint: Path) -> None:
+    """Write down which checkpoint had the smallest validation loss."""
+    with write_file(output / FOLDER / BEST_FILE, "w") as file:
+        file.write(json.dumps(checkpoint.name))
 
 
-def load_optimizer(output: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the checkpoint's moments into the optimizer."""
+def best_checkpoint(output: Path) -> Path | None:
+    """Return the checkpoint with the smallest validation loss; None where nothing was validated."""
+    path = output / FOLDER / BEST_FILE
+    return output / FOLDER / json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def last_checkpoint(output: Path) -> tuple[Path, State] | None:
+    """Return a run's last checkpoint that is whole, with its state; None for a run that has none.
+
+    A damaged one is named aloud and passed over.
+
+    Raises:
+        WeightsError: There are checkpoints, and all are damaged.
+    """
+    if (output / FOLDER).exists():
+        clean_stale(output / FOLDER)
+    reason: MiniGPT4Error | None = None
+    for folder in _newest_first(output):
+        try:
+            verify_folder(folder)
+            return folder, State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        except (StorageError, WeightsError) as error:
+            reason = error
+            logger.warning("the checkpoint %s is damaged and passed over: %s", folder.name, error.message)
+    if reason is not None:
+        raise WeightsError(f"no checkpoint of {output} is whole: {reason.message}", hint="start anew in another folder")
+    return None
+
+
+def _newest_first(output: Path) -> Iterator[Path]:
+    folders = [path for path in (output / FOLDER).glob("stage*-step*") if NAME.fullmatch(path.name)]
+    return iter(sorted(folders, key=lambda path: [int(n) for n in NAME.findall(path.name)[0]], reverse=True))
+
+
+def load_trained(checkpoint: Path, model: nn.Module) -> None:
+    """Put a checkpoint's trained tensors into the model.
+
+    Raises:
+        WeightsError: The model trains other tensors.
+    """
+    stored = load_file(checkpoint / "trained.safetensors")
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, value in load_file(output / FOLDER / "optimizer.safetensors").items():
+    if stored.keys() != parameters.keys():
+        odd = sorted(stored.keys() ^ parameters.keys())[0]
+        raise WeightsError(f"the checkpoint {checkpoint} and the model differ in the trained tensor {odd}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(_spread_like(stored[name], parameter))
+
+
+def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's moments into the optimizer."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, value in load_file(checkpoint / "optimizer.safetensors").items():
         parameter, _, key = name.rpartition("/")
-        optimizer.state[parameters[parameter]][key] = value
+        of = parameters[parameter]
+        optimizer.state[of][key] = value if key == "step" else _spread_like(value, of)
+
+
+def _spread_like(value: Tensor, parameter: Tensor) -> Tensor:
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value.to(parameter.device)

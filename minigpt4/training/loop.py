@@ -1,194 +1,300 @@
-"""The training loop: stage after stage, step after step, over the parts that learn.
+"""The training loop: stage after stage, update after update, over the parts that learn.
 
-Knows neither what the examples are nor what the objective is, and prints nothing: what happens is told to `report`.
+Knows neither what the examples are nor what the objective is, and prints nothing: what happens is told to `Observer`.
+Killed at any moment and started again, a run ends with the same numbers to the bit: data and random numbers are
+functions of seed, stage and step, and everything else is in the last checkpoint.
 """
 
-import json
-import math
+import itertools
+import resource
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from minigpt4.errors import DataError
+from minigpt4.errors import DataError, MiniGPT4Error
 from minigpt4.model import MiniGPT4ForConditionalGeneration
+from minigpt4.training.bad_samples import BadSampleWatch
 from minigpt4.training.checkpoint import (
-    Position,
+    State,
+    last_checkpoint,
     load_optimizer,
-    load_position,
     load_trained,
-    save_checkpoint,
+    mark_best,
+    optimizer_tensors,
+    remove_old,
+    trained_tensors,
+    write_checkpoint,
 )
-from minigpt4.training.objectives import OBJECTIVES
+from minigpt4.training.objectives import TrainingStep
+from minigpt4.training.processes import by_the_main_process, others_alive, spread
 from minigpt4.training.recipe import Recipe, StageRecipe
-from minigpt4.weights.files.atomic import write_file
+from minigpt4.training.run_folder import append_line, forget_lines_after, metrics_path
+from minigpt4.training.schedule import batches_before, learning_rate, num_batches
+from minigpt4.training.stopping import StopRequest, stop_requests
+from minigpt4.training.update import PRECISIONS, Figures, Updater, chosen_precision, make_optimizer
 
-METRICS_FILE = "metrics.jsonl"
+Batches = Callable[[int, StageRecipe], Dataset[dict[str, Any]]]
+"""From number and recipe of a stage to its data set: a process's batches, `accumulation` of them an update."""
+
+LOADER_TIMEOUT = 600.0
+"""Seconds after which a reader that brings nothing is an error."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One step, as told to whoever watches.
+    """One update, as told to whoever watches, and a line of `metrics.jsonl`.
 
     Args:
         stage: The stage's name.
-        step: Steps done in it.
-        steps: Steps in it.
-        loss: The step's loss.
-        learning_rate: Its learning rate.
+        step: Updates done in it.
+        steps: Updates in it.
+        loss: Of the update.
+        accuracy: Share of targets that would have been said.
+        learning_rate: Of the update.
+        grad_norm: Of all gradients together, before clipping.
+        tokens: Targets, over all processes.
+        images: Pictures, over all processes.
         seconds: It took so long, loading included.
-        accuracy: The objective's share of hits.
+        skipped: The weights stayed as they were, since the loss or a gradient is not a number.
+        memory_bytes: The largest use so far, of the accelerator if there is one.
     """
 
     stage: str
     step: int
     steps: int
     loss: float
-    learning_rate: float
-    seconds: float
     accuracy: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    images: int
+    seconds: float
+    skipped: bool
+    memory_bytes: int
 
 
-def learning_rate(stage: StageRecipe, step: int) -> float:
-    """Rise linearly over `warmup_steps`, then fall along a cosine to `final_learning_rate`."""
-    if step < stage.warmup_steps:
-        return stage.learning_rate * (step + 1) / stage.warmup_steps
-    done = (step - stage.warmup_steps) / max(stage.steps - stage.warmup_steps, 1)
-    return stage.final_learning_rate + (stage.learning_rate - stage.final_learning_rate) * 0.5 * (
-        1 + math.cos(math.pi * done)
-    )
+class Observer(Protocol):
+    """Who watches a run."""
+
+    def update(self, progress: Progress) -> None:
+        """Told of every update, in the main process."""
+
+    def validation_loss(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
+        """Asked after every update, in all processes: the validation loss where it is time for it, else None."""
 
 
-def make_optimizer(model: MiniGPT4ForConditionalGeneration, stage: StageRecipe) -> torch.optim.AdamW:
-    """AdamW over what learns; vectors are not decayed."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in trainable if p.ndim > 1], "weight_decay": stage.weight_decay},
-            {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=stage.learning_rate,
-        betas=(0.9, 0.98),
-    )
+@dataclass
+class _Run:
+    recipe: Recipe
+    model: MiniGPT4ForConditionalGeneration
+    step: TrainingStep
+    module: torch.nn.Module
+    processes: PartialState
+    observer: Observer
+    stop: StopRequest
+    state: State
+    written: tuple[int, int] | None = None
 
 
 def train(
     recipe: Recipe,
     model: MiniGPT4ForConditionalGeneration,
-    batches: Callable[[int, StageRecipe], Dataset[dict[str, Any]]],
-    report: Callable[[Progress], None],
+    batches: Batches,
+    observer: Observer,
+    processes: PartialState,
 ) -> None:
-    """Train the model in place, going on where an earlier run in `recipe.output` stopped.
+    """Train a model in place, going on where an earlier run in `recipe.output` stopped.
 
     Args:
         recipe: What to do.
-        model: The model; only its trainable parameters change.
-        batches: Number and recipe of a stage to the data set of its batches, one a step.
-        report: Told of every step.
+        model: The model, on its device; only its trainable parameters change.
+        batches: Makes a stage's data set.
+        observer: Who watches.
+        processes: The processes of the run.
 
     Raises:
-        DataError: The loss is not a number.
+        DataError: The loss stays no number, the data is too bad, or a reader ended.
+        MiniGPT4Error: Another process of the run ended.
+        StorageError: The run's folder cannot be written.
+        WeightsError: All checkpoints are damaged, or of another model.
     """
-    recipe.output.mkdir(parents=True, exist_ok=True)
-    position = load_position(recipe.output)
-    if position is not None:
-        load_trained(recipe.output, model)
-    start = position or Position(stage=0, step=0)
-    _forget_metrics_after(recipe, start)
+    found = last_checkpoint(recipe.output)
+    if found:
+        load_trained(found[0], model)
+    state = found[1] if found else State()
+    by_the_main_process(lambda: forget_lines_after(recipe, state.stage, state.step), processes)
+    step = TrainingStep(model)
     model.train()
-    for number, stage in enumerate(recipe.stages[start.stage :], start.stage):
-        first = start.step if number == start.stage else 0
-        optimizer = make_optimizer(model, stage)
-        if first:
-            load_optimizer(recipe.output, model, optimizer)
-        _train_stage(recipe, number, first, model, optimizer, batches(number, stage), report)
+    with stop_requests() as stop, others_alive(processes):
+        run = _Run(recipe, model, step, spread(step, recipe.parallel, processes), processes, observer, stop, state)
+        for number in range(state.stage, len(recipe.stages)):
+            _train_stage(run, number, batches, found[0] if found and state.step else None)
     model.eval()
 
 
-def _forget_metrics_after(recipe: Recipe, position: Position) -> None:
-    """Drop the figures of steps that will be taken again, and a last line that was cut off."""
-    path = metrics_path(recipe.output)
-    if not path.exists():
+def _train_stage(run: _Run, number: int, batches: Batches, checkpoint: Any) -> None:  # noqa: ANN401  (a path or None)
+    stage = run.recipe.stages[number]
+    first = run.state.step
+    if stage.threads:
+        torch.set_num_threads(stage.threads)
+    run.step.objective = stage.objective
+    precision = PRECISIONS[chosen_precision(run.recipe, run.processes.device)]
+    scaler = torch.amp.GradScaler(run.processes.device.type, enabled=precision is torch.float16)
+    updater = Updater(run.module, make_optimizer(run.module, stage), scaler, stage, precision, run.processes)
+    if first:
+        load_optimizer(checkpoint, run.model, updater.optimizer)
+        scaler.load_state_dict(run.state.scaler)
+    watch = BadSampleWatch(run.recipe, run.processes, run.state)
+    data = Subset(batches(number, stage), range(batches_before(stage, first), batches_before(stage, stage.steps)))
+    started = time.monotonic()
+    for at, group in enumerate(_groups(_loaded(data, run.recipe.workers), stage, first), first):
+        _seed(run, at)
+        rate = learning_rate(stage, at)
+        figures = updater(group, rate, stop=run.stop.asked)
+        now = time.monotonic()
+        progress = _progress(stage, at, rate, figures, now - started)
+        started = now
+        run.state.step = at + 1
+        run.state.scaler = scaler.state_dict()
+        by_the_main_process(lambda: _tell(run, progress), run.processes)  # noqa: B023  (called at once)
+        watch.look_at(stage.name, at + 1, group)
+        _count_skipped(run, stage, group, figures)
+        _after_update(run, updater.optimizer, stage, figures)
+    run.state.stage, run.state.step = number + 1, 0
+    _save(run, None)
+
+
+def _after_update(run: _Run, optimizer: torch.optim.Optimizer, stage: StageRecipe, figures: Figures) -> None:
+    """Validate, save and stop where it is time for it."""
+    done = run.state.step
+    loss = run.observer.validation_loss(run.step, stage, done)
+    best = loss is not None and (run.state.best_loss is None or loss < run.state.best_loss)
+    if best:
+        run.state.best_loss = loss
+    if loss is not None:
+        line = {"stage": stage.name, "step": done, "validation_loss": loss}
+        by_the_main_process(lambda: append_line(metrics_path(run.recipe.output), line), run.processes)
+    if done < stage.steps and (best or figures.stop or done % run.recipe.checkpoint_steps == 0):
+        _save(run, optimizer, best=best)
+    if figures.stop and done < stage.steps:
+        run.stop.obey()
+
+
+def _save(run: _Run, optimizer: torch.optim.Optimizer | None, *, best: bool = False) -> None:
+    """Write a checkpoint; gathering is the work of all processes, writing that of the main one."""
+    tensors = trained_tensors(run.model)
+    moments = optimizer_tensors(run.model, optimizer) if optimizer else {}
+
+    def write() -> None:
+        folder = write_checkpoint(run.recipe.output, tensors, moments, run.state)
+        if best:
+            mark_best(run.recipe.output, folder)
+        remove_old(run.recipe.output, run.recipe.keep_checkpoints)
+
+    try:
+        by_the_main_process(write, run.processes)
+    except MiniGPT4Error as error:
+        error.exit_status = 3  # of this error alone: the run can go on
+        raise
+
+
+def _tell(run: _Run, progress: Progress) -> None:
+    line = {key: None if value != value else value for key, value in asdict(progress).items()}  # JSON has no NaN
+    append_line(metrics_path(run.recipe.output), line)
+    run.observer.update(progress)
+
+
+def _count_skipped(run: _Run, stage: StageRecipe, group: list[dict[str, Any]], figures: Figures) -> None:
+    """Stop a run whose loss stays no number, and leave the examples it was computed from in its folder."""
+    run.state.skipped = run.state.skipped + 1 if figures.skipped else 0
+    if run.state.skipped <= run.recipe.max_skipped_steps:
         return
-    numbers = {stage.name: number for number, stage in enumerate(recipe.stages)}
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            break
-        figures = json.loads(line)
-        if (numbers[figures["stage"]], figures["step"]) <= (position.stage, position.step):
-            kept.append(line)
-    with write_file(path, "w") as file:
-        file.writelines(kept)
+    keys = [key for batch in group for key in batch.get("keys", [])]
+    line = {"stage": stage.name, "step": run.state.step, "loss": str(figures.loss), "keys": keys}
+    path = run.recipe.output / "not_a_number.jsonl"
+    by_the_main_process(lambda: append_line(path, line), run.processes)
+    raise DataError(
+        f"the loss of stage {stage.name} is {figures.loss} and the gradient's norm {figures.grad_norm}, "
+        f"{run.state.skipped} updates in a row, the last at step {run.state.step}",
+        hint=f"lower the learning rate, or look at the examples that {path} names",
+    )
 
 
-def _train_stage(
-    recipe: Recipe,
-    number: int,
-    first: int,
-    model: MiniGPT4ForConditionalGeneration,
-    optimizer: torch.optim.Optimizer,
-    data: Dataset[dict[str, Any]],
-    report: Callable[[Progress], None],
-) -> None:
-    stage = recipe.stages[number]
-    torch.set_num_threads(stage.threads)
+def _seed(run: _Run, at: int) -> None:
+    """Make this update's random numbers (dropout) its own, in every process."""
+    recipe = run.recipe
+    key = [recipe.seed, run.state.stage, at, run.processes.process_index]
+    mixed = 0
+    for number in key:
+        mixed = (mixed * 0x9E3779B97F4A7C15 + number + 1) % (1 << 63)
+    torch.manual_seed(mixed)
+
+
+def _progress(stage: StageRecipe, at: int, rate: float, figures: Figures, seconds: float) -> Progress:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak
+    return Progress(
+        stage=stage.name,
+        step=at + 1,
+        steps=stage.steps,
+        loss=figures.loss,
+        accuracy=figures.accuracy,
+        learning_rate=rate,
+        grad_norm=figures.grad_norm,
+        tokens=figures.tokens,
+        images=figures.images,
+        seconds=seconds,
+        skipped=figures.skipped,
+        memory_bytes=memory,
+    )
+
+
+def _loaded(data: Dataset[dict[str, Any]], workers: int) -> Iterator[dict[str, Any]]:
+    """Read batches ahead; a reader that is killed or stuck is an error, not a wait without end."""
     loader = DataLoader(
-        Subset(data, range(first, stage.steps)),
+        data,
         batch_size=None,
         collate_fn=_as_it_is,
-        num_workers=recipe.workers,
-        prefetch_factor=4 if recipe.workers else None,
-        worker_init_fn=_one_thread,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        timeout=LOADER_TIMEOUT if workers else 0,
+        worker_init_fn=_begin_reading,
     )
-    started = time.monotonic()
-    for step, batch in enumerate(loader, first):
-        rate = learning_rate(stage, step)
-        loss, accuracy = _step(stage, model, optimizer, batch, rate)
-        if not math.isfinite(loss):
-            raise DataError(f"the loss of stage {stage.name} is {loss} at step {step}", hint="lower the learning rate")
-        now = time.monotonic()
-        progress = Progress(stage.name, step + 1, stage.steps, loss, rate, now - started, accuracy)
-        started = now
-        with metrics_path(recipe.output).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(progress)) + "\n")
-        report(progress)
-        if (step + 1) % recipe.checkpoint_steps == 0 and step + 1 < stage.steps:
-            save_checkpoint(recipe.output, model, optimizer, Position(number, step + 1))
-    save_checkpoint(recipe.output, model, optimizer, Position(number + 1, 0))
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            raise DataError(
+                f"a process that reads examples ended: {' '.join(str(error).split())}",
+                hint="it is often out of memory: fewer workers, or smaller batches; the same command goes on",
+            ) from error
+        yield batch
 
 
-def _step(
-    stage: StageRecipe,
-    model: MiniGPT4ForConditionalGeneration,
-    optimizer: torch.optim.Optimizer,
-    batch: dict[str, Any],
-    rate: float,
-) -> tuple[float, float]:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    loss, figures = OBJECTIVES[stage.objective](model, batch)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], stage.clip_norm)
-    optimizer.step()
-    return loss.item(), next(iter(figures.values()))
+def _groups(batches: Iterator[dict[str, Any]], stage: StageRecipe, first: int) -> Iterator[list[dict[str, Any]]]:
+    """Collect the batches of each update."""
+    for step in range(first, stage.steps):
+        yield list(itertools.islice(batches, num_batches(stage, step)))
 
 
-def _one_thread(worker: int) -> None:
-    """Leave the other core to the trainer."""
+def _begin_reading(worker: int) -> None:
+    """Leave the cores to the trainer, and Ctrl-C as well: it is the trainer that ends the readers."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _as_it_is(batch: Any) -> Any:  # noqa: ANN401  (whatever a data set makes)
     """A batch comes whole from the data set."""
     return batch
-
-
-def metrics_path(output: Path) -> Path:
-    """Where a run's figures lie, one JSON object a step."""
-    return output / METRICS_FILE

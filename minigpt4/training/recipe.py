@@ -1,21 +1,37 @@
-"""A training recipe: one validated YAML file; an unknown key is an error that names the nearest known one."""
+"""A training recipe: one validated YAML file; an unknown key is an error that names the nearest known one.
+
+`compat: original` puts the original's choices in the place of ours; each of them is also a key of its own.
+"""
 
 import difflib
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from minigpt4.errors import ConfigError
+
+ORIGINAL: dict[str, Any] = {
+    "schedule": "linear_warmup_cosine_lr",
+    "betas": [0.9, 0.999],
+    "clip_norm": None,
+    "loss_over": "batch",
+    "mix": "batches",
+    "prompt_for": "batch",
+    "layout": "original",
+    "keep_end": False,
+    "bucket_batches": 1,
+}
+"""What `compat: original` sets in every stage that says nothing else."""
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class DataRecipe(_Section):
-    """Where the examples come from, and in which proportion; see `minigpt4.data.nano_mixture`."""
+class NanoData(_Section):
+    """The examples nano learns from, and in which proportion; see `minigpt4.data.nano_mixture`."""
 
     photos: Path
     backgrounds: Path | None = None
@@ -25,37 +41,200 @@ class DataRecipe(_Section):
     share_unsure: float = Field(0.04, ge=0, le=1)
 
 
+class SourceRecipe(_Section):
+    """One place examples come from; see `minigpt4.data.sources`.
+
+    `path` is a folder, a file, or `hub:owner/name`; `share` is its part of the samples, relative to the others'.
+    """
+
+    path: str
+    format: Literal["auto", "shards", "captions", "alignment", "conversations", "vqa", "parquet", "hub"] = "auto"
+    share: float = Field(1.0, gt=0)
+    images: Path | None = Field(None, description="Where the pictures lie that a list of conversations names.")
+    text: str | None = Field(None, description="Name of the column or key that holds the caption.")
+    captions: Literal["as_is", "blip"] = Field("as_is", description="blip: cleaned as the original did in stage 1.")
+
+
+class SourcesData(_Section):
+    """Pictures with captions or conversations.
+
+    `prompts` ask for a caption where a record has no question: a file with one a line, or a list.
+    """
+
+    sources: list[SourceRecipe] = Field(min_length=1)
+    prompts: Path | list[str] | None = None
+    crop: bool = Field(True, description="Cut a random part out of each picture, as the original does.")
+
+
+class ValidationRecipe(_Section):
+    """What a run looks at besides its loss: pictures it does not learn from, and questions about them."""
+
+    sources: list[SourceRecipe] = Field(min_length=1)
+    every_steps: int = Field(500, gt=0)
+    batches: int = Field(10, gt=0)
+    pictures: int = Field(8, ge=0, description="So many get sample answers.")
+    question: str = "Describe this image in detail."
+
+
+class PartsRecipe(_Section):
+    """A model put together from a vision encoder and a language model, with new joining parts."""
+
+    vision_model: str
+    language_model: str
+    qformer: Literal["new", "none"] = "new"
+    qformer_layers: int = Field(4, gt=0)
+    num_query_tokens: int = Field(32, gt=0)
+    template: str = "chatml"
+
+
+class LoraRecipe(_Section):
+    """Low-rank adapters on the language model (arXiv 2106.09685)."""
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    target_modules: list[str] | None = Field(None, description="Left out: the library's choice for the model.")
+
+
 class StageRecipe(_Section):
     """One stage of training.
 
-    `turns` is the largest number of questions about a picture; `objective` is one of `training.objectives`; `threads`
-    are the trainer's own, beside the loader's workers.
+    Args:
+        name: Of the stage; no other has it.
+        objective: One of `training.objectives`.
+        steps: Updates of the weights; in the original's schedules `warmup_steps` and `steps_per_epoch` count batches.
+        batch_size: Examples a process reads at once.
+        accumulation: So many batches make one update.
+        learning_rate: The highest.
+        warmup_steps: It rises over so many steps.
+        warmup_learning_rate: Where it rises from; below 0 from `learning_rate` itself, as in the original.
+        final_learning_rate: Where it ends.
+        schedule: `cosine`, or one of the original's, which count in epochs.
+        steps_per_epoch: For the original's schedules.
+        decay_rate: An epoch, for `linear_warmup_step_lr`.
+        weight_decay: Of matrices; vectors are not decayed.
+        betas: Of AdamW.
+        clip_norm: Largest norm of all gradients together; null does not clip.
+        loss_over: `tokens`: every target token counts the same, across accumulation and processes. `batch`: every
+            batch counts the same and accumulation adds up, as in the original.
+        mix: `samples` mixes sources in a batch, `batches` draws whole batches from one.
+        prompt_for: One prompt drawn for each `sample`, or for a whole `batch`.
+        layout: `template`: as the model is asked later. `original`: `[bos]`, then the prompt with the picture where
+            there is one, else the picture alone, then the answer.
+        prompt_template: What stands round a prompt in the layout `original`.
+        end_symbol: What ends an answer in the layout `original`.
+        keep_end: A text that is cut off keeps its end symbol.
+        max_text_tokens: Longer answers are cut off; in the layout `template`, longer conversations lose turns.
+        bucket_batches: Batches are made of examples of like length, out of so many batches; 1 leaves them as they come.
+        turns: The largest number of questions about a picture.
+        threads: The trainer's own, beside the loader's workers; null leaves them alone.
+        data: What differs from the recipe's `data` in this stage.
     """
 
     name: str
-    objective: Literal["words", "language"]
+    objective: Literal["words", "language"] = "language"
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
+    accumulation: int = Field(1, gt=0)
     learning_rate: float = Field(gt=0)
     warmup_steps: int = Field(50, ge=0)
+    warmup_learning_rate: float = 0.0
     final_learning_rate: float = Field(0.0, ge=0)
+    schedule: Literal["cosine", "linear_warmup_cosine_lr", "linear_warmup_step_lr"] = "cosine"
+    steps_per_epoch: int | None = Field(None, gt=0)
+    decay_rate: float | None = Field(None, gt=0)
     weight_decay: float = Field(0.05, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
-    turns: int = Field(1, ge=1, le=4)
-    threads: int = Field(2, gt=0)
-    data: dict[str, float] = Field(default_factory=dict, description="Shares that differ from the recipe's.")
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip_norm: float | None = Field(1.0, gt=0)
+    loss_over: Literal["tokens", "batch"] = "tokens"
+    mix: Literal["samples", "batches"] = "samples"
+    prompt_for: Literal["sample", "batch"] = "sample"
+    layout: Literal["template", "original"] = "template"
+    prompt_template: str = "###Human: {} ###Assistant: "
+    end_symbol: str = "###"
+    keep_end: bool = True
+    max_text_tokens: int = Field(160, gt=1)
+    bucket_batches: int = Field(8, gt=0)
+    turns: int = Field(4, ge=1)
+    threads: int | None = Field(None, gt=0)
+    data: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "StageRecipe":
+        if self.mix == "batches" and self.bucket_batches > 1:
+            raise ValueError("mix: batches keeps sources apart, so bucket_batches must be 1")
+        if self.schedule == "linear_warmup_cosine_lr" and self.steps_per_epoch is None:
+            raise ValueError("the schedule linear_warmup_cosine_lr needs steps_per_epoch")
+        if self.schedule == "linear_warmup_step_lr" and None in (self.steps_per_epoch, self.decay_rate):
+            raise ValueError("the schedule linear_warmup_step_lr needs steps_per_epoch and decay_rate")
+        return self
+
+
+Trainable = Literal["language_projection", "query_tokens", "qformer", "vision_layernorms", "lora"]
 
 
 class Recipe(_Section):
-    """All of a training run."""
+    """All of a training run.
 
-    model: Literal["nano"]
+    Args:
+        model: `nano`, a model or alignment folder, or parts to put together.
+        joining_parts: Go on from the model's own projection and Q-Former, or begin with new ones.
+        output: The run's folder.
+        seed: Of everything drawn.
+        trainable: What learns. Left out: what the model's own configuration says.
+        lora: How, where `trainable` names it.
+        precision: Of the computation: `auto` is `bf16` on an accelerator that has it, else `fp32`. What learns is
+            float32 always.
+        quantize: The frozen language model in fewer bits.
+        gradient_checkpointing: Compute activations twice rather than keep them.
+        parallel: With several processes: each holds the whole model (`ddp`), or a part of it (`fsdp2`).
+        features: `cache` keeps on disk what the frozen parts make of a picture, and needs uncropped pictures.
+        compat: `original` sets `ORIGINAL` in every stage.
+        report_to: Besides `metrics.jsonl`.
+        data: Where the examples come from.
+        validation: What else is looked at.
+        stages: One after another.
+        checkpoint_steps: A checkpoint after so many updates, and at a stage's end.
+        keep_checkpoints: So many of the last are kept, and the one with the smallest validation loss.
+        workers: Processes that read ahead.
+        max_bad_fraction: More bad samples than this among the last 1,000 stop the run.
+        max_skipped_steps: So many updates in a row may be left out because of a loss or gradient that is no number.
+    """
+
+    model: str | PartsRecipe = "nano"
+    joining_parts: Literal["trained", "new"] = "trained"
     output: Path
     seed: int = 1
-    data: DataRecipe
+    trainable: list[Trainable] | None = Field(None, min_length=1)
+    lora: LoraRecipe = LoraRecipe()
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    gradient_checkpointing: bool = False
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    features: Literal["compute", "cache"] = "compute"
+    compat: Literal["none", "original"] = "none"
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    data: NanoData | SourcesData
+    validation: ValidationRecipe | None = None
     stages: list[StageRecipe] = Field(min_length=1)
     checkpoint_steps: int = Field(50, gt=0)
+    keep_checkpoints: int = Field(2, gt=0)
     workers: int = Field(1, ge=0)
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    max_skipped_steps: int = Field(5, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_what_the_data_is(cls, content: Any) -> Any:  # noqa: ANN401  (not validated yet)
+        """Pick the section by its keys, so that a complaint is about one kind of data and not about both."""
+        if not isinstance(content, dict):
+            return content
+        content = dict(content)
+        if isinstance(content.get("data"), dict):
+            content["data"] = read_data(content["data"])
+        if content.get("compat") == "original" and isinstance(content.get("stages"), list):
+            content["stages"] = [{**ORIGINAL, **s} if isinstance(s, dict) else s for s in content["stages"]]
+        return content
 
     @field_validator("stages")
     @classmethod
@@ -64,6 +243,15 @@ class Recipe(_Section):
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two stages have the name {twice[0]!r}")
         return stages
+
+    def data_of(self, stage: StageRecipe) -> NanoData | SourcesData:
+        """Return where a stage's examples come from."""
+        return read_data({**self.data.model_dump(), **stage.data}) if stage.data else self.data
+
+
+def read_data(content: dict[str, Any]) -> NanoData | SourcesData:
+    """Read a `data` section; the key `sources` tells the kinds apart."""
+    return SourcesData.model_validate(content) if "sources" in content else NanoData.model_validate(content)
 
 
 def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -90,10 +278,32 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         raise ConfigError(f"{path} holds no keys", hint="copy one of the files in recipes/")
     for override in overrides or []:
         _set(content, override)
+    return make_recipe(content, path)
+
+
+def make_recipe(content: dict[str, Any], origin: Path) -> Recipe:
+    """Validate a recipe's content.
+
+    Args:
+        content: The keys.
+        origin: The file they come from, for the complaint.
+
+    Raises:
+        ConfigError: An unknown key or a wrong value, with its place.
+    """
+    place = ""
     try:
-        return Recipe.model_validate(content)
+        if isinstance(content.get("data"), dict):
+            place = "data."
+            read_data(content["data"])
+            place = ""
+        recipe = Recipe.model_validate(content)
+        for number, stage in enumerate(recipe.stages):
+            place = f"stages.{number}.data."
+            recipe.data_of(stage)
     except ValidationError as error:
-        raise _explain(path, error) from error
+        raise _explain(origin, place, error) from error
+    return recipe
 
 
 def _set(content: dict[str, Any], override: str) -> None:
@@ -116,14 +326,24 @@ def _set(content: dict[str, Any], override: str) -> None:
         ) from error
 
 
-def _explain(path: Path, error: ValidationError) -> ConfigError:
+_SECTIONS = (
+    Recipe, NanoData, SourcesData, SourceRecipe, ValidationRecipe, PartsRecipe, LoraRecipe, StageRecipe,
+)  # fmt: skip
+
+
+def _explain(path: Path, where: str, error: ValidationError) -> ConfigError:
     # A misspelt key is often also a missing one; the misspelling is the cause.
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    place = ".".join(str(part) for part in first["loc"])
+    known = sorted({name for section in _SECTIONS for name in section.model_fields})
+    *parents, last = first["loc"] or ("",)
+    # Where a value may be of several kinds, the library puts the kind's name among the keys.
+    keys = [part for part in parents if isinstance(part, int) or part in known]
+    if isinstance(last, int) or last in known or first["type"] == "extra_forbidden":
+        keys.append(last)
+    place = where + ".".join(str(part) for part in keys)
     if first["type"] != "extra_forbidden":
         reason = first["msg"].removeprefix("Value error, ")
         return ConfigError(f"{path}: {place}: {reason}", hint=f"the value there is {first['input']!r}"[:200])
-    known = sorted({*Recipe.model_fields, *DataRecipe.model_fields, *StageRecipe.model_fields})
-    near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+    near = difflib.get_close_matches(str(last), known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
     return ConfigError(f"{path}: unknown key {place}", hint=hint)

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from minigpt4.model import MiniGPT4ForConditionalGeneration
-from minigpt4.training.objectives import COSINE_SCALE, language_loss, word_loss
+from minigpt4.training.objectives import COSINE_SCALE, OBJECTIVES, language, num_targets, words
 from tests.training import toy
 
 
@@ -26,29 +26,29 @@ def test_word_loss_is_the_cosine_to_the_captions_pieces(model: MiniGPT4ForCondit
     given = batch("words")
     table = model.get_input_embeddings().weight
     mean = table.mean(dim=0)
-    words = given["word_ids"]
-    embeds = model.model.align_image_features(given["vision_outputs"]).pooler_output[:, -words.shape[1] :]
-    candidates = sorted({*words[words != -100].tolist(), *given["distractor_ids"].tolist()})
+    ids = given["word_ids"]
+    embeds = model.model.align_image_features(given["vision_outputs"]).pooler_output[:, -ids.shape[1] :]
+    candidates = sorted({*ids[ids != -100].tolist(), *given["distractor_ids"].tolist()})
 
     losses, hits = [], []
-    for row, places in enumerate(words.tolist()):
+    for row, places in enumerate(ids.tolist()):
         for place, word in enumerate(places):
             if word == -100:
                 continue
             cosines = cosine_similarity(embeds[row, place] - mean, table[candidates] - mean)
             losses.append(cross_entropy(COSINE_SCALE * cosines, torch.tensor(candidates.index(word))))
             hits.append(float(candidates[int(cosines.argmax())] == word))
-    loss, figures = word_loss(model, given)
+    outcome = words(model, given)
 
-    assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), abs=1e-4)
-    assert figures == {"word_accuracy": pytest.approx(sum(hits) / len(hits))}
+    assert outcome.loss.item() == pytest.approx(torch.stack(losses).sum().item(), abs=1e-3)
+    assert (outcome.hits.item(), num_targets(given)) == (sum(hits), len(hits))
 
 
 def test_language_loss_is_the_models_own(model: MiniGPT4ForConditionalGeneration) -> None:
     given = batch("language")
     features = model.model.align_image_features(given["vision_outputs"])
 
-    loss, figures = language_loss(model, given)
+    outcome = language(model, given)
 
     output = model(
         input_ids=given["input_ids"],
@@ -58,9 +58,10 @@ def test_language_loss_is_the_models_own(model: MiniGPT4ForConditionalGeneration
     )
     targets = given["labels"][:, 1:]
     said = output.logits[:, :-1].argmax(dim=-1)
-    hits = (said == targets)[targets != -100].float().mean().item()
-    assert loss.item() == pytest.approx(output.loss.item(), abs=1e-5)
-    assert figures == {"token_accuracy": pytest.approx(hits)}
+    hits = (said == targets)[targets != -100].sum().item()
+    count = num_targets(given)
+    assert outcome.loss.item() / count == pytest.approx(output.loss.item(), abs=1e-5)
+    assert (outcome.hits.item(), count) == (hits, int((targets != -100).sum()))
 
 
 @pytest.mark.parametrize("objective", ["words", "language"])
@@ -68,9 +69,7 @@ def test_gradients_reach_every_trainable_part_and_nothing_else(
     objective: str, model: MiniGPT4ForConditionalGeneration
 ) -> None:
     model.zero_grad(set_to_none=True)
-    loss, _ = {"words": word_loss, "language": language_loss}[objective](model, batch(objective))
-
-    loss.backward()
+    OBJECTIVES[objective](model, batch(objective)).loss.backward()
 
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     parts = {name.removeprefix("model.").partition(".")[0] for name in reached}

@@ -1,5 +1,6 @@
 """A training run of seconds: a tiny model, two stages, and made-up pictures that each have something to say."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,20 @@ from torch.utils.data import Dataset
 
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.model.efficientnet_lite import EfficientNetLiteOutput
+from minigpt4.training.loop import Progress
+from minigpt4.training.objectives import TrainingStep
 from minigpt4.training.recipe import Recipe, StageRecipe
 from tests.model import tiny
 
 NUM_EXAMPLES = 4
 NUM_WORDS = 2
+DROPOUT = 0.05
 
 
 def model() -> MiniGPT4ForConditionalGeneration:
-    """The same random model each time, without dropout, as nano's has none: resuming keeps no random state."""
+    """The same random model each time; its Q-Former drops out, so a resumed run needs the same random numbers."""
     config = tiny.config(vision="efficientnet_lite", trainable_parts=["query_tokens", "qformer", "language_projection"])
-    config.qformer_config.hidden_dropout_prob = config.qformer_config.attention_probs_dropout_prob = 0.0
+    config.qformer_config.hidden_dropout_prob = config.qformer_config.attention_probs_dropout_prob = DROPOUT
     torch.manual_seed(0)
     return tiny.randomized(MiniGPT4ForConditionalGeneration(config)).eval()
 
@@ -31,7 +35,7 @@ class ToyBatches(Dataset[dict[str, Any]]):
         self.stage = stage
 
     def __len__(self) -> int:
-        return self.stage.steps
+        return self.stage.steps * self.stage.accumulation
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         seen = torch.Generator().manual_seed(5)
@@ -44,12 +48,38 @@ class ToyBatches(Dataset[dict[str, Any]]):
         if self.stage.objective == "words":
             words = words.clone()
             words[0, -1] = -100  # a shorter caption
-            return {"vision_outputs": outputs, "word_ids": words, "distractor_ids": torch.arange(40, 60)}
+            return {
+                "vision_outputs": outputs,
+                "word_ids": words,
+                "distractor_ids": torch.arange(40, 60),
+                "keys": [f"picture {number}" for number in order.tolist()],
+            }
         prompt = torch.tensor([1, *[tiny.IMAGE_TOKEN_ID] * tiny.NUM_IMAGE_TOKENS, 7]).expand(NUM_EXAMPLES, -1)
         ids = torch.cat([prompt, words], dim=1)
         labels = torch.cat([torch.full_like(prompt, -100), words], dim=1)
         mask = torch.ones_like(ids)
         return {"vision_outputs": outputs, "input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class Watcher:
+    """Keeps what it is told; `stop_after` so many updates the run is torn down."""
+
+    def __init__(self, stop_after: int | None = None, losses: Sequence[float | None] = ()) -> None:
+        self.steps: list[Progress] = []
+        self.stop_after = stop_after
+        self.losses = list(losses)
+
+    def update(self, progress: Progress) -> None:
+        self.steps.append(progress)
+        if len(self.steps) == self.stop_after:
+            raise PowerFailureError
+
+    def validation_loss(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
+        return self.losses.pop(0) if self.losses else None
+
+
+class PowerFailureError(Exception):
+    """The power fails."""
 
 
 def recipe(output: Path, **changes: Any) -> Recipe:

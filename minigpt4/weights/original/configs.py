@@ -1,4 +1,4 @@
-"""The original's YAML files, read key by key: `eval_configs/*.yaml`, `train_configs/*.yaml`, `configs/models/*.yaml`.
+"""The original's YAML files, read key by key: of `eval_configs`, `train_configs` and `minigpt4/configs`.
 
 Every key is mapped, ignored with a sentence that says so, or refused; every complaint names file, key and line. This
 module knows what the keys mean; where the files they name lie is the business of `run`.
@@ -6,14 +6,14 @@ module knows what the keys mean; where the files they name lie is the business o
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from minigpt4.errors import ConfigError
-from minigpt4.weights.original.sizes import SECTIONS, as_number
+from minigpt4.weights.original.values import SECTIONS, as_number
 
 MAX_YAML_BYTES = 2**20
 Key = tuple[str, ...]
@@ -25,6 +25,13 @@ MODEL_YAMLS = {
     ("minigpt_v2", "pretrain"): "minigpt_v2.yaml",
 }
 """Where the original keeps the defaults of a model, by `arch` and `model_type`."""
+
+DATASET_YAMLS = {
+    "laion": "laion/defaults.yaml",
+    "cc_sbu": "cc_sbu/defaults.yaml",
+    "cc_sbu_align": "cc_sbu/align.yaml",
+}
+"""Where the original keeps the defaults of a data set, by its name."""
 
 TEMPLATES = {
     "pretrain_vicuna": "vicuna-v0",
@@ -252,14 +259,39 @@ def _find_defaults(path: Path, settings: dict[Key, Setting]) -> Path | None:
     """Find the model's own YAML, which the original merges below the one that is named."""
     arch, kind = (settings.get(("model", name)) for name in ("arch", "model_type"))
     name = MODEL_YAMLS.get((str(arch and arch.value), str(kind and kind.value)))
-    if name is None:
-        return None
+    return _find(path, "models", name) if name else None
+
+
+def _find(path: Path, kind: str, name: str) -> Path | None:
+    """Find a YAML of the original's folder `configs`: in the tree above, or beside the file that was named."""
     here = path.absolute()
     for folder in (*here.parents[:4], Path.cwd()):
-        for candidate in (folder / name, folder / "minigpt4/configs/models" / name, folder / "configs/models" / name):
+        for candidate in (folder / name, folder / "minigpt4/configs" / kind / name, folder / "configs" / kind / name):
             if candidate.is_file() and candidate != here:
                 return candidate
     return None
+
+
+def with_dataset_defaults(read: OriginalYaml) -> OriginalYaml:
+    """Put the data sets' own YAMLs below what was read, as the original does; without one nothing changes.
+
+    Args:
+        read: A train YAML.
+
+    Raises:
+        ConfigError: One of those files is wrong, or holds something else than its data set.
+    """
+    inherited: dict[Key, Setting] = {}
+    for name in dict.fromkeys(key[1] for key in read.settings if key[0] == "datasets" and len(key) > 1):
+        found = _find(read.path, "datasets", DATASET_YAMLS[name]) if name in DATASET_YAMLS else None
+        if found is None:
+            continue
+        own = _read(found)
+        for key, setting in own.items():
+            if key[:2] != ("datasets", name):
+                raise _unknown(setting, ".".join(key), [f"datasets.{name}"])
+        inherited |= own
+    return replace(read, settings=inherited | read.settings)
 
 
 def _check_model(found: OriginalYaml) -> None:

@@ -14,16 +14,17 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from minigpt4.errors import ConfigError
-from minigpt4.weights.files.atomic import verify_folder
-from minigpt4.weights.original.configs import OriginalYaml, Setting, read_original_yaml
+from minigpt4.weights.files.atomic import lock, make_folder, verify_folder
+from minigpt4.weights.files.model_writer import Report
+from minigpt4.weights.original.configs import OriginalYaml, read_original_yaml
 from minigpt4.weights.original.exporting import QFORMER_FILE, VISION_FILE
-from minigpt4.weights.original.importing import OriginalFiles, Report, import_original
+from minigpt4.weights.original.importing import OriginalFiles, import_original
+from minigpt4.weights.original.paths import candidates, is_placeholder
 from minigpt4.weights.parts import home
 
 FORMAT = "1"
 """Part of the name of an imported folder; a change in how folders are made changes it."""
 
-PLACEHOLDERS = ("/path/to", "path/to/", "path_to", "your_path", "/PATH", "PATH_TO")
 KNOWN_VISION = "eva_clip_g"
 """The one value of `vit_model` in the original; its file is found by name."""
 
@@ -59,15 +60,17 @@ def prepare_original(
     *,
     device: str = "auto",
     report: Report | None = None,
+    training: bool = False,
 ) -> OriginalModel:
     """Find what a YAML file of the original names, and import it where that has not been done.
 
     Args:
-        cfg_path: An eval YAML (`eval_configs/minigpt4_eval.yaml`) or a model YAML.
+        cfg_path: An eval YAML (`eval_configs/minigpt4_eval.yaml`) or a model YAML; a train YAML to train it.
         options: `key=value` each, as after the original's `--options`.
         gpu_id: The original's `--gpu-id`; None where it was not given.
         device: Where to run when there is no `gpu_id`.
         report: Told how far an import is.
+        training: The model is to be trained: it needs no checkpoint, and keys of training are not said to be ignored.
 
     Raises:
         ConfigError: The YAML is wrong, or names a placeholder or something that does not exist.
@@ -75,20 +78,23 @@ def prepare_original(
         StorageError: There is no room for the model folder.
     """
     read = read_original_yaml(cfg_path, options)
-    files = find_files(read)
+    files = find_files(read, training=training)
     chosen, notes = chosen_device(gpu_id, device)
     quantize = "none"
     if read.value("low_resource", False):
         quantize, sentence = low_resource(chosen)
         notes.append(sentence)
+    said = [] if training else read.notes
     target = home() / "models" / f"original-{_digest(files, read)}"
-    if target.exists():
-        verify_folder(target, deep=False)
-        return OriginalModel(target, chosen, quantize, read.template, notes=[*read.notes, *notes])
-    imported = import_original(
-        target, files, overrides=read.overrides, template=read.template, overwrite=True, report=report
-    )
-    return OriginalModel(target, chosen, quantize, read.template, notes=[*read.notes, *imported.notes, *notes])
+    make_folder(target.parent)
+    with lock(target):  # all processes of a training run come here at once: the first imports
+        if target.exists():
+            verify_folder(target, deep=False)
+            return OriginalModel(target, chosen, quantize, read.template, notes=[*said, *notes])
+        imported = import_original(
+            target, files, overrides=read.overrides, template=read.template, overwrite=True, report=report
+        )
+    return OriginalModel(target, chosen, quantize, read.template, notes=[*said, *imported.notes, *notes])
 
 
 def find_files(
@@ -182,30 +188,20 @@ def _named(read: OriginalYaml, name: str, what: str, *, folder: bool = False) ->
             f"add `{name}:` with {what}, or --options model.{name}=PATH",
         )
     text = str(setting.value)
-    if any(placeholder in text for placeholder in PLACEHOLDERS):
+    if is_placeholder(text):
         raise ConfigError(
             f"{setting.place}: `{name}` is still the placeholder {text!r}",
             f"put the path of {what} there, or add --options model.{name}=PATH",
         )
-    for candidate in _candidates(text, setting, read):
+    for candidate in candidates(text, setting, read):
         if candidate.is_dir() if folder else candidate.exists():
             return candidate
-    tried = " nor ".join(dict.fromkeys(str(candidate.parent) for candidate in _candidates(text, setting, read)))
+    tried = " nor ".join(dict.fromkeys(str(candidate.parent) for candidate in candidates(text, setting, read)))
     raise ConfigError(
         f"{setting.place}: `{name}` names {text!r}, which is neither in {tried}" if " nor " in tried
         else f"{setting.place}: `{name}` names {text!r}, which does not exist",
         f"put the path of {what} there, or add --options model.{name}=PATH",
     )  # fmt: skip
-
-
-def _candidates(text: str, setting: Setting, read: OriginalYaml) -> list[Path]:
-    path = Path(text).expanduser()
-    if path.is_absolute():
-        return [path]
-    beside = (setting.file or read.path).absolute().parent
-    root = read.path.absolute().parent.parent
-    order = [beside, Path.cwd(), root] if setting.file else [Path.cwd(), beside, root]
-    return [folder / path for folder in dict.fromkeys(order)]
 
 
 def _expected_defaults(read: OriginalYaml) -> str:

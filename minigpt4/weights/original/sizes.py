@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from minigpt4.errors import ConfigError, WeightsError
 from minigpt4.model import MiniGPT4Config
+from minigpt4.weights.original.values import SECTIONS, as_number
 
 Shape = tuple[int, ...]
 
@@ -37,7 +38,6 @@ KNOWN_PROJECTIONS = {
 }
 """The published checkpoints by (width of the language model, width of what the projection reads)."""
 
-SECTIONS = ("vision_config", "qformer_config", "text_config")
 _EMBEDDINGS, _BLOCKS = "model.vision_model.embeddings", "model.vision_model.encoder.layers"
 _LAYERS = "model.qformer.encoder.layer"
 _NOT_OF_THE_MODEL = ("architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache")
@@ -78,16 +78,6 @@ def read_value(text: str, where: str) -> Any:  # noqa: ANN401  (a number, a word
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: the value is not YAML", "put it in quotes") from error
     return as_number(value)
-
-
-def as_number(value: Any) -> Any:  # noqa: ANN401
-    """Return a number for a word such as 1e-4, anything else as it is."""
-    if not isinstance(value, str) or "e" not in value.lower():
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        return value
 
 
 def configuration(

@@ -1,0 +1,196 @@
+"""From a record to what a model reads: token ids, where its loss is taken, and pixel values.
+
+Two layouts. `template` writes the conversation as the model's prompt template does, so that training and chatting see
+the same ids. `original` is MiniGPT-4's own: `[bos]`, the prompt with the picture in it (stage 2) or the picture alone
+(stage 1), then the answer with its end symbol; nothing else of the conversation template.
+
+Knows tokenizers and pictures; no files, no order and no model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from minigpt4.data.record import Record
+from minigpt4.errors import DataError
+from minigpt4.processing.augmentation import random_resized_crop
+from minigpt4.processing.pictures import open_image
+from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
+from minigpt4.processing.text_encoding import TextEncoder
+
+IGNORED = -100
+"""The label of a place without a loss."""
+
+IMAGE_MARK = "<ImageHere>"
+"""Where a prompt of the original has its picture."""
+
+DEFAULT_PROMPTS = (
+    "Describe this image in detail.",
+    "Take a look at this image and describe what you notice.",
+    "Please provide a detailed description of the picture.",
+    "Could you describe the contents of this image for me?",
+)
+"""What asks for a caption; the four of the paper's second stage (section 3.2)."""
+
+
+@dataclass(frozen=True)
+class TextExample:
+    """The text of an example.
+
+    Args:
+        input_ids: Token ids; the image token's id at the picture's places.
+        labels: As many; the ids themselves where the loss is taken, else `IGNORED`.
+        cut: Tokens of answers, or whole turns, that did not fit.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    cut: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a record becomes ids.
+
+    Args:
+        processor: The model's.
+        kind: See above.
+        max_text_tokens: An answer has at most so many tokens, its end symbol included.
+        max_turns: A conversation has at most so many questions.
+        keep_end: A text that is cut off keeps its end symbol; the original cuts it off too.
+        prompt_template: In the layout `original`, what stands round a prompt.
+        end_symbol: In the layout `original`, what ends an answer.
+    """
+
+    processor: MiniGPT4Processor
+    kind: Literal["template", "original"] = "template"
+    max_text_tokens: int = 160
+    max_turns: int = 4
+    keep_end: bool = True
+    prompt_template: str = "###Human: {} ###Assistant: "
+    end_symbol: str = "###"
+
+    def encode(self, record: Record, prompt: str) -> TextExample:
+        """Turn a record's text into ids.
+
+        Args:
+            record: The record.
+            prompt: Asks where the record has no question; empty for none, which the layout `original` permits.
+
+        Raises:
+            DataError: There is no answer to learn from.
+            PromptError: The text cannot be a prompt.
+        """
+        turns = [(question or prompt, answer) for question, answer in record.turns]
+        if not turns or not all(answer.strip() for _, answer in turns):
+            raise DataError(f"{record.key} has an empty answer, expected something to learn")
+        return self._original(record, turns) if self.kind == "original" else self._conversation(record, turns)
+
+    def _conversation(self, record: Record, turns: Sequence[tuple[str, str]]) -> TextExample:
+        kept = turns[: self.max_turns]
+        answers = [self._shortened(answer) for _, answer in kept]
+        messages: list[dict[str, Any]] = []
+        for (question, _), answer in zip(kept, answers, strict=True):
+            parts = [{"type": "image"}] if not messages and record.picture is not None else []
+            messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
+            messages.append({"role": "assistant", "content": answer})
+        prompt = self.processor.encode(messages, add_generation_prompt=False, return_assistant_mask=True)
+        labels = [
+            i if answered else IGNORED for i, answered in zip(prompt.input_ids, prompt.assistant_mask, strict=True)
+        ]
+        shortened = sum(a != b for (_, a), b in zip(kept, answers, strict=True))
+        return TextExample(prompt.input_ids, labels, len(turns) - len(kept) + shortened)
+
+    def _shortened(self, answer: str) -> str:
+        """Cut an answer until it fits; the template then adds the end symbol."""
+        encoder = TextEncoder(self.processor.tokenizer)
+        answer = answer.strip()
+        while (count := len(encoder.encode(answer))) >= self.max_text_tokens:
+            answer = answer[: min(len(answer) - 1, len(answer) * (self.max_text_tokens - 1) // count)].rstrip()
+        return answer
+
+    def _original(self, record: Record, turns: Sequence[tuple[str, str]]) -> TextExample:
+        tokenizer = self.processor.tokenizer
+        encoder = TextEncoder(tokenizer)
+        question, answer = turns[0]
+        picture = (
+            [self.processor.image_token_id] * self.processor.num_image_tokens if record.picture is not None else []
+        )
+        before, after = self._original_prompt(question, bool(picture))
+        prompt = [
+            tokenizer.bos_token_id,
+            *(encoder.encode(before, parse_special=True) if before else []),
+            *picture,
+            *(encoder.encode(after, parse_special=True) if after else []),
+        ]
+        # The original's tokenizer reads "</s>" in a prompt or a caption as the token.
+        said = encoder.encode(answer + self.end_symbol, parse_special=True)
+        if self.keep_end and len(said) > self.max_text_tokens:
+            end = encoder.encode(self.end_symbol)
+            target = [*said[: self.max_text_tokens - len(end)], *end]
+        else:
+            target = said[: self.max_text_tokens]
+        # The original pads with the token that ends a text, and takes no loss wherever that token stands.
+        labels = [IGNORED if i == tokenizer.pad_token_id else i for i in target]
+        return TextExample(
+            [*prompt, *target], [IGNORED] * len(prompt) + labels, len(said) - len(target) + len(turns) - 1
+        )
+
+    def _original_prompt(self, question: str, has_picture: bool) -> tuple[str, str]:
+        if not question:
+            return "", ""
+        if IMAGE_MARK not in question and has_picture:
+            question = f"<Img>{IMAGE_MARK}</Img> {question}"
+        before, _, after = self.prompt_template.format(question).partition(IMAGE_MARK)
+        return before, after
+
+
+def pixel_values(record: Record, processor: MiniGPT4Processor, crop_seed: Sequence[int] | None) -> Tensor:
+    """Open a record's picture and make it what the vision encoder reads.
+
+    Args:
+        record: The record; it has a picture.
+        processor: The model's.
+        crop_seed: Of the random part that is cut out; None takes the whole picture, as for answers.
+
+    Returns:
+        `(3, height, width)`.
+
+    Raises:
+        ImageError: The picture cannot be opened or exceeds a limit.
+    """
+    picture: Any = open_image(record.picture or b"")
+    if crop_seed is not None:
+        size = processor.image_processor.size
+        picture = random_resized_crop(picture, size["height"], seeded(crop_seed))
+    values: Tensor = processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
+    return values
+
+
+def seeded(key: Sequence[int]) -> torch.Generator:
+    """Return a generator that numbers name."""
+    mixed = 0
+    for number in key:
+        mixed = (mixed * 0x9E3779B97F4A7C15 + number + 1) % (1 << 63)
+    return torch.Generator().manual_seed(mixed)
+
+
+def padded(examples: Sequence[TextExample], pad_token_id: int) -> dict[str, Tensor]:
+    """Put examples into one batch, padded on the right.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels`, each `(batch, longest)`.
+    """
+    length = max(len(example.input_ids) for example in examples)
+    input_ids = torch.full((len(examples), length), pad_token_id)
+    labels = torch.full((len(examples), length), IGNORED)
+    attention_mask = torch.zeros(len(examples), length, dtype=torch.long)
+    for row, example in enumerate(examples):
+        end = len(example.input_ids)
+        input_ids[row, :end] = torch.tensor(example.input_ids)
+        labels[row, :end] = torch.tensor(example.labels)
+        attention_mask[row, :end] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

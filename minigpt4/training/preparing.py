@@ -1,0 +1,98 @@
+"""The model of a run: loaded or put together, on its device, and with the right parts learning."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from minigpt4.errors import ConfigError
+from minigpt4.model import MiniGPT4ForConditionalGeneration
+from minigpt4.model.configuration_minigpt4 import PARTS
+from minigpt4.processing import MiniGPT4Processor
+from minigpt4.training.recipe import PartsRecipe, Recipe
+from minigpt4.training.update import chosen_precision
+from minigpt4.weights import nano
+from minigpt4.weights.alignment import Origin, add_lora
+from minigpt4.weights.folder import Report, load, origin
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is ready to be trained, its processor, and what it began from."""
+
+    model: MiniGPT4ForConditionalGeneration
+    processor: MiniGPT4Processor
+    origin: Origin
+
+
+def prepare_model(recipe: Recipe, here: PartialState, report: Report | None = None) -> Prepared:
+    """Load what a recipe names and let learn what it says.
+
+    Args:
+        recipe: The recipe.
+        here: The processes; the model goes to this one's device.
+        report: Told of frozen parts being fetched and converted.
+
+    Raises:
+        ConfigError: The parts do not fit each other or the recipe.
+        WeightsError: A part is missing or damaged.
+    """
+    dtype = DTYPES[chosen_precision(recipe, here.device)]
+    if isinstance(recipe.model, PartsRecipe):
+        raise ConfigError("a model of parts cannot be put together yet", hint="name nano or a model folder")
+    if recipe.model == "nano" and recipe.joining_parts == "new":
+        model, tokenizer = nano.assemble(*nano.frozen_parts(report))
+        processor = nano.make_processor(model.config, tokenizer)
+    else:
+        model, processor = load(recipe.model, device="cpu", dtype=dtype, quantize=recipe.quantize, report=report)
+    origin_ = origin(recipe.model)
+    if "lora" in (recipe.trainable or []) and not origin_.lora:
+        origin_ = replace(origin_, lora=recipe.lora.model_dump())
+        add_lora(model, origin_.lora)
+    _let_learn(model, recipe)
+    if recipe.joining_parts == "new" and recipe.model != "nano":
+        _begin_anew(model)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recipe.quantize == "none":
+        model.to(here.device)
+    return Prepared(model, processor, origin_)
+
+
+def _begin_anew(model: MiniGPT4ForConditionalGeneration) -> None:
+    """Give the joining parts that learn random weights, as a new model has them."""
+    joining = model.model
+    for part in (joining.language_projection, joining.qformer):
+        for module in part.modules() if part is not None else ():
+            if any(p.requires_grad for p in module.parameters(recurse=False)):
+                for parameter in module.parameters(recurse=False):
+                    parameter._is_hf_initialized = False  # else the library takes it for loaded and leaves it
+                model._init_weights(module)
+    if joining.query_tokens is not None and joining.query_tokens.requires_grad:
+        nn.init.normal_(joining.query_tokens, std=model.config.initializer_range)
+
+
+def _let_learn(model: MiniGPT4ForConditionalGeneration, recipe: Recipe) -> None:
+    """Freeze everything but what the recipe names; what learns is kept in float32."""
+    if recipe.trainable is not None:
+        model.config.trainable_parts = tuple(part for part in recipe.trainable if part in PARTS)
+        model.freeze()
+        if "vision_layernorms" in recipe.trainable:
+            norms = [m for m in model.model.vision_model.modules() if isinstance(m, nn.LayerNorm)]
+            if not norms:
+                raise ConfigError(
+                    "the vision encoder has no LayerNorm that could learn", hint="leave vision_layernorms out"
+                )
+            for norm in norms:
+                norm.requires_grad_(True)
+        if "lora" in recipe.trainable:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad or ".lora_" in name)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    if not learning:
+        raise ConfigError("nothing learns in this model", hint="set trainable, for example to [language_projection]")
+    for parameter in learning:
+        parameter.data = parameter.data.to(torch.float32)

@@ -1,0 +1,117 @@
+"""One process or many: which one this is, how the model is spread, and how all of them learn what one of them knows.
+
+Started by torchrun, every process reads its own part of each batch. `ddp` keeps the whole model in each; `fsdp2` keeps
+a part of every layer in each and gathers a layer when it is needed, for frozen models that do not fit one device.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from minigpt4.errors import MiniGPT4Error, StorageError
+
+TIMEOUT = timedelta(minutes=30)
+"""A process that is silent for so long is taken for dead. One that ended is noticed at once, by torchrun."""
+
+
+def processes() -> PartialState:
+    """Join the other processes that torchrun started, or be the only one."""
+    # Without being told, the library does not join processes on a machine that has no accelerator.
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)
+
+
+def spread(module: nn.Module, parallel: Literal["ddp", "fsdp2"], state: PartialState) -> nn.Module:
+    """Wrap a module for the processes there are.
+
+    Args:
+        module: On this process's device; its call is what all processes make together.
+        parallel: `ddp` or `fsdp2`.
+        state: The processes.
+    """
+    if state.num_processes == 1:
+        return module
+    if parallel == "ddp":
+        device_ids = [state.device] if state.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=device_ids)
+    policy = MixedPrecisionPolicy()
+    for layer in _layers(module):
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(module, mp_policy=policy)
+    return module
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    """Return the layers of all stacks of like layers: what a transformer's size consists of."""
+    stacks = [child for child in module.modules() if isinstance(child, nn.ModuleList) and len(child) > 1]
+    return [layer for stack in stacks for layer in stack if len({type(other) for other in stack}) == 1]
+
+
+def unsynchronised(module: nn.Module, last: bool) -> Any:  # noqa: ANN401  (a context)
+    """Let gradients add up in each process until the last batch of an update."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+    elif isinstance(module, DistributedDataParallel) and not last:
+        return module.no_sync()
+    return nullcontext()
+
+
+def summed(values: list[float], state: PartialState) -> list[float]:
+    """Add up numbers over all processes."""
+    if state.num_processes == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64)
+    if state.device.type == "mps":
+        raise MiniGPT4Error("several processes cannot share the device mps", hint="start one process")
+    tensor = tensor.to(state.device)
+    torch.distributed.all_reduce(tensor)
+    result: list[float] = tensor.tolist()
+    return result
+
+
+@contextmanager
+def others_alive(state: PartialState) -> Iterator[None]:
+    """Say in a sentence that another process of the run ended, which a library says in many.
+
+    Raises:
+        MiniGPT4Error: It did.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if state.num_processes == 1 or not any(word in str(error) for word in ("gloo", "NCCL", "TCPStore")):
+            raise
+        raise MiniGPT4Error(
+            f"process {state.process_index} of {state.num_processes} lost another process of the run",
+            hint="the message of the process that ended first says why; the same command goes on",
+        ) from error
+
+
+def full_norm(norm: Tensor) -> float:
+    """Return the norm of gradients that may be spread over processes."""
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def by_the_main_process(work: Callable[[], None], state: PartialState) -> None:
+    """Let the main process do something while the others wait, and let all of them fail if it does.
+
+    Raises:
+        MiniGPT4Error: What the main process met; in the others, that it met something.
+    """
+    failure: Exception | None = None
+    if state.is_main_process:
+        try:
+            work()
+        except (MiniGPT4Error, OSError) as error:
+            failure = error
+    [failed] = summed([float(failure is not None)], state)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise StorageError("the main process could not write to the run's folder", hint="its own message says more")

@@ -1,0 +1,134 @@
+"""A run's folder: one run at a time, one recipe, and the lines it writes.
+
+`recipe.json` is what the run began with, `metrics.jsonl` has a line for every update and validation, and
+`bad_samples.jsonl` one for every example that could not be used.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from minigpt4.errors import ConfigError, StorageError
+from minigpt4.training.recipe import Recipe
+from minigpt4.weights.files.atomic import write_file
+from minigpt4.weights.files.disk import make_folder, storing
+
+METRICS_FILE = "metrics.jsonl"
+BAD_SAMPLES_FILE = "bad_samples.jsonl"
+RECIPE_FILE = "recipe.json"
+LOCK_FILE = ".run.lock"
+
+CHANGEABLE = (
+    "output", "workers", "checkpoint_steps", "keep_checkpoints", "report_to", "validation", "max_bad_fraction",
+    "max_skipped_steps", "gradient_checkpointing", "stages.*.threads",
+)  # fmt: skip
+"""Keys that another start of a run may change: they change nothing that is learnt."""
+
+
+def metrics_path(output: Path) -> Path:
+    """Where a run's figures lie, one JSON object an update."""
+    return output / METRICS_FILE
+
+
+@contextmanager
+def only_run(output: Path) -> Iterator[None]:
+    """Hold a run's folder.
+
+    Raises:
+        ConfigError: Another process trains in it.
+        StorageError: It cannot be made.
+    """
+    make_folder(output)
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    # A lock of the process, not of the open file: readers forked from it would hold the latter after a kill.
+    with storing(output / LOCK_FILE):
+        file = (output / LOCK_FILE).open("w")
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"another process trains in {output}", hint="wait for it, or set another output"
+            ) from error
+        yield
+
+
+def check_recipe(recipe: Recipe, processes: int, *, force: bool) -> None:
+    """Compare a recipe with the one its run began with, or write it down for a new run.
+
+    Args:
+        recipe: The recipe now.
+        processes: How many there are now.
+        force: Go on although they differ; the new recipe takes the old one's place.
+
+    Raises:
+        ConfigError: They differ in what is learnt; names the keys.
+        StorageError: It cannot be written.
+    """
+    path = recipe.output / RECIPE_FILE
+    now = {**_flat(recipe.model_dump(mode="json")), "processes": processes}
+    if path.exists() and not force:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        differing = sorted(
+            key for key in now.keys() | before.keys() if now.get(key) != before.get(key) and not _may_change(key)
+        )
+        if differing:
+            listed = ", ".join(f"{key} ({before.get(key)!r}, now {now.get(key)!r})" for key in differing[:5])
+            raise ConfigError(
+                f"the run in {recipe.output} began with another recipe: {listed}",
+                hint="set another output, undo the change, or go on with it by --force",
+            )
+    with write_file(path, "w") as file:
+        json.dump(now, file, indent=1)
+
+
+def _may_change(key: str) -> bool:
+    parts = key.split(".")
+    starred = ".".join("*" if part.isdecimal() else part for part in parts)
+    return starred in CHANGEABLE or parts[0] in CHANGEABLE
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:  # noqa: ANN401  (JSON)
+    """Return a tree of dicts and lists as one dict of dotted keys."""
+    if not isinstance(value, dict | list) or not value:
+        return {key: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {k: v for name, inner in items for k, v in _flat(inner, f"{key}.{name}" if key else str(name)).items()}
+
+
+def append_line(path: Path, content: dict[str, Any]) -> None:
+    """Add a line of JSON to a file.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(content) + "\n")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}", hint="make room, then run it again") from error
+
+
+def forget_lines_after(recipe: Recipe, stage: int, step: int) -> None:
+    """Drop the lines of updates that will be made again, and a last line that was cut off."""
+    numbers = {stage.name: number for number, stage in enumerate(recipe.stages)}
+    for name in (METRICS_FILE, BAD_SAMPLES_FILE):
+        path = recipe.output / name
+        if not path.exists():
+            continue
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("\n"):
+                break
+            content = json.loads(line)
+            if (numbers.get(content["stage"], -1), content["step"]) <= (stage, step):
+                kept.append(line)
+        with write_file(path, "w") as file:
+            file.writelines(kept)

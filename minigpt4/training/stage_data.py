@@ -1,0 +1,140 @@
+"""The examples of a stage: from a recipe's sections to a data set of batches."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from accelerate import PartialState
+from torch.utils.data import Dataset
+
+from minigpt4.data.batches import KeptPictures, Process, SourceBatches
+from minigpt4.data.collate import Batches
+from minigpt4.data.examples import DEFAULT_PROMPTS, IMAGE_MARK, Layout
+from minigpt4.data.nano_mixture import NanoMixture
+from minigpt4.data.order import Order
+from minigpt4.data.record import Source
+from minigpt4.data.sources import open_source
+from minigpt4.errors import ConfigError
+from minigpt4.model import MiniGPT4ForConditionalGeneration
+from minigpt4.processing import MiniGPT4Processor
+from minigpt4.training.preparing import Prepared
+from minigpt4.training.recipe import NanoData, Recipe, SourceRecipe, SourcesData, StageRecipe
+from minigpt4.training.schedule import batches_before
+from minigpt4.weights import nano
+
+
+def stage_data(
+    recipe: Recipe, prepared: Prepared, here: PartialState, kept: KeptPictures | None = None
+) -> Callable[[int, StageRecipe], Dataset[dict[str, Any]]]:
+    """Return what makes a stage's batches, for this process; `kept` gives the pictures where they are cached."""
+
+    def of_stage(number: int, stage: StageRecipe) -> Dataset[dict[str, Any]]:
+        data = recipe.data_of(stage)
+        if isinstance(data, NanoData):
+            return nano_batches(recipe, prepared.model, prepared.processor, number, stage, data)
+        process = Process(here.process_index, here.num_processes)
+        return source_batches(recipe, prepared.processor, number, stage, data, process, kept)
+
+    return of_stage
+
+
+def nano_batches(
+    recipe: Recipe,
+    model: MiniGPT4ForConditionalGeneration,
+    processor: MiniGPT4Processor,
+    number: int,
+    stage: StageRecipe,
+    data: NanoData,
+) -> Dataset[dict[str, Any]]:
+    """Return a stage's batches of nano's own mixture."""
+    return Batches(
+        mixture=NanoMixture(words=nano.class_words(), seed=recipe.seed, **data.model_dump()),
+        vision_model=model.model.vision_model,
+        tokenizer=processor.tokenizer,
+        image_token_id=model.config.image_token_id,
+        stage=number,
+        steps=batches_before(stage, stage.steps),
+        batch_size=stage.batch_size,
+        turns=stage.turns,
+        objective=stage.objective,
+        num_image_tokens=model.config.num_image_tokens,
+        num_word_places=model.config.num_image_tokens - model.config.vision_config.num_concept_tokens,
+    )
+
+
+def source_batches(
+    recipe: Recipe,
+    processor: MiniGPT4Processor,
+    number: int,
+    stage: StageRecipe,
+    data: SourcesData,
+    process: Process,
+    kept: KeptPictures | None = None,
+) -> SourceBatches:
+    """Return a process's batches of a stage over sources of examples."""
+    if stage.objective != "language":
+        raise ConfigError(
+            f"stage {stage.name} has the objective {stage.objective}, which only nano's own data has examples for",
+            hint="objective: language",
+        )
+    sources = open_sources(data.sources)
+    order = Order(
+        sizes=tuple(len(source) for source in sources),
+        shares=tuple(source.share for source in data.sources),
+        seed=recipe.seed,
+        stage=number,
+        unit=stage.batch_size * process.world_size if stage.mix == "batches" else 1,
+    )
+    return SourceBatches(
+        sources=sources,
+        order=order,
+        layout=layout_of(stage, processor),
+        prompts=prompts_of(stage, data),
+        length=batches_before(stage, stage.steps),
+        batch_size=stage.batch_size,
+        process=process,
+        crop=data.crop,
+        prompt_for=stage.prompt_for,
+        blip_captions=[source.captions == "blip" for source in data.sources],
+        bucket_batches=stage.bucket_batches,
+        kept=kept,
+    )
+
+
+def open_sources(sources: Sequence[SourceRecipe]) -> list[Source]:
+    """Open the sources of a recipe."""
+    return [open_source(s.path, format=s.format, images=s.images, text=s.text) for s in sources]
+
+
+def layout_of(stage: StageRecipe, processor: MiniGPT4Processor) -> Layout:
+    """Return how a stage writes its examples."""
+    return Layout(
+        processor=processor,
+        kind=stage.layout,
+        max_text_tokens=stage.max_text_tokens,
+        max_turns=stage.turns,
+        keep_end=stage.keep_end,
+        prompt_template=stage.prompt_template,
+        end_symbol=stage.end_symbol,
+    )
+
+
+def prompts_of(stage: StageRecipe, data: SourcesData) -> list[str]:
+    """Return what asks for captions.
+
+    Raises:
+        ConfigError: The file of prompts cannot be read, or has none.
+    """
+    if data.prompts is None:
+        return [] if stage.layout == "original" else list(DEFAULT_PROMPTS)
+    if isinstance(data.prompts, list):
+        return data.prompts
+    try:
+        lines = data.prompts.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the prompts {data.prompts}: {error}", hint="one prompt a line") from error
+    # As the original: lines without a place for the picture are passed over where any line has one.
+    marked = [line.strip() for line in lines if IMAGE_MARK in line]
+    prompts = marked or [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError(f"{data.prompts} holds no prompt", hint="one prompt a line")
+    return prompts

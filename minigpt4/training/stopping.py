@@ -1,0 +1,58 @@
+"""Being told to stop: the update that runs is finished and saved first.
+
+SIGTERM comes from schedulers, SIGINT from a person at the keyboard; a second one stops at once.
+"""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Whether this process was told to stop, and by which signal."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether it was told to."""
+        return self.signal is not None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Take a signal; the second stops at once."""
+        if self.signal is not None:
+            self.obey()
+        self.signal = number
+
+    def obey(self) -> NoReturn:
+        """Stop.
+
+        Raises:
+            KeyboardInterrupt: After SIGINT.
+            SystemExit: After SIGTERM, or where another process was told: 128 + 15, as the shell counts.
+        """
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + signal.SIGTERM)
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Collect the signals that ask to stop; elsewhere than in the main thread none come."""
+    request = StopRequest()
+    try:
+        before = {number: signal.signal(number, request.receive) for number in SIGNALS}
+    except ValueError:  # not the main thread
+        yield request
+        return
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

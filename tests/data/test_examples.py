@@ -1,0 +1,136 @@
+"""A record's text becomes the ids that the model is asked with later, and the loss is taken on the answers alone."""
+
+import io
+
+import pytest
+import torch
+from PIL import Image
+
+from minigpt4.data.examples import IGNORED, Layout, padded, pixel_values
+from minigpt4.data.record import Record
+from minigpt4.errors import DataError, ImageError
+from tests import tiny_chat
+
+TWO_TURNS = (("What is it?", "a red dog"), ("Is it big?", "no"))
+
+
+def picture(colour: str = "red", size: tuple[int, int] = (40, 30)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def record(*turns: tuple[str, str], with_picture: bool = True) -> Record:
+    return Record("a.jpg", picture() if with_picture else None, turns)
+
+
+def said(layout: Layout, ids: list[int]) -> str:
+    text: str = layout.processor.tokenizer.decode([i for i in ids if i != IGNORED], skip_special_tokens=False)
+    return text
+
+
+@pytest.fixture
+def layout() -> Layout:
+    return Layout(tiny_chat.processor())
+
+
+def test_template_layout_has_the_ids_of_the_conversation_and_learns_the_answers(layout: Layout) -> None:
+    example = layout.encode(record(*TWO_TURNS), "unused")
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": "a red dog"},
+        {"role": "user", "content": [{"type": "text", "text": "Is it big?"}]},
+        {"role": "assistant", "content": "no"},
+    ]
+    asked = layout.processor.encode(messages, add_generation_prompt=False)
+    assert example.input_ids == asked.input_ids
+    assert said(layout, example.labels) == "a red dog<|im_end|>no<|im_end|>"
+    assert example.cut == 0
+
+
+def test_a_caption_is_asked_for_by_the_prompt(layout: Layout) -> None:
+    example = layout.encode(record(("", "a dog")), "What is shown?")
+    assert "What is shown?" in said(layout, example.input_ids)
+    assert said(layout, example.labels) == "a dog<|im_end|>"
+
+
+def test_a_long_answer_is_cut_and_keeps_its_end(layout: Layout) -> None:
+    short = Layout(layout.processor, max_text_tokens=8)
+    example = short.encode(record(("What?", "a dog that runs and runs and runs")), "")
+    learned = [i for i in example.labels if i != IGNORED]
+    assert len(learned) <= 8
+    assert said(layout, learned).startswith("a d") and said(layout, learned).endswith("<|im_end|>")
+    assert example.cut == 1
+
+
+def test_further_turns_are_left_out_and_counted(layout: Layout) -> None:
+    example = Layout(layout.processor, max_turns=1).encode(record(*TWO_TURNS), "")
+    assert said(layout, example.labels) == "a red dog<|im_end|>"
+    assert example.cut == 1
+
+
+def test_text_alone_has_no_place_for_a_picture(layout: Layout) -> None:
+    example = layout.encode(record(("Say hi", "hi"), with_picture=False), "")
+    assert layout.processor.image_token_id not in example.input_ids
+
+
+@pytest.mark.parametrize("answer", ["", "  \n"])
+def test_an_empty_answer_is_refused(answer: str, layout: Layout) -> None:
+    with pytest.raises(DataError, match=r"a\.jpg has an empty answer"):
+        layout.encode(record(("What?", answer)), "")
+
+
+def original(layout: Layout, **changes: object) -> Layout:
+    return Layout(layout.processor, kind="original", **changes)  # type: ignore[arg-type]
+
+
+def test_original_layout_without_a_prompt_is_start_picture_caption(layout: Layout) -> None:
+    example = original(layout, end_symbol="\n").encode(record(("", "a dog")), "")
+    tokenizer = layout.processor.tokenizer
+    places = [layout.processor.image_token_id] * layout.processor.num_image_tokens
+    assert example.input_ids[: 1 + len(places)] == [tokenizer.bos_token_id, *places]
+    assert said(layout, example.input_ids[1 + len(places) :]) == said(layout, example.labels) == "a dog\n"
+
+
+def test_original_layout_puts_the_picture_where_the_prompt_has_it(layout: Layout) -> None:
+    example = original(layout).encode(record(("", "a dog")), "<Img><ImageHere></Img> Describe.")
+    text = said(layout, example.input_ids).replace("<image>" * layout.processor.num_image_tokens, "(picture)")
+    assert text == "<s>###Human: <Img>(picture)</Img> Describe. ###Assistant: a dog###"
+
+
+@pytest.mark.parametrize(("keep_end", "ends"), [(True, True), (False, False)])
+def test_original_layout_cuts_the_end_symbol_unless_it_is_kept(keep_end: bool, ends: bool, layout: Layout) -> None:
+    cut = original(layout, max_text_tokens=6, keep_end=keep_end)
+    example = cut.encode(record(("", "a dog that runs")), "")
+    learned = [i for i in example.labels if i != IGNORED]
+    assert len(learned) == 6
+    assert said(layout, learned).endswith("###") is ends
+
+
+def test_padding_is_on_the_right_and_never_learned(layout: Layout) -> None:
+    long, short = layout.encode(record(*TWO_TURNS), ""), layout.encode(record(("a?", "b")), "")
+    batch = padded([long, short], 0)
+    length = len(short.input_ids)
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, len(long.input_ids))
+    assert batch["attention_mask"][1].tolist() == [1] * length + [0] * (len(long.input_ids) - length)
+    assert (batch["labels"][1, length:] == IGNORED).all()
+
+
+def test_pixels_without_a_crop_are_those_of_an_answer(layout: Layout) -> None:
+    made = pixel_values(record(*TWO_TURNS), layout.processor, None)
+    asked = layout.processor.image_processor(Image.new("RGB", (40, 30), "red"), return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(made, asked)
+
+
+def test_a_crop_is_a_function_of_its_seed(layout: Layout) -> None:
+    file = io.BytesIO()
+    Image.radial_gradient("L").convert("RGB").save(file, "PNG")
+    there = Record("b", file.getvalue(), TWO_TURNS)
+    crops = [pixel_values(there, layout.processor, seed) for seed in ((1, 2), (1, 2), (1, 3))]
+    assert torch.equal(crops[0], crops[1])
+    assert not torch.equal(crops[0], crops[2])
+
+
+def test_a_picture_that_is_none_is_refused(layout: Layout) -> None:
+    with pytest.raises(ImageError):
+        pixel_values(Record("c", b"not a picture", TWO_TURNS), layout.processor, None)

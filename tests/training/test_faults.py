@@ -1,0 +1,272 @@
+"""What goes wrong while training: nothing is lost, nothing is half written, and a sentence says what it was."""
+
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minigpt4.data.batches import BadSample
+from minigpt4.errors import ConfigError, DataError, StorageError
+from minigpt4.training import checkpoint as checkpoints
+from minigpt4.training.checkpoint import FOLDER, last_checkpoint
+from minigpt4.training.loop import Progress, train
+from minigpt4.training.processes import processes
+from minigpt4.training.recipe import StageRecipe
+from minigpt4.training.run_folder import BAD_SAMPLES_FILE, check_recipe, only_run
+from tests.training import toy
+from tests.training.test_loop import same, tensors, trained
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def killing(folder: Path, kills: int, *options: str) -> str:
+    command = [sys.executable, "-m", "tests.training.killing", str(folder), "--kills", str(kills), *options]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout
+
+
+def test_runs_killed_at_random_moments_end_with_the_same_bits(tmp_path: Path) -> None:
+    assert "each equal to the bit" in killing(tmp_path, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("processes_", [1, 2])
+@pytest.mark.parametrize("accumulation", ["1", "4"])
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_many_more_are(processes_: int, accumulation: str, workers: str, tmp_path: Path) -> None:
+    """With the other cases of this test 200 kills."""
+    options = ("--accumulation", accumulation, "--workers", workers, "--processes", str(processes_))
+    assert "each equal to the bit" in killing(tmp_path, 25, *options)
+
+
+class SlowBatches(toy.ToyBatches):
+    """Batches that leave time for a signal."""
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        time.sleep(0.05)
+        return super().__getitem__(item)
+
+
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_run_told_to_stop_finishes_its_update_saves_and_goes_on_later(
+    number: signal.Signals, ends: type[BaseException], tmp_path: Path
+) -> None:
+    whole, _ = trained(toy.longer(tmp_path / "whole", "language", 6))
+    recipe = toy.longer(tmp_path / "told", "language", 6)
+    recipe.output.mkdir()
+
+    class Teller(toy.Watcher):
+        def update(self, progress: Progress) -> None:
+            super().update(progress)
+            if len(self.steps) == 2:
+                os.kill(os.getpid(), number)
+
+    watcher = Teller()
+    with pytest.raises(ends) as told:
+        train(recipe, toy.model(), toy.ToyBatches, watcher, processes())
+
+    assert number == signal.SIGINT or told.value.code == 143  # type: ignore[attr-defined]
+    found = last_checkpoint(recipe.output)
+    assert found is not None and found[1].step == 3  # told during the second, it stopped after the third
+    resumed, rest = trained(recipe)
+    assert len(rest) == 3
+    assert same(tensors(resumed), tensors(whole))
+
+
+def test_a_killed_reader_is_an_error_and_no_hang(tmp_path: Path) -> None:
+    class Victim(SlowBatches):
+        def __getitem__(self, item: int) -> dict[str, Any]:
+            if item == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(item)
+
+    recipe = toy.recipe(tmp_path, workers=1, checkpoint_steps=1)
+    started = time.monotonic()
+    with pytest.raises(DataError, match="a process that reads examples ended") as told:
+        train(recipe, toy.model(), Victim, toy.Watcher(), processes())
+
+    assert "memory" in told.value.hint
+    assert time.monotonic() - started < 30
+    assert last_checkpoint(tmp_path) is not None
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "rename", "replace", "mkdir"])
+@pytest.mark.parametrize("which", [1, 2, 3])
+def test_a_failing_disk_leaves_the_checkpoint_before(
+    call: str, which: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call on the files of the third save fails once; the run then ends as one that was never disturbed."""
+    whole, _ = trained(toy.recipe(tmp_path / "whole", checkpoint_steps=1))
+    recipe = toy.recipe(tmp_path / "run", checkpoint_steps=1)
+    with pytest.raises(toy.PowerFailureError):
+        trained(recipe, 3)  # two checkpoints are there
+    before = last_checkpoint(recipe.output)
+    real, calls = getattr(os, call), 0
+
+    def failing(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401
+        nonlocal calls
+        calls += 1
+        if calls == which:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments, **options)
+
+    def save(*arguments: Any) -> Any:  # noqa: ANN401
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, failing)
+            return checkpoints.write_checkpoint(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt4.training.loop.write_checkpoint", save)
+        try:
+            trained(recipe)
+        except StorageError as error:
+            assert error.exit_status == 3
+            after = last_checkpoint(recipe.output)
+            assert before is not None and after is not None
+            assert (after[1].stage, after[1].step) >= (before[1].stage, before[1].step)
+
+    resumed, _ = trained(recipe)
+    assert same(tensors(resumed), tensors(whole))
+    names = [path.name for path in (recipe.output / FOLDER).iterdir()]
+    assert not [name for name in names if name.startswith(".")], names
+
+
+def test_the_folder_of_a_run_belongs_to_it_alone(tmp_path: Path) -> None:
+    program = "import sys, time\nfrom pathlib import Path\nfrom minigpt4.training.run_folder import only_run\n"
+    program += "with only_run(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, env=ENVIRONMENT, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(ConfigError, match="another process trains in"),
+            only_run(tmp_path),
+        ):
+            pass
+        other.kill()
+    with only_run(tmp_path):  # a killed run leaves nothing that would stand in the way
+        pass
+
+
+def test_a_changed_recipe_is_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
+    recipe = toy.recipe(tmp_path)
+    check_recipe(recipe, 1, force=False)
+    stages = [stage.model_copy(update={"learning_rate": 0.5}) for stage in recipe.stages]
+    changed = recipe.model_copy(update={"seed": 9, "stages": stages, "workers": 2})
+
+    with pytest.raises(ConfigError) as told:
+        check_recipe(changed, 1, force=False)
+
+    assert "seed (1, now 9)" in told.value.message
+    assert "stages.0.learning_rate (0.01, now 0.5)" in told.value.message
+    assert "workers" not in told.value.message
+    assert "--force" in told.value.hint
+    check_recipe(changed, 1, force=True)
+    check_recipe(changed, 1, force=False)  # it is the run's recipe now
+
+
+def poisoned(steps: set[tuple[int, int]]) -> Callable[[int, StageRecipe], toy.ToyBatches]:
+    class Poisoned(toy.ToyBatches):
+        def __getitem__(self, item: int) -> dict[str, Any]:
+            batch = super().__getitem__(item)
+            if (self.number, item) in steps:
+                batch["vision_outputs"].last_hidden_state[0] = math.nan
+            return batch
+
+    return Poisoned
+
+
+def test_an_update_whose_loss_is_no_number_is_left_out(tmp_path: Path) -> None:
+    watcher, model = toy.Watcher(), toy.model()
+    train(toy.recipe(tmp_path), model, poisoned({(1, 1)}), watcher, processes())
+
+    assert [step.skipped for step in watcher.steps] == [False] * 4 + [True, False]
+    assert all(value.isfinite().all() for value in tensors(model).values())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[4]["loss"] is None and lines[4]["skipped"]
+
+
+def test_a_loss_that_stays_no_number_names_the_examples(tmp_path: Path) -> None:
+    recipe = toy.recipe(tmp_path, max_skipped_steps=1)
+    with pytest.raises(DataError, match="2 updates in a row, the last at step 2"):
+        train(recipe, toy.model(), poisoned({(0, 0), (0, 1)}), toy.Watcher(), processes())
+
+    line = json.loads((tmp_path / "not_a_number.jsonl").read_text())
+    assert sorted(line["keys"]) == [f"picture {n}" for n in range(4)]
+
+
+def with_bad(bad: dict[int, int]) -> Callable[[int, StageRecipe], toy.ToyBatches]:
+    """Toy batches that name so many bad examples, by item of the first stage."""
+
+    class WithBad(toy.ToyBatches):
+        def __getitem__(self, item: int) -> dict[str, Any]:
+            batch = super().__getitem__(item)
+            batch["keys"] = [f"{item}.{row}" for row in range(toy.NUM_EXAMPLES)]
+            batch["groups"] = ["photos: 0.tar"] * toy.NUM_EXAMPLES
+            count = bad.get(item, 0) if self.number == 0 else 0
+            batch["bad"] = [BadSample("photos", "photos: 1.tar", f"bad {item}.{n}", "no picture") for n in range(count)]
+            return batch
+
+    return WithBad
+
+
+def test_bad_examples_are_listed_once_also_after_a_resume(tmp_path: Path) -> None:
+    recipe = toy.recipe(tmp_path, checkpoint_steps=2)
+    tmp_path.mkdir(exist_ok=True)
+    data = with_bad({0: 2, 2: 1})
+    with pytest.raises(toy.PowerFailureError):
+        train(recipe, toy.model(), data, toy.Watcher(3), processes())
+
+    train(recipe, toy.model(), data, toy.Watcher(), processes())
+
+    lines = [json.loads(line) for line in (tmp_path / BAD_SAMPLES_FILE).read_text().splitlines()]
+    assert [(line["step"], line["key"], line["reason"]) for line in lines] == [
+        (1, "bad 0.0", "no picture"),
+        (1, "bad 0.1", "no picture"),
+        (3, "bad 2.0", "no picture"),
+    ]
+
+
+def test_too_many_bad_examples_stop_the_run(tmp_path: Path) -> None:
+    recipe = toy.recipe(tmp_path, max_bad_fraction=0.005)
+    with pytest.raises(DataError, match=r"6 of the last \d+ examples are bad, up to 0\.5% of 1000 are passed over"):
+        train(recipe, toy.model(), with_bad({0: 3, 1: 3}), toy.Watcher(), processes())
+
+
+def test_a_shard_without_one_good_example_stops_the_run(tmp_path: Path) -> None:
+    recipe = toy.recipe(tmp_path, max_bad_fraction=0.5)
+    with pytest.raises(DataError, match=r"24 examples of photos: 1\.tar are bad and none is good"):
+        train(recipe, toy.model(), with_bad({0: 8, 1: 16}), toy.Watcher(), processes())
+
+
+def test_only_the_main_thread_listens_to_signals(tmp_path: Path) -> None:
+    """A run in another thread works, and leaves the program's own handling of signals alone."""
+    handler = signal.getsignal(signal.SIGTERM)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            trained(toy.recipe(tmp_path))
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failures
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert torch.is_grad_enabled()

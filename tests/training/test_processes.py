@@ -1,0 +1,91 @@
+"""Several processes learn what one learns, and the end of one is the end of all."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ["-m", "tests.training.toy_process"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+TORCHRUN += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+
+
+def start(output: Path, *options: str, processes: int = 2) -> "subprocess.CompletedProcess[str]":
+    command = [*(TORCHRUN if processes == 2 else [sys.executable]), *PROGRAM, str(output), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+
+
+def losses(output: Path, stage: str) -> list[float]:
+    lines: list[dict[str, Any]] = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["stage"] == stage]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_two_processes_have_the_losses_of_one(parallel: str, accumulation: int, tmp_path: Path) -> None:
+    """To rounding. In the words stage each process tells its words from those of its own rows, so it differs there."""
+    options = ("--dropout", "0", "--accumulation", str(accumulation), "--language-only")
+    assert start(tmp_path / "one", *options, processes=1).returncode == 0
+
+    done = start(tmp_path / "two", *options, "--parallel", parallel)
+
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two", "second") == pytest.approx(losses(tmp_path / "one", "second"), rel=1e-5)
+    one, two = (load_file(tmp_path / name / "final.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        if name.endswith("key.bias"):
+            continue  # its gradient is nothing but rounding, of which Adam makes steps of full size
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_a_killed_process_ends_all_and_the_run_goes_on(parallel: str, tmp_path: Path) -> None:
+    options = ("--parallel", parallel, "--steps", "4")
+    assert start(tmp_path / "whole", *options).returncode == 0
+    started = time.monotonic()
+
+    killed = start(tmp_path / "killed", *options, "--kill-after", "3")
+
+    assert killed.returncode != 0
+    assert time.monotonic() - started < 60  # 30 s after the kill; the rest is the start
+    resumed = start(tmp_path / "killed", *options)
+    assert resumed.returncode == 0, resumed.stderr
+    whole, after = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], after[name]) for name in whole)
+    assert losses(tmp_path / "whole", "second") == losses(tmp_path / "killed", "second")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_second_process_killed_in_the_forward_pass_ends_the_first(tmp_path: Path) -> None:
+    killed = start(tmp_path, "--die-rank", "1")
+
+    assert killed.returncode != 0
+    assert not (tmp_path / "final.safetensors").exists()
+
+
+def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    from minigpt4.errors import ConfigError
+    from minigpt4.training.run_folder import check_recipe
+    from tests.training import toy
+
+    recipe = toy.recipe(tmp_path)
+    check_recipe(recipe, 2, force=False)
+
+    with pytest.raises(ConfigError, match=r"processes \(2, now 1\)"):
+        check_recipe(recipe, 1, force=False)
+    check_recipe(recipe, 1, force=True)
