@@ -7,16 +7,14 @@ model's cache of all it has read and said. Neither changes an answer. Knows no c
 import queue
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import (
-    DynamicCache,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
@@ -25,12 +23,13 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from minigpt4.errors import ContextOverflowError, PromptError
+from minigpt4.errors import PromptError
 from minigpt4.generation import AnswerWriter, generation_options
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing.pictures import PictureSource, content_hash, open_image
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from minigpt4.processing.prompts import template as template_named
+from minigpt4.reading import ImageCache, Read, check_length, embed, never_said, stops, take_up
 
 
 @dataclass
@@ -54,40 +53,6 @@ class Answer:
     completion_tokens: int = 0
     seconds_to_first_token: float = 0.0
     seconds: float = 0.0
-
-
-@dataclass
-class ImageCache:
-    """Image embeddings by content, the least recently used forgotten first.
-
-    Args:
-        max_bytes: Most bytes kept.
-    """
-
-    max_bytes: int = 256 * 2**20
-    _entries: OrderedDict[str, Tensor] = field(default_factory=OrderedDict)
-
-    def get(self, key: str) -> Tensor | None:
-        """Return the embeddings `(num_image_tokens, text width)` of a picture, or None."""
-        if key in self._entries:
-            self._entries.move_to_end(key)
-        return self._entries.get(key)
-
-    def put(self, key: str, embeds: Tensor) -> None:
-        """Keep the embeddings of a picture."""
-        self._entries[key] = embeds
-        self._entries.move_to_end(key)
-        while sum(kept.nbytes for kept in self._entries.values()) > self.max_bytes:
-            self._entries.popitem(last=False)
-
-
-@dataclass
-class _Read:
-    """What the language model's cache holds: ids, and the pictures among them in order."""
-
-    ids: list[int] = field(default_factory=list)
-    pictures: list[str] = field(default_factory=list)
-    cache: DynamicCache | None = None
 
 
 class ChatSession:
@@ -119,7 +84,8 @@ class ChatSession:
         self._messages: list[dict[str, Any]] = []
         self._waiting: list[dict[str, Any]] = []
         self._pictures: list[tuple[str, Image.Image]] = []
-        self._read = _Read()
+        self._read = Read()
+        self._end_ids: list[int] = stops(model, processor, self.template)["eos_token_id"]
         self._cancelled = threading.Event()
         self._answering = False
 
@@ -167,7 +133,7 @@ class ChatSession:
         asked = {"role": "user", "content": [*self._waiting, {"type": "text", "text": question}]}
         generation = generation_options(options)
         ids = self._encode([*self._messages, asked])
-        self._check_length(len(ids), generation["max_new_tokens"])
+        check_length(self.model, len(ids), generation["max_new_tokens"])
         self._cancelled.clear()
         self.answer = Answer(prompt_tokens=len(ids))
         self._answering = True
@@ -203,7 +169,7 @@ class ChatSession:
             PromptError: An answer is in progress.
         """
         self._refuse_while_answering()
-        self._messages, self._waiting, self._pictures, self._read = [], [], [], _Read()
+        self._messages, self._waiting, self._pictures, self._read = [], [], [], Read()
 
     def _refuse_while_answering(self) -> None:
         if self._answering:
@@ -218,15 +184,6 @@ class ChatSession:
             image_token_id=self.model.config.image_token_id,
             num_image_tokens=self.model.config.num_image_tokens,
         ).input_ids
-
-    def _check_length(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        if limit and prompt_tokens + max_new_tokens > limit:
-            raise ContextOverflowError(
-                f"the conversation has {prompt_tokens} tokens and the answer may have {max_new_tokens}, "
-                f"the language model reads {limit} together",
-                hint="ask for fewer new tokens, take back a turn, or begin anew",
-            )
 
     def _generate(self, ids: list[int], generation: dict[str, Any]) -> Iterator[str]:
         """Run `generate` in a thread of its own and hand out the text as it comes."""
@@ -253,39 +210,35 @@ class ChatSession:
         self.answer.text = writer.text
         self.answer.seconds = time.monotonic() - started
         if self.answer.finish_reason != "cancelled" and not writer.ended:
-            ended = bool(writer.ids) and writer.ids[-1] in self._stops()["eos_token_id"]
+            ended = bool(writer.ids) and writer.ids[-1] in self._end_ids
             self.answer.finish_reason = "stop" if ended else "length"
 
     def _work(self, ids: list[int], generation: dict[str, Any], pieces: queue.Queue[Any]) -> None:
         """The thread's work: what it makes, or what went wrong, goes into the queue; None ends it."""
         try:
             if generation["num_beams"] > 1:
-                for token in self._run(ids, _Read(), generation, streamer=None)[len(ids) :]:
+                for token in self._run(ids, Read(), generation, streamer=None)[len(ids) :]:
                     pieces.put(token)
             else:
                 self._run(ids, self._read, generation, streamer=_QueueStreamer(pieces))
             if self._cancelled.is_set():
                 self.answer.finish_reason = "cancelled"
         except BaseException as error:
-            self._read = _Read()
+            self._read = Read()
             pieces.put(error)
         finally:
             pieces.put(None)
 
     @torch.inference_mode()
-    def _run(self, ids: list[int], read: _Read, generation: dict[str, Any], streamer: BaseStreamer | None) -> list[int]:
+    def _run(self, ids: list[int], read: Read, generation: dict[str, Any], streamer: BaseStreamer | None) -> list[int]:
         """Generate from where the cache ends; return all ids and remember what the cache holds then."""
         keys = [key for key, _ in self._pictures]
-        kept = self._common_prefix(ids, keys, read)
-        if read.cache is None or kept == 0 or not _can_crop(read.cache):
-            read.cache, kept = DynamicCache(config=self.model.config.get_text_config(decoder=True)), 0
-        elif kept < read.cache.get_seq_length():
-            read.cache.crop(kept - read.cache.get_seq_length())  # negative: how many to forget
-        self.answer.cached_tokens = kept
+        kept = self.answer.cached_tokens = take_up(self.model, ids, keys, read)
         inputs: dict[str, Any] = {"past_key_values": read.cache} if streamer else {}
         old_pictures = ids[:kept].count(self.model.config.image_token_id) // self.model.config.num_image_tokens
         if new := self._pictures[old_pictures:]:
-            embeds = torch.stack([self._embed(key, picture) for key, picture in new])
+            rows = [embed(self.model, self.processor, key, picture, self._image_cache) for key, picture in new]
+            embeds = torch.stack(rows)
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=embeds)}
         options = dict(generation)
         if (seed := options.pop("seed")) is not None:
@@ -303,59 +256,12 @@ class ChatSession:
             streamer=streamer,
             **inputs,
             **options,
-            suppress_tokens=self._never_said(),
-            **self._stops(),
+            suppress_tokens=never_said(self.model),
+            **stops(self.model, self.processor, self.template),
         )[0].tolist()
-        if streamer:
-            self._read = _Read(output[: read.cache.get_seq_length()], keys, read.cache)
+        if streamer and read.cache is not None:
+            self._read = Read(output[: read.cache.get_seq_length()], keys, read.cache)
         return output
-
-    def _common_prefix(self, ids: list[int], keys: list[str], read: _Read) -> int:
-        """Count the ids that the cache holds already, whole pictures only, and leave at least one to read."""
-        marker, width = self.model.config.image_token_id, self.model.config.num_image_tokens
-        place = 0
-        pictures = 0
-        while place < min(len(ids) - 1, len(read.ids)) and ids[place] == read.ids[place]:
-            if ids[place] != marker:
-                place += 1
-                continue
-            if read.pictures[pictures : pictures + 1] != keys[pictures : pictures + 1]:
-                break
-            if place + width > min(len(ids) - 1, len(read.ids)):
-                break
-            place, pictures = place + width, pictures + 1
-        return place
-
-    def _embed(self, key: str, picture: Image.Image) -> Tensor:
-        """Return the embeddings of a picture, computed once."""
-        embeds = self._image_cache.get(key)
-        if embeds is None:
-            pixels = self.processor.image_processor([picture], return_tensors="pt").pixel_values
-            pixels = pixels.to(self.model.device, self.model.dtype)
-            embeds = cast(Tensor, self.model.get_image_features(pixels).pooler_output)[0]
-            self._image_cache.put(key, embeds)
-        return embeds
-
-    def _never_said(self) -> list[int]:
-        """List what the model's own settings forbid, and the image token: said, it would be a picture's place."""
-        return [*(self.model.generation_config.suppress_tokens or []), self.model.config.image_token_id]
-
-    def _stops(self) -> dict[str, Any]:
-        """Say what ends an answer: end tokens where a stop string is a control token, else the strings."""
-        tokenizer = self.processor.tokenizer
-        ends = self.model.generation_config.eos_token_id
-        end_ids = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        # An ordinary word of the vocabulary, such as "###", can also be said in smaller pieces.
-        controls = tokenizer.added_tokens_encoder
-        end_ids += [controls[stop] for stop in self.template.stop_strings if stop in controls]
-        strings = [stop for stop in self.template.stop_strings if stop not in controls]
-        stops: dict[str, Any] = {"eos_token_id": sorted(set(end_ids)), "pad_token_id": tokenizer.pad_token_id}
-        return stops | ({"stop_strings": strings, "tokenizer": tokenizer} if strings else {})
-
-
-def _can_crop(cache: DynamicCache) -> bool:
-    """Tell whether the cache can forget its end; layers with a sliding window cannot."""
-    return not any(getattr(layer, "is_sliding", False) for layer in cache.layers)
 
 
 class _Cancelled(StoppingCriteria):

@@ -20,6 +20,7 @@ _WHOLE_NUMBERS = {
 _NUMBERS = {
     "temperature": (0.0, 100.0),
     "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
     "repetition_penalty": (0.01, 100.0),
     "length_penalty": (-100.0, 100.0),
 }
@@ -42,7 +43,7 @@ def generation_options(options: dict[str, Any], spelled: Callable[[str], str] = 
         generation |= {"do_sample": True, "temperature": options["temperature"]}
         generation.setdefault("top_k", 0)
     else:
-        generation |= {"do_sample": False, "top_p": None, "top_k": None, "temperature": None}
+        generation |= {"do_sample": False, "top_p": None, "top_k": None, "min_p": None, "temperature": None}
     return {name: value for name, value in generation.items() if value is not None or name == "seed"}
 
 

@@ -19,6 +19,7 @@ LAYERS = {
     "processing": 1,
     "weights": 2,
     "generation": 3,
+    "reading": 3,
     "chat": 4,
     "data": 4,
     "training": 5,

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from .causal_lm import split_causal_lm
 from .configuration_minigpt4 import PARTS, MiniGPT4Config
 from .efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 
@@ -44,9 +45,13 @@ class MiniGPT4ModelOutput(BaseModelOutputWithPast):
     """The language model's output, and the image embeddings it read.
 
     Args:
+        cross_attentions: Of a language model that could have them; none here.
+        router_logits: Of a mixture of experts, where asked for: `(places, experts)` a layer.
         image_hidden_states: `(pictures, num_image_tokens, text width)`.
     """
 
+    cross_attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
 
 
@@ -55,9 +60,15 @@ class MiniGPT4CausalLMOutput(CausalLMOutputWithPast):
     """Loss and logits, and the image embeddings that were read.
 
     Args:
+        cross_attentions: Of a language model that could have them; none here.
+        aux_loss: Of a mixture of experts: how unevenly they are used; `loss` holds its share of it.
+        router_logits: Of a mixture of experts, where asked for: `(places, experts)` a layer.
         image_hidden_states: `(pictures, num_image_tokens, text width)`.
     """
 
+    cross_attentions: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
 
 
@@ -94,8 +105,9 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
         for name, parameter in self.base_model.named_parameters():
             learns = name.partition(".")[0] in self.config.trainable_parts
             parameter.requires_grad_(learns and parameter.is_floating_point())  # the integers of quantization cannot
-        if self.get_output_embeddings() is not None:
-            self.get_output_embeddings().weight.requires_grad_("language_model" in self.config.trainable_parts)
+        head = self.get_output_embeddings()
+        for parameter in () if head is None else head.parameters():
+            parameter.requires_grad_("language_model" in self.config.trainable_parts and parameter.is_floating_point())
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -120,9 +132,14 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
 
 
 class MiniGPT4Model(MiniGPT4PreTrainedModel):
-    """Vision encoder, Q-Former, projection and language model, without the language head."""
+    """Vision encoder, Q-Former, projection and language model, without the language head.
 
-    def __init__(self, config: MiniGPT4Config) -> None:
+    Args:
+        config: What it is made of.
+        language_model: The decoder of a language model that was built already; None builds one.
+    """
+
+    def __init__(self, config: MiniGPT4Config, language_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.vision_model = _vision_model(config)
         if config.qformer_config is None:
@@ -131,8 +148,10 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         else:
             self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
             self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))
-        self.language_projection = nn.Linear(config.image_embed_size, config.text_config.hidden_size)
-        self.language_model = AutoModel.from_config(config.text_config)
+        decoder: Any = AutoModel.from_config(config.text_config) if language_model is None else language_model
+        # As wide as a word's embedding, which OPT's layers can be wider than (`word_embed_proj_dim`).
+        self.language_projection = nn.Linear(config.image_embed_size, decoder.get_input_embeddings().embedding_dim)
+        self.language_model = decoder
         self.post_init()
         self.freeze()
 
@@ -277,13 +296,16 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
 
     def __init__(self, config: MiniGPT4Config) -> None:
         super().__init__(config)
-        self.model = MiniGPT4Model(config)
-        # The head belongs to the language model, which may be of another type than the rest (`text_config.dtype`).
-        dtype = self.model.language_model.dtype
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False, dtype=dtype)
-        embeddings = self.get_input_embeddings().weight
-        name = next(name for name, parameter in self.named_parameters() if parameter is embeddings)
-        self._tied_weights_keys = {"lm_head.weight": name}  # the table is `embed_tokens` in LLaMA, `wte` in GPT-2
+        decoder, head, self._causal_lm = split_causal_lm(config.text_config)
+        self.model = MiniGPT4Model(config, decoder)
+        self.lm_head = head
+        if self._causal_lm.model._tied_weights_keys:
+            embeddings = self.get_input_embeddings().weight
+            name = next(name for name, parameter in self.named_parameters() if parameter is embeddings)
+            self._tied_weights_keys = {"lm_head.weight": name}  # the table is `embed_tokens` in LLaMA, `wte` in GPT-2
+        # Whether tokens can be taken back, and whether a step is one graph, is the language model's business.
+        self._is_stateful = self._causal_lm.model._is_stateful
+        self._can_compile_fullgraph = self._causal_lm.model._can_compile_fullgraph
         self.post_init()
         self.freeze()
 
@@ -310,6 +332,35 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         if features is not None:
             kwargs["mm_encoder_outputs"] = {modality: type(output)(**output) for modality, output in features.items()}
         return super().generate(*args, **kwargs)  # type: ignore[misc]  # the mixin types `self` by a protocol
+
+    def prepare_inputs_for_generation(  # type: ignore[override]  # the library's own classes narrow it likewise
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As the language model's own class; where that drops its cache to read all again, with the pictures again.
+
+        Phi-3 does so where its positions change their scale (`original_max_position_embeddings`).
+
+        Raises:
+            ValueError: All is to be read again, and pictures that were read before are not given.
+        """
+        kwargs["inputs_embeds"] = inputs_embeds
+        inputs = self._causal_lm.prepare_inputs(input_ids, past_key_values=past_key_values, **kwargs)
+        if past_key_values is not None and inputs.get("past_key_values") is None:
+            kwargs["next_sequence_length"] = None  # all of it, which transformers 5.19 forgets
+            inputs = self._causal_lm.prepare_inputs(input_ids, **kwargs)
+            pictures = {
+                "pixel_values": kwargs.get("pixel_values"),
+                "mm_encoder_outputs": kwargs.get("mm_encoder_outputs") or None,  # `generate` makes {} of nothing
+            }
+            given = any(value is not None for value in pictures.values())
+            if not given and (input_ids == self.config.image_token_id).any():
+                raise ValueError("The language model reads all again, so all pictures are needed again")
+            inputs |= pictures
+        return inputs
 
     @can_return_tuple
     def forward(
@@ -350,19 +401,21 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             return_dict=True,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
-        return MiniGPT4CausalLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
+        said = self._causal_lm(
+            self.lm_head,
+            outputs,
+            attention_mask=attention_mask,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
         )
+        return MiniGPT4CausalLMOutput(**said, image_hidden_states=outputs.image_hidden_states)
+
+    def compute_logits(self, states: Tensor) -> Tensor:
+        """Turn states `(..., text width)` of the language model into logits `(..., vocabulary)`, as `forward` does."""
+        outputs = MiniGPT4ModelOutput(last_hidden_state=states.reshape(1, -1, states.shape[-1]))
+        logits: Any = self._causal_lm(self.lm_head, outputs).logits
+        return torch.reshape(logits, (*states.shape[:-1], logits.shape[-1]))
 
 
 def _vision_model(config: MiniGPT4Config) -> PreTrainedModel:

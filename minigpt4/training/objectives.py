@@ -104,7 +104,7 @@ def language(model: MiniGPT4ForConditionalGeneration, batch: dict[str, Any]) -> 
         use_cache=False,
     ).last_hidden_state
     targets = batch["labels"][:, 1:]
-    outcome = _outcome(model.lm_head(hidden[:, :-1][targets != -100]), targets[targets != -100])
+    outcome = _outcome(model.compute_logits(hidden[:, :-1][targets != -100]), targets[targets != -100])
     if features is not None:
         return outcome
     # Text alone teaches the joining parts nothing, and other processes wait for their gradients.

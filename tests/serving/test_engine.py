@@ -1,0 +1,218 @@
+"""Many who ask at once get the answers they would get alone, nothing is lost, and a place is given back at once."""
+
+import queue
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from minigpt4.chat import ChatSession
+from minigpt4.errors import ContextOverflowError, MiniGPT4Error, ServerBusyError, UsageError
+from minigpt4.processing.pictures import content_hash
+from minigpt4.serving.engine import Engine, Event, Request
+from tests import tiny_chat
+
+NEW = 12
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    made = Engine(tiny_chat.model(), tiny_chat.processor(), max_concurrent=4, max_queue=64)
+    yield made
+    made.close(20)
+
+
+class Heard:
+    """Collects what an engine delivers."""
+
+    def __init__(self) -> None:
+        self.events: queue.Queue[Event] = queue.Queue()
+
+    def __call__(self, event: Event) -> None:
+        self.events.put(event)
+
+    def text(self) -> str:
+        pieces = []
+        while (event := self.events.get(timeout=60)) is not None:
+            if isinstance(event, BaseException):
+                raise event
+            pieces.append(event)
+        return "".join(pieces)
+
+
+def said(text: str, *pictures: Image.Image) -> dict[str, Any]:
+    parts = [{"type": "image", "image": picture, "key": content_hash(picture)} for picture in pictures]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def answered(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def picture(number: int) -> Image.Image:
+    return Image.new("RGB", (16, 16), ((37 * number) % 256, (91 * number) % 256, 128))
+
+
+def ask(engine: Engine, messages: list[dict[str, Any]], **options: Any) -> tuple[Request, Heard]:
+    heard = Heard()
+    request = engine.submit(messages, {"max_new_tokens": NEW, **options}, heard)
+    return request, heard
+
+
+def alone(questions: list[str], number: int, **options: Any) -> list[str]:
+    chat = ChatSession(tiny_chat.model(), tiny_chat.processor())
+    chat.add_image(picture(number))
+    return [chat.ask(question, max_new_tokens=NEW, **options) for question in questions]
+
+
+def test_one_answer_is_the_sessions(engine: Engine) -> None:
+    request, heard = ask(engine, [said("what is this?", picture(1))])
+    assert [heard.text()] == alone(["what is this?"], 1)
+    assert request.answer.text == alone(["what is this?"], 1)[0]
+    assert (request.state, request.answer.completion_tokens > 0) == ("done", True)
+
+
+def test_many_conversations_at_once_are_those_of_each_alone(engine: Engine) -> None:
+    count, questions = 10, ["what is this?", "and why?", "say more"]
+    conversations: list[list[dict[str, Any]]] = [[said(questions[0], picture(n))] for n in range(count)]
+    for turn in range(len(questions)):
+        running = [ask(engine, conversation, max_new_tokens=NEW) for conversation in conversations]
+        for number, (_, heard) in enumerate(running):
+            conversations[number].append(answered(heard.text()))
+            if turn + 1 < len(questions):
+                conversations[number].append(said(questions[turn + 1]))
+    for number, conversation in enumerate(conversations):
+        answers = [m["content"][0]["text"] for m in conversation if m["role"] == "assistant"]
+        assert answers == alone(questions, number), number
+
+
+def test_answers_of_different_length_leave_and_join(engine: Engine) -> None:
+    running = [ask(engine, [said("go", picture(n))], max_new_tokens=2 + 3 * n) for n in range(9)]
+    for number, (_, heard) in enumerate(running):
+        chat = ChatSession(tiny_chat.model(), tiny_chat.processor())
+        chat.add_image(picture(number))
+        assert heard.text() == chat.ask("go", max_new_tokens=2 + 3 * number)
+
+
+def test_a_second_question_reads_only_what_is_new(engine: Engine) -> None:
+    first, heard = ask(engine, [said("what is this?", picture(1))])
+    messages = [said("what is this?", picture(1)), answered(heard.text()), said("why?")]
+    second, heard = ask(engine, messages)
+    heard.text()
+    assert second.answer.cached_tokens >= first.answer.prompt_tokens - 1 > 0
+
+
+def test_a_seed_draws_the_same_answer_whoever_else_is_answered(engine: Engine) -> None:
+    options = {"temperature": 1.5, "seed": 5}
+    _, heard = ask(engine, [said("draw", picture(1))], **options)
+    first = heard.text()
+    others = [ask(engine, [said("other", picture(n))], temperature=1.0) for n in range(3)]
+    _, heard = ask(engine, [said("draw", picture(1))], **options)
+    assert heard.text() == first
+    _, heard = ask(engine, [said("draw", picture(1))], temperature=1.5, seed=6)
+    assert heard.text() != first
+    for _, other in others:
+        other.text()
+
+
+def test_beams_are_the_sessions(engine: Engine) -> None:
+    _, heard = ask(engine, [said("what is this?", picture(1))], num_beams=3)
+    assert [heard.text()] == alone(["what is this?"], 1, num_beams=3)
+
+
+def test_a_stop_string_ends_an_answer_and_is_not_said(engine: Engine) -> None:
+    _, heard = ask(engine, [said("what is this?", picture(1))])
+    whole = heard.text()
+    stop = whole[3:5]
+    heard = Heard()
+    request = engine.submit([said("what is this?", picture(1))], {"max_new_tokens": NEW}, heard, stop=[stop])
+    assert heard.text() == whole.partition(stop)[0].rstrip()
+    assert request.answer.finish_reason == "stop"
+
+
+def test_a_full_queue_refuses_at_once_and_loses_nothing() -> None:
+    engine = Engine(tiny_chat.model(), tiny_chat.processor(), max_concurrent=1, max_queue=3)
+    running, refused = [], 0
+    for number in range(12):
+        try:
+            running.append(ask(engine, [said("go", picture(number))], max_new_tokens=100))
+        except ServerBusyError:
+            refused += 1
+    assert refused >= 7
+    assert all(isinstance(heard.text(), str) for _, heard in running)
+    counts = engine.counts
+    assert (counts.accepted, counts.completed, counts.refused) == (len(running), len(running), refused)
+    engine.close(20)
+
+
+def test_a_cancelled_answer_ends_within_a_token_and_frees_its_place(engine: Engine) -> None:
+    request, heard = ask(engine, [said("go", picture(1))], max_new_tokens=900)
+    while request.answer.completion_tokens < 5:
+        time.sleep(0.001)
+    request.cancel()
+    at = request.answer.completion_tokens
+    heard.text()
+    assert request.answer.finish_reason == "cancelled"
+    assert request.answer.completion_tokens <= at + 1
+    assert (engine.counts.answering, engine.counts.cancelled) == (0, 1)
+
+
+def test_a_request_cancelled_while_it_waits_is_never_answered() -> None:
+    engine = Engine(tiny_chat.model(), tiny_chat.processor(), max_concurrent=1, max_queue=8)
+    first, _ = ask(engine, [said("go", picture(1))], max_new_tokens=200)
+    second, heard = ask(engine, [said("go", picture(2))])
+    second.cancel()
+    assert heard.text() == ""
+    assert (second.answer.finish_reason, second.answer.completion_tokens) == ("cancelled", 0)
+    first.cancel()
+    engine.close(20)
+
+
+def test_a_deadline_gives_an_answer_up(engine: Engine) -> None:
+    heard = Heard()
+    request = engine.submit([said("go", picture(1))], {"max_new_tokens": 900}, heard, timeout=0.3)
+    heard.text()
+    assert request.answer.finish_reason == "cancelled"
+    assert 0.2 < request.answer.seconds < 5
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "error"),
+    [
+        ([{"role": "user", "content": ""}], {}, MiniGPT4Error),
+        ([said("x")], {"max_new_tokens": 10**5}, ContextOverflowError),
+        ([said("x")], {"top_q": 1}, UsageError),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_it_waits(
+    messages: list[dict[str, Any]], options: dict[str, Any], error: type[Exception], engine: Engine
+) -> None:
+    with pytest.raises(error):
+        engine.submit(messages, options, Heard())
+    assert engine.counts.accepted == 0
+
+
+def test_what_goes_wrong_with_one_is_told_to_it_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a secret")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("minigpt4.serving.engine.embed", broken)
+        _, heard = ask(engine, [said("go", picture(40))])
+        with pytest.raises(MiniGPT4Error) as told:
+            heard.text()
+    assert "secret" not in str(told.value)
+    _, heard = ask(engine, [said("what is this?", picture(1))])
+    assert [heard.text()] == alone(["what is this?"], 1)
+
+
+def test_closing_finishes_what_is_accepted_and_takes_nothing_more() -> None:
+    engine = Engine(tiny_chat.model(), tiny_chat.processor(), max_concurrent=2)
+    running = [ask(engine, [said("go", picture(n))]) for n in range(5)]
+    engine.close(30)
+    assert [heard.text() for _, heard in running]
+    assert engine.counts.completed == 5
+    with pytest.raises(ServerBusyError, match="closing"):
+        ask(engine, [said("go")])
