@@ -57,11 +57,11 @@ def train(
         content = settings.model_dump(mode="json", exclude_unset=True)
         print(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), end="")
         return
-    from minigpt4.training.run import run
+    quiet(hub=_needs_the_hub(settings))
+    from minigpt4.training.run import Reports, run
 
-    quiet()
-    with training_bar() as report, parts_bar() as report_parts:
-        folder = run(settings, report, report_parts, force=force)
+    with training_bar() as update, parts_bar() as parts:
+        folder = run(settings, Reports(update, parts, parts, note), force=force)
     if _speaks():
         print(folder)
 
@@ -88,6 +88,15 @@ def _from_the_original(cfg_path: Path, options: list[str], *, dry_run: bool) -> 
         for sentence in notes:
             note(sentence)
     return settings
+
+
+def _needs_the_hub(settings: "Recipe") -> bool:
+    """Tell whether a recipe names a model or data of a hub."""
+    from minigpt4.weights.hub import is_on_hub
+
+    model = settings.model
+    names = [model] if isinstance(model, str) else [model.vision_model, model.language_model]
+    return any(is_on_hub(name) for name in names) or "'hub:" in str(settings.data)
 
 
 def _speaks() -> bool:

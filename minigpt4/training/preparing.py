@@ -56,7 +56,9 @@ def prepare_model(recipe: Recipe, here: PartialState, report: Report | None = No
     if recipe.joining_parts == "new" and recipe.model != "nano":
         _begin_anew(model)
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The library renamed it after 5.19.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if recipe.quantize == "none":
         model.to(here.device)
     return Prepared(model, processor, origin_)

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import torch
 
+from minigpt4.data.batches import SourceBatches
 from minigpt4.training.checkpoint import whole
 from minigpt4.training.features import cached_pictures
-from minigpt4.training.loop import Progress, train
+from minigpt4.training.loop import Batches, Progress, train
 from minigpt4.training.objectives import TrainingStep
-from minigpt4.training.preparing import prepare_model
+from minigpt4.training.preparing import Prepared, prepare_model
 from minigpt4.training.processes import by_the_main_process, processes
 from minigpt4.training.recipe import Recipe, StageRecipe
 from minigpt4.training.run_folder import check_recipe, only_run
 from minigpt4.training.stage_data import stage_data
+from minigpt4.training.text_statistics import text_statistics
 from minigpt4.training.validation import Validation
 from minigpt4.weights.alignment import alignment_tensors, save_alignment
 from minigpt4.weights.folder import Report
@@ -23,37 +25,47 @@ from minigpt4.weights.folder import Report
 ALIGNMENT_FOLDER = "alignment"
 
 
+def _nobody(*_: object) -> None:
+    """Hear what nobody wants to know."""
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Who is told of what happens, in the main process.
+
+    Args:
+        update: Of every update.
+        parts: Of frozen parts being fetched and converted.
+        features: Of pictures being looked at, with `features: cache`.
+        say: Of anything else, a sentence at a time.
+    """
+
+    update: Callable[[Progress], None] = _nobody
+    parts: Report = _nobody
+    features: Report = _nobody
+    say: Callable[[str], None] = _nobody
+
+
 @dataclass
 class _Watcher:
     """Passes updates on, and validates."""
 
-    report: Callable[[Progress], None]
+    reports: Reports
     validation: Validation | None
-    main: bool
 
     def update(self, progress: Progress) -> None:
-        if self.main:
-            self.report(progress)
+        self.reports.update(progress)
 
     def validation_loss(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
         return self.validation.loss(module, stage, step) if self.validation else None
 
 
-def run(
-    recipe: Recipe,
-    report: Callable[[Progress], None],
-    report_parts: Report | None = None,
-    report_features: Report | None = None,
-    *,
-    force: bool = False,
-) -> Path:
+def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) -> Path:
     """Train an alignment, or go on with one.
 
     Args:
         recipe: What to do.
-        report: Told of every update, in the main process.
-        report_parts: Told of frozen parts being fetched and converted.
-        report_features: Told of pictures being looked at, with `features: cache`.
+        reports: Who is told.
         force: Go on although the run began with another recipe.
 
     Returns:
@@ -63,21 +75,28 @@ def run(
         ConfigError: The recipe does not fit the machine, the model, or the run that it goes on with.
         DataError: The data cannot be used, or the loss stays no number.
         DownloadError: A frozen part is not here and cannot be fetched.
+        KeyboardInterrupt: The run was told to stop by SIGINT, and saved; likewise SystemExit by SIGTERM.
         StorageError: The run's folder cannot be written.
         WeightsError: The model, or a checkpoint, cannot be used.
     """
     here = processes()
+    told = reports if reports and here.is_main_process else Reports()
     with only_run(recipe.output) if here.is_main_process else nullcontext():
         by_the_main_process(lambda: check_recipe(recipe, here.num_processes, force=force), here)
         torch.manual_seed(recipe.seed)
-        prepared = prepare_model(recipe, here, report_parts)
+        prepared = prepare_model(recipe, here, told.parts)
         validation = Validation.of(recipe, prepared, here) if recipe.validation else None
-        watcher = _Watcher(report, validation, here.is_main_process)
-        kept = cached_pictures(recipe, prepared, here, report_features) if recipe.features == "cache" else None
-        train(recipe, prepared.model, stage_data(recipe, prepared, here, kept), watcher, here)
-        target = recipe.output / ALIGNMENT_FOLDER
-
+        kept = cached_pictures(recipe, prepared, here, told.features) if recipe.features == "cache" else None
+        batches = stage_data(recipe, prepared, here, kept)
+        if here.is_main_process:
+            _say_what_is_learnt(recipe, prepared, batches, told.say)
+        try:
+            train(recipe, prepared.model, batches, _Watcher(told, validation), here)
+        except (KeyboardInterrupt, SystemExit):
+            told.say(f"stopped and saved in {recipe.output}; the same command goes on")
+            raise
         held = {name: whole(t) for name, t in alignment_tensors(prepared.model, prepared.origin).items()}
+        target = recipe.output / ALIGNMENT_FOLDER
 
         def save() -> None:
             save_alignment(
@@ -86,3 +105,14 @@ def run(
 
         by_the_main_process(save, here)
     return target
+
+
+def _say_what_is_learnt(recipe: Recipe, prepared: Prepared, batches: Batches, say: Callable[[str], None]) -> None:
+    """Say what learns, and how long the texts of each stage are."""
+    parameters = [p for p in prepared.model.parameters() if p.requires_grad]
+    parts = sorted({name.split(".")[1] for name, p in prepared.model.named_parameters() if p.requires_grad})
+    say(f"{sum(p.numel() for p in parameters):,} numbers learn, in {', '.join(parts)}")
+    for number, stage in enumerate(recipe.stages):
+        data = batches(number, stage)
+        if isinstance(data, SourceBatches):
+            say(text_statistics(data).sentence(stage.name))

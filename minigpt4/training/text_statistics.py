@@ -1,0 +1,56 @@
+"""How long the texts of a stage are, and how many lose their end: told before training, when it can still be mended."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import quantiles
+
+from minigpt4.data.batches import SourceBatches
+from minigpt4.data.examples import IGNORED
+from minigpt4.errors import DataError, PromptError
+
+LOOKED_AT = 200
+"""So many examples are looked at, the first of the stage's order."""
+
+WORTH_A_WARNING = 0.01
+
+
+@dataclass(frozen=True)
+class TextStatistics:
+    """What the texts of a stage are like.
+
+    Args:
+        lengths: Tokens of answers in each example that was looked at; end symbols included.
+        cut: How many examples lose the end of an answer, or further turns.
+        limit: `max_text_tokens` of the stage.
+    """
+
+    lengths: Sequence[int]
+    cut: int
+    limit: int
+
+    def sentence(self, stage: str) -> str:
+        """Say it in one line."""
+        if not self.lengths:
+            return f"stage {stage}: none of the first {LOOKED_AT} examples can be used"
+        middle, high = (quantiles([*self.lengths, self.lengths[0]], n=20)[at] for at in (9, 18))
+        line = (
+            f"stage {stage}: answers of {min(self.lengths)} to {max(self.lengths)} tokens, half below {middle:.0f}, "
+            f"95 % below {high:.0f} ({len(self.lengths)} examples looked at)"
+        )
+        share = self.cut / len(self.lengths)
+        if share <= WORTH_A_WARNING:
+            return line
+        return f"{line}; WARNING: {share:.0%} lose their end, max_text_tokens is {self.limit}"
+
+
+def text_statistics(batches: SourceBatches) -> TextStatistics:
+    """Look at the first examples of a stage, without opening a picture."""
+    lengths, cut = [], 0
+    for place in range(min(LOOKED_AT, len(batches) * batches.batch_size)):
+        try:
+            example = batches.text(place)
+        except (DataError, PromptError):
+            continue  # counted when it is read for training
+        lengths.append(sum(label != IGNORED for label in example.labels))
+        cut += example.cut > 0
+    return TextStatistics(lengths, cut, batches.layout.max_text_tokens)

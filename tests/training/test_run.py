@@ -1,0 +1,185 @@
+"""A whole run: from a recipe over a folder of pictures to an alignment that answers, and on from there."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import minigpt4
+from minigpt4.errors import ConfigError
+from minigpt4.training.recipe import Recipe, make_recipe
+from minigpt4.training.run import Reports, run
+from tests import tiny_chat
+
+COLOURS = ("red", "green", "blue", "white", "black", "yellow")
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    tiny_chat.model().save_pretrained(folder)
+    tiny_chat.processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    with (folder / "captions.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", "caption"])
+        for colour in COLOURS:
+            Image.new("RGB", (24, 24), colour).save(folder / f"{colour}.png")
+            writer.writerow([f"{colour}.png", f"it is {colour}"])
+    return folder
+
+
+def recipe(model: Path, pictures: Path, output: Path, **changes: Any) -> Recipe:
+    stage = {"name": "only", "steps": 4, "batch_size": 3, "learning_rate": 1e-3, "warmup_steps": 1}
+    content = {
+        "model": str(model),
+        "output": str(output),
+        "trainable": ["language_projection"],
+        "data": {"sources": [{"path": str(pictures)}]},
+        "stages": [stage],
+        "workers": 0,
+        "checkpoint_steps": 2,
+        **changes,
+    }
+    return make_recipe(content, Path("made up"))
+
+
+def test_a_projection_is_trained_and_answers_over_its_model(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    folder = run(recipe(model_folder, pictures, tmp_path / "run"))
+
+    assert {name for name in load_file(folder / "alignment.safetensors")} == {
+        "language_projection.weight",
+        "language_projection.bias",
+    }
+    model, processor = minigpt4.load(folder, device="cpu")
+    base, _ = minigpt4.load(model_folder, device="cpu")
+    changed = {
+        n for (n, a), b in zip(model.named_parameters(), base.parameters(), strict=True) if not torch.equal(a, b)
+    }
+    assert changed == {"model.language_projection.weight", "model.language_projection.bias"}
+    chat = minigpt4.ChatSession(model, processor)
+    chat.add_image(pictures / "red.png")
+    assert isinstance(chat.ask("What is it?", max_new_tokens=5), str)
+
+
+def test_a_second_stage_goes_on_from_the_first_ones_alignment(
+    model_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    first = run(recipe(model_folder, pictures, tmp_path / "one", trainable=["language_projection", "query_tokens"]))
+
+    second = run(recipe(first, pictures, tmp_path / "two"))
+
+    description = json.loads((second / "alignment.json").read_text())
+    assert description["frozen_parts"] == str(model_folder.resolve())
+    one, two = (load_file(folder / "alignment.safetensors") for folder in (first, second))
+    assert one.keys() == two.keys()
+    assert torch.equal(one["query_tokens"], two["query_tokens"])  # kept, though it did not learn any more
+    assert not torch.equal(one["language_projection.weight"], two["language_projection.weight"])
+
+
+def test_adapters_are_part_of_the_alignment(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    trainable = ["language_projection", "lora"]
+    folder = run(recipe(model_folder, pictures, tmp_path / "run", trainable=trainable, lora={"rank": 2}))
+
+    stored = load_file(folder / "alignment.safetensors")
+    assert any(".lora_B." in name and tensor.abs().sum() > 0 for name, tensor in stored.items())
+    model, _ = minigpt4.load(folder, device="cpu")
+    parameters = dict(model.model.named_parameters())
+    assert all(torch.equal(parameters[name], tensor) for name, tensor in stored.items())
+    again = run(recipe(folder, pictures, tmp_path / "again", trainable=trainable))
+    assert load_file(again / "alignment.safetensors").keys() == stored.keys()
+
+
+def test_norms_of_the_vision_encoder_can_learn(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    folder = run(recipe(model_folder, pictures, tmp_path / "run", trainable=["vision_layernorms"]))
+
+    stored = load_file(folder / "alignment.safetensors")
+    assert stored and all(name.startswith("vision_model.") for name in stored)
+    assert all("norm" in name for name in stored)
+
+
+def test_validation_loss_is_taken_on_the_same_pictures_each_time(
+    model_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    validation = {"sources": [{"path": str(pictures)}], "every_steps": 2, "batches": 2, "pictures": 0}
+    stages = [{"name": "only", "steps": 4, "batch_size": 3, "learning_rate": 1e-9, "warmup_steps": 0}]
+    output = tmp_path / "run"
+    run(recipe(model_folder, pictures, output, validation=validation, stages=stages))
+
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+    assert losses.keys() == {2, 4}
+    assert losses[2] == pytest.approx(losses[4], rel=1e-4)  # next to nothing was learnt in between
+    assert json.loads((output / "checkpoints/best.json").read_text()).startswith("stage0-step")
+
+
+def test_validation_changes_nothing_that_is_learnt(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    validation = {"sources": [{"path": str(pictures)}], "every_steps": 1, "batches": 1, "pictures": 0}
+    watched = run(recipe(model_folder, pictures, tmp_path / "watched", validation=validation))
+    plain = run(recipe(model_folder, pictures, tmp_path / "plain"))
+
+    one, two = (load_file(folder / "alignment.safetensors") for folder in (watched, plain))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_what_learns_and_how_long_texts_are_is_said_before(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    stages = [{"name": "short", "steps": 1, "batch_size": 6, "learning_rate": 1e-3, "max_text_tokens": 5}]
+    run(recipe(model_folder, pictures, tmp_path / "run", stages=stages), Reports(say=said.append))
+
+    assert said[0].endswith("numbers learn, in language_projection")
+    assert said[1].startswith("stage short: answers of ")
+    assert "WARNING: 50% lose their end, max_text_tokens is 5" in said[1]
+
+
+def test_a_finished_run_is_not_trained_again(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    wanted = recipe(model_folder, pictures, tmp_path / "run")
+    first = (run(wanted) / "alignment.safetensors").read_bytes()
+    steps: list[object] = []
+
+    assert (run(wanted, Reports(update=steps.append)) / "alignment.safetensors").read_bytes() == first
+    assert steps == []
+
+
+def test_gradient_checkpointing_changes_nothing(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    plain = run(recipe(model_folder, pictures, tmp_path / "plain"))
+    frugal = run(recipe(model_folder, pictures, tmp_path / "frugal", gradient_checkpointing=True))
+
+    one, two = (load_file(folder / "alignment.safetensors") for folder in (plain, frugal))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name])
+
+
+def test_joining_parts_can_begin_anew(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    stages = [{"name": "only", "steps": 1, "batch_size": 3, "learning_rate": 1e-9}]
+    folder = run(recipe(model_folder, pictures, tmp_path / "run", joining_parts="new", stages=stages))
+
+    weight = load_file(folder / "alignment.safetensors")["language_projection.weight"]
+    trained, _ = minigpt4.load(model_folder, device="cpu")
+    assert not torch.allclose(weight, trained.model.language_projection.weight, atol=1e-3)
+    assert weight.std() == pytest.approx(trained.config.initializer_range, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"trainable": ["lora"], "lora": {"target_modules": ["no_such"]}}, "no modules for adapters"),
+        ({"stages": [{"name": "w", "objective": "words", "steps": 1, "batch_size": 1, "learning_rate": 1}]}, "nano"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    changes: dict[str, Any], words: str, model_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        run(recipe(model_folder, pictures, tmp_path / "run", **changes))
