@@ -64,7 +64,7 @@ def import_weights(
         from minigpt4.weights.original.run import find_files
 
         read = read_original_yaml(cfg_path, options or [])
-        files = find_files(read, given)
+        files = find_files(read, given, training=read.is_for_training)
         overrides = [*read.overrides, *overrides]
         template = template or read.template
         for sentence in read.notes:
@@ -104,7 +104,7 @@ def _tell(done: "Imported") -> None:
     ),
 )
 def export_weights(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A full model folder.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A full model folder, or an alignment over one.")],
     output: Output,
     only_checkpoint: Annotated[
         bool, typer.Option("--only-checkpoint", help="Only what was trained, as pretrained_minigpt4.pth.")

@@ -6,6 +6,9 @@ only what was trained, and where the frozen parts come from.
 
 import hashlib
 import importlib.util
+import json
+import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoProcessor, BitsAndBytesConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from minigpt4.errors import ConfigError, WeightsError
 from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
@@ -38,6 +42,9 @@ from minigpt4.weights.parts import home
 
 Report = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and of how much; bytes, or 0 of 0 where it cannot be known."""
+
+_CASTS = "MatMul8bitLt: inputs will be cast"
+"""What bitsandbytes says of every layer at every token; it is how its 8-bit weights work."""
 
 AutoImageProcessor.register(MiniGPT4Config, image_processor_classes={"pil": MiniGPT4ImageProcessor})
 AutoProcessor.register(MiniGPT4Config, MiniGPT4Processor)
@@ -136,6 +143,8 @@ def quantization(quantize: str, device: torch.device) -> dict[str, Any]:
         raise ConfigError(f"quantization {quantize} is not known, expected none, int8 or nf4")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(f"quantization {quantize} needs bitsandbytes", hint='pip install "minigpt4[quant]"')
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_tells_more_than_casts)
+    warnings.filterwarnings("ignore", message=_CASTS)  # as its versions before 0.50 say it
     config = BitsAndBytesConfig(
         load_in_8bit=quantize == "int8",
         load_in_4bit=quantize == "nf4",
@@ -144,6 +153,10 @@ def quantization(quantize: str, device: torch.device) -> dict[str, Any]:
         llm_int8_skip_modules=["model.vision_model", "model.qformer", "model.language_projection", "lm_head"],
     )
     return {"quantization_config": config, "device_map": {"": str(device)}}
+
+
+def _tells_more_than_casts(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_CASTS)
 
 
 def _folder_of(name: str, report: Report | None, language_model: Path | None) -> Path:
@@ -158,7 +171,10 @@ def _folder_of(name: str, report: Report | None, language_model: Path | None) ->
         return path
     if (path / "config.json").is_file():
         _refuse_other(language_model, name)
+        _refuse_other_kind(name, path / "config.json")
         return path
+    if path.is_file():
+        raise WeightsError(f"{name} is a file, expected a model folder", _cure_of_file(path))
     if path.is_dir():
         raise WeightsError(
             f"{name} is not a model folder: it has neither config.json nor {ALIGNMENT_FILE}",
@@ -173,6 +189,44 @@ def origin(name_or_path: str) -> Origin:
         return origin_of(NANO, nano.ALIGNMENT_DIR)
     path = hub_folder(name_or_path) if is_on_hub(name_or_path) else Path(name_or_path)
     return origin_of(name_or_path, path)
+
+
+def _refuse_other_kind(name: str, config: Path) -> None:
+    """Refuse another kind of model; the library would make the default model, of 8 billion parameters, of it."""
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(
+            f"{config.parent} is not a complete model folder: config.json cannot be read as JSON",
+            hint="write it again, or name another folder",
+        ) from error
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if kind == MiniGPT4Config.model_type:
+        return
+    if not isinstance(kind, str):
+        raise WeightsError(
+            f"{config.parent} is not a complete model folder: its config.json names no model_type",
+            hint="write it again, or name another folder",
+        )
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise WeightsError(
+            f"{name} is a language model ({kind}), which is one part of a MiniGPT-4 and sees no pictures",
+            hint=f"make a model of it: `minigpt4 weights import --language-model {name}` with the original's other "
+            "files, or `minigpt4 train` with a recipe that names it at model.language_model",
+        )
+    raise WeightsError(
+        f"{name} is a model of the type {kind}, expected {MiniGPT4Config.model_type}",
+        hint="name a folder that `minigpt4 weights import` or `minigpt4 train` wrote",
+    )
+
+
+def _cure_of_file(path: Path) -> str:
+    """Name what to do with a file in a folder's place: with a folder's own, with one of the original's."""
+    if (path.parent / "config.json").is_file() or (path.parent / ALIGNMENT_FILE).is_file():
+        return f"name its folder, {path.parent}"
+    return (
+        "`minigpt4 weights inspect` says what it is, `minigpt4 weights import` makes a folder of the original's files"
+    )
 
 
 def _refuse_other(language_model: Path | None, name: str) -> None:

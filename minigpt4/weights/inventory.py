@@ -49,7 +49,7 @@ def _part(role: str, part: WheelFile) -> dict[str, Any]:
         "role": role,
         "name": f"{Path(part.member).name} of the package {part.package} {part.version}",
         "licence": part.licence,
-        "megabytes": round(part.size / 1e6),
+        "megabytes": round(part.size / 1e6, 3),
         "state": "here" if here else "fetched on first use",
     }
 
@@ -99,8 +99,8 @@ def _model_type(path: Path) -> str | None:
     return config.get("model_type") if isinstance(config, dict) else None
 
 
-def _megabytes(folder: Path) -> int:
-    return round(sum(file.stat().st_size for file in folder.glob("*") if file.is_file()) / 1e6)
+def _megabytes(folder: Path) -> float:
+    return round(sum(file.stat().st_size for file in folder.glob("*") if file.is_file()) / 1e6, 3)
 
 
 def _gigabytes(number: int) -> float:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -172,7 +173,7 @@ def test_folder_with_a_broken_config_is_refused(content: bytes, tmp_path: Path) 
     folder = tiny_chat.saved(tmp_path / "full")
     (folder / "config.json").write_bytes(content)
 
-    with pytest.raises(WeightsError, match="is not a complete model folder"):
+    with pytest.raises(WeightsError, match=r"is not a complete model folder: .+"):
         load(folder)
 
 
@@ -211,8 +212,39 @@ def test_unknown_name_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.
 def test_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.pth").write_bytes(b"")
 
-    with pytest.raises(WeightsError, match="there is no model"):
+    with pytest.raises(WeightsError, match=r"model\.pth is a file, expected a model folder") as told:
         load(tmp_path / "model.pth")
+    assert "`minigpt4 weights inspect`" in told.value.hint
+    assert "`minigpt4 weights import`" in told.value.hint
+
+
+def test_file_of_a_model_folder_leads_to_the_folder(tmp_path: Path) -> None:
+    folder = tiny_chat.saved(tmp_path / "full")
+
+    with pytest.raises(WeightsError, match="is a file, expected a model folder") as told:
+        load(folder / "model.safetensors")
+    assert told.value.hint == f"name its folder, {folder}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "cure"),
+    [
+        ("llama", r"vicuna is a language model \(llama\), which is one part of a MiniGPT-4", "--language-model"),
+        ("qwen2", r"vicuna is a language model \(qwen2\)", "model.language_model"),
+        ("blip-2", "vicuna is a model of the type blip-2, expected minigpt4", "weights import"),
+    ],
+)
+def test_other_kind_of_model_is_refused_before_torch_makes_anything(
+    kind: str, message: str, cure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library would make MiniGPT-4's default of 8 billion parameters of any configuration."""
+    folder = tiny_chat.saved(tmp_path / "vicuna")
+    (folder / "config.json").write_text(json.dumps({"model_type": kind, "hidden_size": 4096}), encoding="utf-8")
+    monkeypatch.setattr(MiniGPT4ForConditionalGeneration, "__init__", None)
+
+    with pytest.raises(WeightsError, match=message) as told:
+        load(folder)
+    assert cure in told.value.hint
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "quantum", "meta:x", "xpu"])
@@ -259,6 +291,32 @@ def test_quantization_takes_the_language_model_and_nothing_else(quantize: str, k
     chat.add_image(tiny_chat.picture())
     assert chat.ask("what is this?", max_new_tokens=4)
     assert chat.answer.completion_tokens == 4 or chat.answer.finish_reason == "stop"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_answer_in_8_bits_on_a_cpu_stands_alone_in_the_terminal(tmp_path: Path) -> None:
+    """bitsandbytes reports a cast for every layer and every token."""
+    folder = tiny_chat.saved(tmp_path / "full")
+    tiny_chat.picture().save(tmp_path / "cat.png")
+    command = [sys.executable, "-m", "minigpt4", "ask", str(tmp_path / "cat.png"), "what is this?", "-m", str(folder)]
+    chosen = ["--quantize", "int8", "--device", "cpu", "--max-new-tokens", "4"]
+
+    done = subprocess.run([*command, *chosen], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stderr in ("", "the answer reached 4 tokens and was cut; --max-new-tokens raises it\n")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_other_words_of_bitsandbytes_are_heard(caplog: pytest.LogCaptureFixture) -> None:
+    quantization("int8", torch.device("cpu"))
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+
+    logger.warning("MatMul8bitLt: inputs will be cast from %s to float16 during quantization", torch.float32)
+    logger.warning("the device is lost")
+
+    assert caplog.messages == ["the device is lost"]
 
 
 @pytest.mark.parametrize(

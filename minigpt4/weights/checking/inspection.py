@@ -22,7 +22,7 @@ from minigpt4.weights.checking.inspection_kinds import (
     read_json,
 )
 from minigpt4.weights.checking.inspection_parts import classifier, gguf_file, training_checkpoint, wheel
-from minigpt4.weights.files.disk import storing
+from minigpt4.weights.files.disk import size_text, storing
 from minigpt4.weights.files.tensors import INDEX_FILES, TensorFiles, open_tensors, read_index
 from minigpt4.weights.llama.tokenizer import LFS_POINTER
 from minigpt4.weights.original.names import IGNORED, Kind, recognise, why_ignored
@@ -158,7 +158,7 @@ def _pointer(path: Path) -> Inspection | None:
         path=str(path),
         kind="git-lfs pointer",
         title="a git-lfs pointer: the name of a file, not the file itself",
-        missing=[f"{path.name} itself" + (f", {int(size[1]) / 1e6:,.1f} MB" if size else "")],
+        missing=[f"{path.name} itself" + (f", {size_text(int(size[1]))}" if size else "")],
         notes=["run `git lfs install` and `git lfs pull` in its folder"],
     )
 

@@ -39,6 +39,9 @@ KIND_NAMES = {
     Kind.META: "Meta's LLaMA",
     Kind.OURS: "model folder",
 }
+PART_NAMES = {"blip_2_vision_model": "EVA-ViT", "efficientnet_lite": "EfficientNet-Lite", "llama": "LLaMA"}
+"""What the library's own names of some parts mean; the others say it themselves."""
+
 _STAGES = {"cc_sbu_align": "stage 2", "laion": "stage 1", "cc_sbu": "stage 1"}
 """The datasets of the original's two stages of training."""
 
@@ -164,12 +167,19 @@ def _checkpoint(source: Source, found: Inspection) -> None:
     with_qformer, template = _reads_qformer(reads, known is not None, config)
     found.template = template
     found.fits.append(f"a language model {made} wide" + (f" ({known[1].split(',')[0]})" if known else ""))
-    if with_qformer is not False:
-        found.fits.append(f"a Q-Former {reads} wide ({BLIP2})")
-    if with_qformer is not True and reads % PUBLISHED_MERGED_TOKENS == 0:
-        found.fits.append(f"a vision encoder {reads // PUBLISHED_MERGED_TOKENS} wide ({EVA}) without a Q-Former")
+    found.fits.append(_reads_from(reads, with_qformer))
     if stage == "stage 1":
         found.notes.append("after stage 1 alone answers are short and repeat themselves; stage 2 mends that")
+
+
+def _reads_from(reads: int, with_qformer: bool | None) -> str:
+    """Say which part gives a checkpoint's projection what it reads."""
+    encoder = f"a vision encoder {reads // PUBLISHED_MERGED_TOKENS} wide"
+    if with_qformer is False:
+        return f"{encoder} ({EVA}), and no Q-Former"
+    if with_qformer is None and reads % PUBLISHED_MERGED_TOKENS == 0:
+        return f"a Q-Former {reads} wide ({BLIP2}), or {encoder} and no Q-Former: the file does not say which"
+    return f"a Q-Former {reads} wide ({BLIP2})"
 
 
 def _reads_qformer(reads: int, is_known: bool, config: Mapping[str, Any]) -> tuple[bool | None, str | None]:
@@ -211,7 +221,7 @@ def _language(source: Source, found: Inspection) -> None:
     found.sizes = {"rows": rows, "width": width, "layers": source.depth("model.layers")}
     found.fits = _projections_for(width, version.template)
     if version.is_delta:
-        found.fits = [f"LLaMA {version.size}, from which it was made", *(f"merged: {what}" for what in found.fits)]
+        found.fits = [f"the LLaMA that it was made from ({version.size})", *(f"merged: {what}" for what in found.fits)]
     found.notes = list(version.notes)
     if not config:
         found.missing.append("config.json")
@@ -287,7 +297,9 @@ def full_folder(path: Path, tensors: TensorFiles) -> Inspection:
         found.missing.append("config.json")
         return found
     config = _our_config(path)
-    found.version = f"{config.vision_config.model_type}, {config.text_config.model_type}"
+    encoder, speaker = config.vision_config.model_type, config.text_config.model_type
+    joint = "a Q-Former" if config.qformer_config is not None else "no Q-Former"
+    found.version = f"{PART_NAMES.get(encoder, encoder)}, {joint}, {PART_NAMES.get(speaker, speaker)}"
     found.sizes = {
         "picture tokens": config.num_image_tokens,
         "rows": config.text_config.vocab_size,

@@ -194,24 +194,23 @@ def verify_folder(path: Path, *, deep: bool = True) -> Manifest:
     return manifest
 
 
-def move_folder(new: Path, target: Path, known: Mapping[str, FileEntry]) -> None:
-    """Write the manifest of a finished folder and rename it to `target`, which must not exist or be empty.
+def move_folder(new: Path, target: Path, known: Mapping[str, FileEntry], *, overwrite: bool = False) -> None:
+    """Write the manifest of a finished folder and move it to `target`.
 
     Args:
         new: The folder, on the same file system.
         target: Where it goes.
         known: What is known of its files already, by name: they are on the disk and are not read again.
+        overwrite: Replace a folder that has a manifest; otherwise `target` must not exist or be empty.
 
     Raises:
-        StorageError: `target` exists.
+        StorageError: `target` exists and may not be replaced.
         WeightsError: The folder holds something other than files and folders.
         OSError: It cannot be written.
     """
     _write_manifest(new, known)
-    with lock(_previous(target)):
-        refuse_existing(target, overwrite=False)
-        os.rename(new, target)
-        fsync_folder(target.parent)
+    with scratch_folder(target.parent, target.name) as scratch, lock(_previous(target)):
+        _move_in(new, target, scratch, overwrite=overwrite)
 
 
 def recover(target: Path) -> None:

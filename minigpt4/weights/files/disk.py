@@ -64,7 +64,7 @@ def lock(path: Path) -> Iterator[None]:
         except OSError as error:
             logger.warning("the lock file %s stays: %s", lock_path, error)
         finally:
-            _release(descriptor)
+            _release(descriptor, lock_path)
 
 
 @contextmanager
@@ -133,8 +133,13 @@ def require_free_space(place: Path, size: int) -> None:
         existing = next(path for path in (place, *place.absolute().parents) if path.exists())
         free = shutil.disk_usage(existing).free
     if free < size:
-        message = f"`{place}` needs {size / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free there"
+        message = f"`{place}` needs {size_text(size)}, {size_text(free)} are free there"
         raise StorageError(message, "free some space there, or choose another place")
+
+
+def size_text(size: int) -> str:
+    """Write a number of bytes for a person: in megabytes, what is less than one in kilobytes."""
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
 
 
 def fsync(path: Path) -> None:
@@ -302,13 +307,16 @@ def _is_file_at(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _release(descriptor: int) -> None:
-    """Unlock and close: a forked child may have the descriptor too, and closing alone would leave it the lock."""
+def _release(descriptor: int, lock_path: Path) -> None:
+    """Unlock and close: a forked child may have the descriptor too, and closing alone would leave it the lock.
+
+    What the lock was held for is done, or has its own error: that the system would not unlock is only noted.
+    """
     try:
         if sys.platform != "win32":
             fcntl.flock(descriptor, fcntl.LOCK_UN)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
-            raise
+            logger.warning("the lock %s was not let go: %s", lock_path, error)
     finally:
         os.close(descriptor)

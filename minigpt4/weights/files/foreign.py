@@ -3,19 +3,25 @@
 Nothing in the package unpickles. What a file's pickle says is read by a machine that knows tensors and plain values
 only (`pickles`), the archive round it is looked at first, and every tensor must own the bytes it claims: a kilobyte
 can otherwise declare terabytes. Until a tensor is read, only the file's lists are.
+
+An archive has a CRC-32 of every member, which torch itself does not look at. Here it is compared: that of the lists
+when the file is opened, that of a tensor's bytes when they are read (`stored`). So a flipped bit is an error or, in the
+fields that nothing is taken from (times, padding), without effect. Bare pickles have no checksum: there a flipped bit
+in the numbers is another number, and only what is checked of the numbers themselves can tell (`sanity`).
 """
 
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from minigpt4.errors import WeightsError
 from minigpt4.weights.files.disk import storing
 from minigpt4.weights.files.pickles import PickledTensor, PickleError, Storage, read_pickle
 from minigpt4.weights.files.safetensors_header import refused
-from minigpt4.weights.files.stored import StoredTensor
+from minigpt4.weights.files.stored import Checksum, StoredTensor
 
 MAX_PICKLE_BYTES = 64 * 2**20
 MAX_MEMBERS = 100_000
@@ -28,6 +34,7 @@ SHARING = 4
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _BARE_PROTOCOL = 1001
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+_ARCHIVE = b"PK"  # as torch tells them
 _END_OF_ARCHIVE, _END_OF_LARGE_ARCHIVE = b"PK\x05\x06", b"PK\x06\x06"
 _END_BYTES = 66_000  # the two records of an archive's end, and the comment that may follow them
 _NAME_SHOWN = 200
@@ -66,13 +73,11 @@ def scan_torch_file(path: Path) -> dict[Any, Any]:
         refuse_other_kinds(path)
         try:
             with path.open("rb") as file:
-                is_archive = zipfile.is_zipfile(file)
+                is_archive = file.read(len(_ARCHIVE)) == _ARCHIVE
                 file.seek(0)
                 content, places = _read_archive(path, file) if is_archive else _read_bare(path, file)
         except PickleError as error:
             raise refused(path, str(error)) from error
-        except zipfile.BadZipFile as error:  # `is_zipfile` itself raises it for some damaged directories
-            raise refused(path, "its archive is damaged") from error
     if not isinstance(content, dict):
         kind = "Tensor" if isinstance(content, PickledTensor) else type(content).__name__
         raise refused(path, f"it holds a {kind}, expected a dictionary of tensors")
@@ -102,8 +107,15 @@ def tensors_in(value: object, name: str = "") -> Iterator[tuple[str, StoredTenso
             yield from tensors_in(part, f"{name}.{key}" if name else str(key))
 
 
-Places = dict[str, tuple[int, int]]
-"""Where the bytes of each storage begin in the file, and how many they are."""
+class Place(NamedTuple):
+    """Where the bytes of a storage or member begin in the file, how many they are, and their CRC-32 if it is known."""
+
+    start: int
+    size: int
+    crc32: int | None
+
+
+Places = dict[str, Place]
 
 
 def _read_archive(path: Path, file: IO[bytes]) -> tuple[object, Places]:
@@ -117,16 +129,28 @@ def _read_archive(path: Path, file: IO[bytes]) -> tuple[object, Places]:
         raise refused(path, "its archive has members outside its folder")
     if f"{root}constants.pkl" in members:
         raise refused(path, "it is a TorchScript program, not a file of tensors")
-    order = members.get(f"{root}byteorder")
+    listing, order = members[pickles[0]], members.get(f"{root}byteorder")
+    if not listing.crc32:  # written with torch.serialization.set_crc32_options(False): all are 0
+        members = {name: place._replace(crc32=None) for name, place in members.items()}
+        listing = members[pickles[0]]
     if order is not None:
-        file.seek(order[0])
-        if file.read(min(order[1], 16)) != b"little":
+        file.seek(order.start)
+        if file.read(min(order.size, 16)) != b"little":
             raise refused(path, "its numbers are stored in big-endian order")
-    start, size = members[pickles[0]]
-    file.seek(start)
-    content = read_pickle(file, min(size, MAX_PICKLE_BYTES))
+    _confirm_listing(path, file, listing)
+    file.seek(listing.start)
+    content = read_pickle(file, min(listing.size, MAX_PICKLE_BYTES))
     prefix = f"{root}data/"
     return content, {name.removeprefix(prefix): place for name, place in members.items() if name.startswith(prefix)}
+
+
+def _confirm_listing(path: Path, file: IO[bytes], listing: Place) -> None:
+    """Compare the list of tensors with its checksum, so that no name, shape or place in it is believed by mistake."""
+    if listing.crc32 is None or listing.size > MAX_PICKLE_BYTES:  # one that is too long is refused when it is read
+        return
+    file.seek(listing.start)
+    if zlib.crc32(file.read(listing.size)) != listing.crc32:
+        raise refused(path, "it is damaged: its list of tensors does not have the checksum that the file says")
 
 
 def _members(path: Path, file: IO[bytes]) -> Places:
@@ -150,7 +174,7 @@ def _members(path: Path, file: IO[bytes]) -> Places:
         if start + member.file_size > end:
             raise overlap
         behind = start + member.file_size
-        places[member.filename] = (start, member.file_size)
+        places[member.filename] = Place(start, member.file_size, member.CRC)
     return places
 
 
@@ -163,7 +187,9 @@ def _directory(path: Path, file: IO[bytes], size: int) -> tuple[list[zipfile.Zip
         with zipfile.ZipFile(file) as archive:
             members, start = archive.infolist(), archive.start_dir
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, struct.error) as error:
-        raise refused(path, "its archive is damaged") from error
+        if isinstance(error.__context__, OSError):  # the library takes an error of the disk for one of the file
+            raise error.__context__ from error
+        raise refused(path, "its archive is damaged or cut short") from error
     if len(members) > MAX_MEMBERS:
         raise too_many
     return members, start
@@ -225,7 +251,7 @@ def _bare_places(path: Path, file: IO[bytes], content: object, keys: list[str]) 
         start = file.tell()
         if start + count * item_sizes[key] > size:
             raise refused(path, "it cannot be read: it is cut short")
-        places[key] = (start, count * item_sizes[key])
+        places[key] = Place(start, count * item_sizes[key], None)
         file.seek(start + count * item_sizes[key])
     if file.tell() != size:
         raise refused(path, "it is damaged: bytes follow its last tensor")
@@ -250,6 +276,7 @@ class _Placing:
     def __init__(self, path: Path, places: Places) -> None:
         self._path = path
         self._places = places
+        self._checksums: dict[str, Checksum] = {}
         self._values = 0
         self._bytes = 0
         self._limit = SHARING * path.stat().st_size
@@ -274,7 +301,7 @@ class _Placing:
         storage = tensor.storage
         if storage.key not in self._places:
             raise refused(self._path, f"the bytes of tensor {name} are missing")
-        start, size = self._places[storage.key]
+        start, size, _ = self._places[storage.key]
         item = storage.dtype.itemsize
         whole = storage.offset + storage.count
         # What a storage is said to have and what it has must agree, or one of the two is a lie.
@@ -282,14 +309,22 @@ class _Placing:
             raise refused(self._path, f"tensor {name} says its bytes are {whole * item:,}, the file has {size:,}")
         stored = StoredTensor(
             self._path, storage.dtype, tensor.shape, tensor.strides,
-            start + (storage.offset + tensor.offset) * item, tensor.extent,
+            start + (storage.offset + tensor.offset) * item, tensor.extent, self._checksum(storage.key, name),
         )  # fmt: skip
-        if tensor.offset + tensor.extent > storage.count or stored.count > storage.count:
+        beyond = tensor.extent > 0 and tensor.offset + tensor.extent > storage.count  # an empty one lies nowhere
+        if beyond or stored.count > storage.count:
             raise refused(self._path, f"tensor {name} claims more bytes than it has")
         self._bytes += stored.num_bytes
         if self._bytes > self._limit:
             raise refused(self._path, "its tensors together claim many times the bytes that the file has")
         return stored
+
+    def _checksum(self, key: str, name: str) -> Checksum | None:
+        """Return the checksum of a storage, one for all tensors in it."""
+        start, size, crc32 = self._places[key]
+        if crc32 is None:
+            return None
+        return self._checksums.setdefault(key, Checksum(name, start, size, crc32))
 
 
 def _with_tensors(value: object) -> object:

@@ -37,6 +37,7 @@ def write_model(
     sources: Mapping[str, Sequence[Path]],
     file_format: Format = "safetensors",
     shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
     report: Report | None = None,
 ) -> int:
     """Write a folder.
@@ -45,25 +46,26 @@ def write_model(
         target: The folder to appear, whole or not at all.
         entries: The tensors, in order.
         pieces: Gives a tensor, flat and in pieces.
-        small: The other files by name.
+        small: The other files by their path in the folder, with `/`.
         sources: The files the numbers come from, by what is done with them: an interrupted run is gone on with only
             where they are the same.
         file_format: `safetensors`, or `bin` for archives of torch.
         shard_bytes: Size of a weight file; a larger tensor has a file of its own.
+        overwrite: Replace a folder that has a manifest.
         report: Told how far the writing is.
 
     Returns:
         How many files were there from an interrupted run.
 
     Raises:
-        StorageError: The target exists, or there is no room for it.
+        StorageError: The target exists and may not be replaced, or there is no room for it.
     """
     shards = _shards(entries, file_format, shard_bytes)
     total = sum(entry.num_bytes for entry in entries)
     small = {**small, **_index(shards, file_format, total)}
     require_free_space(target, total + OTHER_FILES_BYTES - _present(partial_path(target)))
     done = 0
-    with resume_folder(target, _work(shards, small, sources)) as folder:
+    with resume_folder(target, _work(shards, small, sources), overwrite=overwrite) as folder:
         kept = len(folder.done)
         for file, group in shards.items():
             folder.write(file, partial(_write_shard, entries=group, pieces=pieces, file_format=file_format))
@@ -73,6 +75,11 @@ def write_model(
         for name, content in small.items():
             folder.write(name, partial(_write_small, content=content))
     return kept
+
+
+def kept_note(kept: int) -> str:
+    """Say how many files were there from an interrupted run, which `write_model` returned."""
+    return f"{kept} {'file was' if kept == 1 else 'files were'} there from an interrupted run"
 
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:

@@ -240,11 +240,23 @@ def _foreign(name: object) -> ForeignObjectError:
     return ForeignObjectError(f"it holds objects other than tensors ({text})")
 
 
-def _tensor(storage: object, offset: object, shape: object, strides: object, *_: object) -> PickledTensor:
+def _tensor(
+    storage: object,
+    offset: object,
+    shape: object,
+    strides: object,
+    _gradient: object = None,
+    _hooks: object = None,
+    flags: object = None,
+    *_: object,
+) -> PickledTensor:
     if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise PickleError("it is damaged")
     if len(shape) != len(strides) or len(shape) > 16:
         raise PickleError("it is damaged")
+    if flags:  # `conj`, `neg`: the bytes are not the numbers
+        said = ", ".join(map(str, flags)) if isinstance(flags, dict) else type(flags).__name__
+        raise ForeignObjectError(f"it holds a tensor with marks of its own ({said[:80]})")
     return PickledTensor(storage, _whole(offset), tuple(map(_whole, shape)), tuple(map(_whole, strides)))
 
 

@@ -51,7 +51,7 @@ class PartialFolder:
         """Make a file, unless it is there from an earlier run.
 
         Args:
-            name: Its name.
+            name: Its path in the folder, with `/`.
             make: Writes it to the path it is given and says what it wrote.
 
         Returns:
@@ -60,23 +60,28 @@ class PartialFolder:
         if name in self._done:
             return False
         unfinished = self._folder / f"{name}{_UNFINISHED}"
+        make_folder(unfinished.parent)
         entry = make(unfinished)
-        fsync(unfinished)
-        os.replace(unfinished, self._folder / name)
-        fsync_folder(self._folder)
-        self._note(name, entry)
+        with storing(self._folder / name):
+            fsync(unfinished)
+            os.replace(unfinished, self._folder / name)
+            fsync_folder(unfinished.parent)
+            self._note(name, entry)
         return True
 
     def take_up(self) -> None:
         """Keep what an earlier run of the same work finished and what still has its digest; remove all else."""
         listed = self._listed()
-        for path in sorted(self._folder.iterdir()):
-            entry = listed.get(path.name)
+        for name in _files_in(self._folder):
+            entry, path = listed.get(name), self._folder / name
             if entry is not None and path.stat().st_size == entry.size and file_sha256(path) == entry.sha256:
-                self._done[path.name] = entry
+                self._done[name] = entry
             else:
-                logger.info("%s of an interrupted run is made anew", path.name)
+                logger.info("%s of an interrupted run is made anew", name)
                 path.unlink()
+        for folder in sorted(self._folder.rglob("*/"), reverse=True):  # the innermost first
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
     def _listed(self) -> dict[str, FileEntry]:
         try:
@@ -107,19 +112,20 @@ def partial_path(target: Path) -> Path:
 
 
 @contextmanager
-def resume_folder(target: Path, work: str) -> Iterator[PartialFolder]:
-    """Build a folder that must not exist yet, or go on with it.
+def resume_folder(target: Path, work: str, *, overwrite: bool = False) -> Iterator[PartialFolder]:
+    """Build a folder, or go on with it.
 
     Args:
         target: The folder to appear when the block ends without an exception; its parents are made.
         work: A text that is the same for the same work: inputs, options, layout.
+        overwrite: Replace a folder that has a manifest; otherwise the target must not exist or be empty.
 
     Yields:
         The folder in the making. When the block ends by an exception, or the process dies, its finished files stay
         in `.NAME.partial` for the next run of the same work.
 
     Raises:
-        StorageError: `target` exists, or its place cannot be written or is full.
+        StorageError: `target` exists and may not be replaced, or its place cannot be written or is full.
     """
     target = Path(os.path.realpath(target))
     place = partial_path(target)
@@ -127,7 +133,7 @@ def resume_folder(target: Path, work: str) -> Iterator[PartialFolder]:
     clean_stale(target.parent)
     with lock(place):
         with storing(target):
-            refuse_existing(target, overwrite=False)
+            refuse_existing(target, overwrite=overwrite)
             partial = _prepared(place, work)
         try:
             with storing(target, only_within=place):
@@ -139,7 +145,7 @@ def resume_folder(target: Path, work: str) -> Iterator[PartialFolder]:
             raise StorageError(error.message, f"{error.hint}; {kept}" if error.hint else kept) from error
         with storing(target):
             _check_complete(place / _CONTENT_DIR, partial)
-            move_folder(place / _CONTENT_DIR, target, partial.done)
+            move_folder(place / _CONTENT_DIR, target, partial.done, overwrite=overwrite)
             shutil.rmtree(place)
             fsync_folder(target.parent)
 
@@ -152,6 +158,12 @@ def _prepared(place: Path, work: str) -> PartialFolder:
 
 
 def _check_complete(folder: Path, partial: PartialFolder) -> None:
-    stray = sorted({path.name for path in folder.iterdir()} - partial.done.keys())
+    stray = sorted(set(_files_in(folder)) - partial.done.keys())
     if stray:
         raise WeightsError(f"`{folder / stray[0]}` was put there by another program", "remove it and run again")
+
+
+def _files_in(folder: Path) -> list[str]:
+    """List everything that is no folder, at any depth, by its path with `/`."""
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(folder).as_posix() for path in paths)

@@ -1,6 +1,8 @@
 """The header of a `.safetensors` file, checked: names, types, shapes, and bytes that lie one after the other.
 
-The format is eight bytes with the header's length, the header in JSON, and the tensors' bytes without a gap.
+The format is eight bytes with the header's length, the header in JSON, and the tensors' bytes without a gap. It has no
+checksum: a flipped bit in the header may name another tensor or type, one in the bytes is another number. Only a
+manifest (`atomic`), or a look at the numbers (`sanity`), can tell.
 """
 
 import json

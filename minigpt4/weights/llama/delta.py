@@ -15,11 +15,11 @@ from torch import Tensor
 
 from minigpt4.errors import WeightsError
 from minigpt4.weights.files.disk import storing
-from minigpt4.weights.files.model_writer import SHARD_BYTES, Format, Report, json_bytes, write_model
+from minigpt4.weights.files.model_writer import SHARD_BYTES, Format, Report, json_bytes, kept_note, write_model
 from minigpt4.weights.files.shard_files import PIECE_BYTES, Entry
 from minigpt4.weights.llama.delta_plan import FREQUENCIES, Plan, plan_delta, read_config
 from minigpt4.weights.llama.tokenizer import mended_ids, mended_tokenizer
-from minigpt4.weights.llama.version import EMBEDDINGS
+from minigpt4.weights.llama.version import EMBEDDINGS, LARGEST_NORM_OF_A_DELTA, LAST_NORM
 
 CHECKPOINTS = {4096: "prerained_minigpt4_7b.pth", 5120: "pretrained_minigpt4.pth"}
 """The published MiniGPT-4 checkpoint for Vicuna v0, by width."""
@@ -115,7 +115,20 @@ def make_delta(
     plan = plan_delta("subtract", base, model, target, dtype=_dtype(dtype))
     result = _write(plan, target, file_format, shard_bytes, report)
     result.notes.insert(0, f"a delta of {result.version}: {model} less {base}")
+    if not _looks_like_a_delta(plan):
+        result.notes.append(
+            f"{model} differs from {base} as unrelated models do: check that it was trained from it; apply-delta takes "
+            "this delta only with --trust-files"
+        )
     return result
+
+
+def _looks_like_a_delta(plan: Plan) -> bool:
+    """Whether a difference will be recognised as one: by its last norm, as `version.is_delta` does."""
+    if LAST_NORM not in plan.other or LAST_NORM not in plan.base:
+        return False
+    change = plan.other.read(LAST_NORM).float() - plan.base.read(LAST_NORM).float()
+    return bool(change.mean().abs() < LARGEST_NORM_OF_A_DELTA)
 
 
 def _dtype(precision: Precision | None) -> torch.dtype | None:
@@ -152,7 +165,7 @@ def _write(plan: Plan, target: Path, file_format: Format, shard_bytes: int, repo
         report=report,
     )
     if kept:
-        notes.append(f"{kept} files were there from an interrupted run")
+        notes.append(kept_note(kept))
     return Result(target, plan.version, kept=kept, notes=notes)
 
 

@@ -183,7 +183,8 @@ def _check_roles(operation: Operation, base: TensorFiles, other: TensorFiles) ->
     if wants_delta and not other_is_delta:
         raise WeightsError(
             f"--delta {other.path} is a model, not a delta",
-            "if it is a merged Vicuna, use it as it is; otherwise name the folder of the delta",
+            "if it is a merged Vicuna, use it as it is; otherwise name the folder of the delta; --trust-files takes it "
+            "for one all the same",
         )
     if not wants_delta and other_is_delta:
         raise WeightsError(f"--model {other.path} is a delta already", "name the folder of the whole model")

@@ -19,7 +19,7 @@ from torch import Tensor
 from minigpt4.errors import UsageError, WeightsError
 from minigpt4.weights.files.atomic import refuse_existing
 from minigpt4.weights.files.disk import storing
-from minigpt4.weights.files.model_writer import SHARD_BYTES, Format, Report, json_bytes, write_model
+from minigpt4.weights.files.model_writer import SHARD_BYTES, Format, Report, json_bytes, kept_note, write_model
 from minigpt4.weights.files.shard_files import PIECE_BYTES, Entry
 from minigpt4.weights.files.tensors import TensorFiles, open_tensors
 from minigpt4.weights.llama.tokenizer import VOCABULARY_FILE, mended_tokenizer
@@ -112,7 +112,7 @@ def from_meta(
         report=report,
     )
     if kept:
-        notes.append(f"{kept} files were there from an interrupted run")
+        notes.append(kept_note(kept))
     return notes
 
 

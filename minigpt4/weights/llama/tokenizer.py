@@ -38,6 +38,9 @@ LFS_POINTER = b"version https://git-lfs"
 MAX_FILE_BYTES = 256 * 2**20
 """No tokenizer file is near this; a larger one is something else under its name."""
 
+_NORMALIZER = 3
+"""The field of a SentencePiece file that says how text is normalized; it comes after the pieces."""
+
 
 @dataclass
 class MendedTokenizer:
@@ -153,10 +156,34 @@ def special_pieces(path: Path, content: bytes) -> dict[str, str]:
         processor.LoadFromSerializedProto(content)
     except (RuntimeError, OSError, TypeError) as error:
         raise WeightsError(f"{path} is not a SentencePiece vocabulary", "download it again") from error
+    if _NORMALIZER not in _fields(content):  # the library reads what is left, and splits texts in another way
+        raise WeightsError(f"{path} is cut short: it does not say how text is normalized", "download it again")
     ids = (processor.bos_id(), processor.eos_id(), processor.unk_id())
     if min(ids) < 0:
         raise WeightsError(f"{path} lacks a token for the beginning, the end or the unknown", "download it again")
     return {name: str(processor.IdToPiece(i)) for name, i in zip(SPECIAL_TOKENS, ids, strict=True)}
+
+
+def _fields(content: bytes) -> set[int]:
+    """List the fields of a protocol buffer that the library has read: a tag, a length and so many bytes each."""
+    fields, place = set(), 0
+    while place < len(content):
+        tag, place = _number(content, place)
+        length, place = _number(content, place)
+        fields.add(tag >> 3)
+        place += length
+    return fields
+
+
+def _number(content: bytes, place: int) -> tuple[int, int]:
+    """Read a number, seven bits a byte; return it and the place behind it."""
+    value = shift = 0
+    while place < len(content):
+        value |= (content[place] & 0x7F) << shift
+        place, shift = place + 1, shift + 7
+        if content[place - 1] < 0x80:
+            break
+    return value, place
 
 
 def _mended(folder: Path, files: dict[str, bytes], pieces: dict[str, str]) -> MendedTokenizer:

@@ -65,7 +65,7 @@ def tell_version(path: Path, tensors: TensorFiles, config: Mapping[str, Any]) ->
         return LanguageVersion("none of LLaMA's or Vicuna's", False, None, size)
     padded = rows == VICUNA_V0_ROWS or _has_pad(folder) or rows == pieces + 1
     if is_delta(tensors):
-        return _delta("v0" if padded else "v1.1", size)
+        return _delta("v0" if padded else "v1.1", size, rows)
     if padded:
         return LanguageVersion("Vicuna v0, merged", False, "vicuna-v0", size)
     names = f"{folder.absolute().name} {config.get('_name_or_path', '')}".lower()
@@ -85,10 +85,10 @@ def is_delta(tensors: TensorFiles) -> bool:
     return bool(tensors.read(LAST_NORM).float().mean().abs() < LARGEST_NORM_OF_A_DELTA)
 
 
-def _delta(version: str, size: str) -> LanguageVersion:
-    rows = f"{VICUNA_V0_ROWS} rows, the last one for {_PAD}" if version == "v0" else f"{LLAMA_ROWS} rows"
+def _delta(version: str, size: str, rows: int) -> LanguageVersion:
+    last = f", the last one for {_PAD}" if version == "v0" else ""
     notes = [
-        f"a delta of {version} ({rows}) is no model: add it to the LLaMA it was made from with "
+        f"a delta of {version} ({rows} rows{last}) is no model: add it to the LLaMA it was made from with "
         "`minigpt4 weights apply-delta`"
     ]
     if version == "v1.1":

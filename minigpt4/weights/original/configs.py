@@ -42,7 +42,7 @@ TEMPLATES = {
 
 V1_ARCHS, V2_ARCH = ("mini_gpt4", "minigpt4"), "minigpt_v2"
 
-_OF_TRAINING = "belongs to training and is not used for answers"
+_OF_TRAINING = "for training only, not used for answers"
 _MAPPED = (
     "arch", "model_type", "image_size", "num_query_token", "llama_model", "q_former_model", "vit_model", "ckpt",
     "low_resource", "has_qformer", *SECTIONS,
@@ -125,6 +125,11 @@ class OriginalYaml:
         """Name of the prompt template that the original's demo uses with this `model_type`."""
         fallback = "vicuna-v0" if self.value("has_qformer", True) else "llama-2"
         return TEMPLATES.get(str(self.value("model_type", "")), fallback)
+
+    @property
+    def is_for_training(self) -> bool:
+        """Whether it is a train YAML, whose model may have no checkpoint yet; the others have no learning rate."""
+        return ("run", "init_lr") in self.settings
 
     @property
     def overrides(self) -> list[str]:
@@ -362,25 +367,23 @@ def _check_pictures(found: OriginalYaml) -> None:
 
 
 def _ignored(found: OriginalYaml) -> Iterator[str]:
-    """Say what is read and not used, one sentence for each reason."""
-    by_reason: dict[tuple[str, str], list[str]] = {}
+    """Say what is read and not used: one sentence for all that is of training, one for each other key."""
+    of_training: dict[str, str] = {}
     for key, setting in found.settings.items():
+        where = setting.file.name if setting.file else "--options"
         if key[0] == "model" and len(key) > 1 and key[1] in _IGNORED:
-            where = setting.file.name if setting.file else "--options"
-            by_reason.setdefault((where, _IGNORED[key[1]]), []).append(key[1])
-    for (where, reason), names in by_reason.items():
-        # One key "is" and "belongs"; several "are" and "belong".
-        yield f"{where}: {', '.join(names)} {reason if len(names) == 1 else _plural(reason)}"
-    if any(key[0] == "run" for key in found.settings):
-        yield f"{found.path.name}: the section run {_OF_TRAINING}"
-    if any(key[0] in ("datasets", "evaluation_datasets") for key in found.settings):
-        yield f"{found.path.name}: the datasets belong to training; only the size of their pictures was checked"
-    if any("text_processor" in key for key in found.settings):
-        yield f"{found.path.name}: text_processor {_OF_TRAINING}"
-
-
-def _plural(reason: str) -> str:
-    return reason.replace("belongs", "belong").replace("is ", "are ")
+            if _IGNORED[key[1]] == _OF_TRAINING:
+                of_training[key[1]] = where
+            else:
+                yield f"{where}: {key[1]} {_IGNORED[key[1]]}"
+        elif key[0] == "run":
+            of_training["the section run"] = where
+        elif "text_processor" in key:
+            of_training["text_processor"] = where
+        elif key[0] in ("datasets", "evaluation_datasets"):
+            of_training["the datasets but for the size of their pictures"] = where
+    if of_training:
+        yield f"{', '.join(dict.fromkeys(of_training.values()))}: {_OF_TRAINING}: {', '.join(of_training)}"
 
 
 def _unknown(setting: Setting, key: str, known: Sequence[str]) -> ConfigError:

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 from minigpt4.errors import ConfigError, WeightsError
 from minigpt4.model import MiniGPT4Config
-from minigpt4.weights.alignment import ALIGNMENT_FILE
-from minigpt4.weights.files.atomic import require_free_space, write_folder
+from minigpt4.weights.alignment import ALIGNMENT_FILE, NANO, TENSORS_FILE, frozen_parts_of, read_description
+from minigpt4.weights.files.atomic import require_free_space, verify_folder, write_folder
 from minigpt4.weights.files.tensors import TensorFiles, open_tensors
 from minigpt4.weights.llama.tokenizer import ORIGINAL_DIR, TOKENIZER_FILES, VOCABULARY_FILE
 from minigpt4.weights.original.names import (
@@ -40,7 +40,7 @@ MAX_SHARD_BYTES = 2**31
 
 _ROOM = 64 * 2**20
 _MODEL_TYPES = {True: ("pretrain_vicuna", "###"), False: ("pretrain_llama2", "</s>")}  # with a Q-Former, without
-_EXPORTED = "only full model folders of EVA-ViT and a LLaMA can be exported, such as `minigpt4 weights import` writes"
+_FIT = "only models of EVA-ViT and a LLaMA can be exported, such as `minigpt4 weights import` writes"
 _TEXT_KEYS = (
     "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "initializer_range", "intermediate_size",
     "max_position_embeddings", "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
@@ -56,7 +56,7 @@ def export_original(
     """Write a model folder as the original's files.
 
     Args:
-        model: A full model folder with EVA-ViT, a Q-Former or none, and a LLaMA.
+        model: A full model folder with EVA-ViT, a Q-Former or none, and a LLaMA; or an alignment over one.
         target: The folder to appear: `pretrained_minigpt4.pth` and, unless `only_checkpoint`, `eva_vit_g.pth`,
             `blip2_pretrained_flant5xxl.pth`, the language model's folder and an eval YAML that names them.
         only_checkpoint: Write only what was trained, as the original's checkpoints do.
@@ -70,8 +70,9 @@ def export_original(
         WeightsError: The folder is damaged, or the original has no place for a part of it.
         StorageError: The target exists, or there is no room for it.
     """
-    config = _config(model)
-    tensors = open_tensors(model)
+    frozen, alignment = _frozen_parts(model)
+    config = _config(frozen)
+    tensors = _tensors(frozen, alignment)
     names = list(tensors.names())
     trained = tuple(f"model.{part}" for part in config.trainable_parts)
     groups: dict[str, tuple[Sequence[Pair], list[str]]] = {
@@ -91,23 +92,60 @@ def export_original(
             if report:
                 report("writing the original's files", done, total)
         if not only_checkpoint:
-            notes += _write_language_files(model, config, folder / LANGUAGE_DIR)
+            notes += _write_language_files(frozen, config, folder / LANGUAGE_DIR)
             (folder / YAML_FILE).write_text(_eval_yaml(config), encoding="utf-8", newline="\n")
     return notes
 
 
+def _frozen_parts(model: Path) -> tuple[Path, Path | None]:
+    """Return the full model folder, and the alignment that goes over it or None."""
+    if not (model / ALIGNMENT_FILE).is_file():
+        return model, None
+    named = frozen_parts_of(model)
+    if named == NANO:
+        raise ConfigError(f"{model} is an alignment over the frozen parts of nano, which the original cannot run", _FIT)
+    if read_description(model).get("lora"):
+        raise ConfigError(
+            f"{model} has adapters on its language model (LoRA), for which MiniGPT-4's files have no place",
+            "export an alignment that was trained without them",
+        )
+    if not Path(named).is_dir():
+        raise WeightsError(
+            f"{model} is an alignment over the frozen parts of {named}, which is not a folder here",
+            "fetch that model, and name its folder in alignment.json as frozen_parts",
+        )
+    verify_folder(model)
+    return Path(named), model
+
+
+def _tensors(frozen: Path, alignment: Path | None) -> TensorFiles:
+    """Open a model's tensors, those of the alignment in place of the frozen parts' own."""
+    whole = open_tensors(frozen)
+    if alignment is None:
+        return whole
+    trained = open_tensors(alignment / TENSORS_FILE)
+    stored = {name: whole.stored(name) for name in whole}
+    for name in trained:
+        ours = f"model.{name}"
+        if ours not in stored or stored[ours].shape != trained.shape(name):
+            raise WeightsError(
+                f"tensor {name} of the alignment {alignment} has no place in {frozen}",
+                "it was trained over another model; name that one in alignment.json as frozen_parts",
+            )
+        stored[ours] = trained.stored(name)
+    return TensorFiles(alignment, stored, {})
+
+
 def _config(model: Path) -> MiniGPT4Config:
     path = model / "config.json"
-    if (model / ALIGNMENT_FILE).is_file():
-        raise ConfigError(
-            f"{model} is an alignment over the frozen parts of nano, which the original cannot run", _EXPORTED
-        )
     if not model.exists():
-        raise WeightsError(f"{model} does not exist", f"name the folder of a model; {_EXPORTED}")
+        raise WeightsError(f"{model} does not exist", f"name the folder of a model; {_FIT}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get("model_type") != MiniGPT4Config.model_type:
-            raise WeightsError(f"{model} is a model of the type {content.get('model_type')!r}, expected minigpt4")
+            raise WeightsError(
+                f"{model} is a model of the type {content.get('model_type')!r}, expected minigpt4", _EXPORTED
+            )
         config = MiniGPT4Config.from_dict(content)
     except FileNotFoundError as error:
         hint = "name a full model folder, such as `minigpt4 weights import` writes"
@@ -119,7 +157,7 @@ def _config(model: Path) -> MiniGPT4Config:
         if found != kind:
             raise ConfigError(
                 f"the original cannot run this model: its {part} is of the type {found}, expected {kind}",
-                _EXPORTED,
+                _FIT,
             )
     return config
 

@@ -1,12 +1,14 @@
 """The original's files into one model folder: vision encoder, Q-Former, language model, projection.
 
 Everything is checked from headers first (`plan`); then tensor after tensor is read, joined where the original
-keeps two, and written piece by piece: the model is never in memory.
+keeps two, and written piece by piece: the model is never in memory. Interrupted, the same call goes on with the file it
+was at.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,8 +23,8 @@ from minigpt4.model import MiniGPT4Config
 from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from minigpt4.processing.prompts import template as template_named
-from minigpt4.weights.files.atomic import require_free_space, write_folder
-from minigpt4.weights.files.shard_files import PIECE_BYTES, Entry, write_safetensors
+from minigpt4.weights.files.model_writer import SHARD_BYTES, Report, kept_note, write_model
+from minigpt4.weights.files.shard_files import PIECE_BYTES, Entry
 from minigpt4.weights.files.tensors import open_tensors
 from minigpt4.weights.llama.tokenizer import ORIGINAL_DIR, load_llama_tokenizer, mended_ids, mended_tokenizer
 from minigpt4.weights.llama.version import is_delta
@@ -30,15 +32,8 @@ from minigpt4.weights.original.names import Kind, recognise
 from minigpt4.weights.original.plan import NORMS, POSITIONS, Plan, Source, Tensors, plan_import
 from minigpt4.weights.original.sizes import read_overrides
 
-MAX_SHARD_BYTES = 2**30
-OTHER_FILES_BYTES = 32 * 2**20
-"""Room for the configuration and the tokenizer."""
-
 FLAN_T5_XXL_WIDTH = 4096
 FLAN_T5_XL_WIDTH = 2048
-
-Report = Callable[[str, int, int], None]
-"""Told what is being done, how many bytes of it are done, and of how many."""
 
 _FILES_OF = {
     "--vision": (Kind.VISION, Kind.HUB_BLIP2),
@@ -100,6 +95,7 @@ def import_original(
     template: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    shard_bytes: int = SHARD_BYTES,
     report: Report | None = None,
 ) -> Imported:
     """Make a model folder of the original's files.
@@ -111,6 +107,7 @@ def import_original(
         template: The prompt template; default `vicuna-v0`, or `llama-2` for a model without a Q-Former.
         overwrite: Replace a model folder that stands there.
         dry_run: Check everything and write nothing.
+        shard_bytes: Size of a weight file; a larger tensor has a file of its own.
         report: Told how far the writing is.
 
     Raises:
@@ -128,13 +125,18 @@ def import_original(
     imported = Imported(target, plan, chosen, [*plan.notes, *notes, *mends])
     if dry_run:
         return imported
-    require_free_space(target.absolute().parent, sum(map(plan.num_bytes, plan.shapes)) + OTHER_FILES_BYTES)
-    with write_folder(target, overwrite=overwrite) as folder:
-        _write_tensors(plan, folder, report)
-        _write_rest(plan, tokenizer, chosen, folder)
-        (folder / ORIGINAL_DIR).mkdir()
-        for name, content in mended_tokenizer(files.language_model).files.items():
-            (folder / ORIGINAL_DIR / name).write_bytes(content)
+    kept = write_model(
+        target,
+        [Entry(name, plan.dtype(name), shape) for name, shape in plan.shapes.items()],
+        partial(_pieces, plan),
+        _small_files(plan, tokenizer, chosen, files.language_model),
+        sources={option: _members(path) for option, path in files.by_option().items()},
+        shard_bytes=shard_bytes,
+        overwrite=overwrite,
+        report=report,
+    )
+    if kept:
+        imported.notes.append(kept_note(kept))
     return imported
 
 
@@ -245,40 +247,14 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
-def _write_tensors(plan: Plan, folder: Path, report: Report | None) -> None:
-    """Write the shards and their index; a tensor that needs no joining goes from file to file in pieces."""
-    shards = _shards(plan)
-    total = sum(map(plan.num_bytes, plan.shapes))
-    done = 0
-    places: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        entries = [Entry(name, plan.dtype(name), plan.shapes[name]) for name in names]
-        write_safetensors(folder / file, entries, partial(_pieces, plan))
-        places |= dict.fromkeys(names, file)
-        done += sum(map(plan.num_bytes, names))
-        if report:
-            report("writing the model", done, total)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        _write_json(folder / "model.safetensors.index.json", index)
+def _members(path: Path) -> list[Path]:
+    """List what a path stands for: itself, or the files of its folder."""
+    return [path] if path.is_file() else sorted(member for member in path.iterdir() if member.is_file())
 
 
-def _pieces(plan: Plan, name: str) -> Iterable[Tensor]:
-    tensor = assembled(plan, name)
+def _pieces(plan: Plan, entry: Entry) -> Iterable[Tensor]:
+    tensor = assembled(plan, entry.name)
     return tensor.flatten().split(max(1, PIECE_BYTES // tensor.itemsize))
-
-
-def _shards(plan: Plan) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name in plan.shapes:
-        if shards[-1] and filled + plan.num_bytes(name) > MAX_SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += plan.num_bytes(name)
-    return shards
 
 
 def assembled(plan: Plan, name: str) -> Tensor:
@@ -325,6 +301,18 @@ def _new(plan: Plan, name: str) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(len(shape)))
 
 
+def _small_files(
+    plan: Plan, tokenizer: PreTrainedTokenizerBase, template: str, language_model: Path
+) -> dict[str, bytes]:
+    """Make the files beside the weights, by their path in the model folder."""
+    with tempfile.TemporaryDirectory(prefix="minigpt4-import-") as scratch:
+        _write_rest(plan, tokenizer, template, Path(scratch))
+        paths = sorted(path for path in Path(scratch).rglob("*") if path.is_file())
+        files = {path.relative_to(scratch).as_posix(): path.read_bytes() for path in paths}
+    own = mended_tokenizer(language_model).files
+    return files | {f"{ORIGINAL_DIR}/{name}": content for name, content in own.items()}
+
+
 def _write_rest(plan: Plan, tokenizer: PreTrainedTokenizerBase, template: str, folder: Path) -> None:
     config = plan.config
     config.architectures = ["MiniGPT4ForConditionalGeneration"]
@@ -356,7 +344,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds no keys", "fetch it again")
     return content
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")

@@ -151,7 +151,7 @@ def chosen_device(gpu_id: int | None, device: str) -> tuple[str, list[str]]:
         return device, []
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
-        return device, [f"--gpu-id {gpu_id}: there is no CUDA device here, the model runs on --device {device} instead"]
+        return device, [f"--gpu-id {gpu_id}: there is no CUDA device here, the model runs on {_kind(device)} instead"]
     if not 0 <= gpu_id < count:
         raise ConfigError(f"--gpu-id {gpu_id}: there are {count} CUDA devices here", f"give 0 to {count - 1}")
     return f"cuda:{gpu_id}", []
@@ -163,9 +163,7 @@ def low_resource(device: str) -> tuple[str, str]:
     Returns:
         The value of `quantize` for `load`, and a sentence that says what was chosen.
     """
-    kind = device.partition(":")[0]
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = _kind(device)
     if kind == "mps":
         return "none", "low_resource: 8-bit weights do not run on mps, the language model is loaded in bfloat16 instead"
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -175,6 +173,14 @@ def low_resource(device: str) -> tuple[str, str]:
             f'{number} instead; for 8 bits: pip install "minigpt4[quant]"'
         )
     return "int8", f"low_resource: the language model is loaded with 8-bit weights on {kind}"
+
+
+def _kind(device: str) -> str:
+    """Return the kind of a device; of `auto` that of the device which is taken."""
+    kind = device.partition(":")[0]
+    if kind == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return kind
 
 
 def _named(read: OriginalYaml, name: str, what: str, *, folder: bool = False) -> Path:

@@ -5,12 +5,11 @@ Dying is tried at every call to the operating system, and at random moments; err
 
 import contextlib
 import errno
-import fcntl
-import io
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,20 +25,10 @@ from safetensors.numpy import save_file
 
 from minigpt4.errors import StorageError, WeightsError
 from minigpt4.weights.files.atomic import clean_stale, file_sha256, recover, verify_folder, write_file, write_folder
+from tests.weights.files.faults import Fault
 
 ROOT = Path(__file__).resolve().parents[3]
 MODULE = "tests.weights.files.test_atomic"
-CALLS = [
-    (os, "mkdir"),
-    (os, "open"),
-    (os, "fsync"),
-    (os, "rename"),
-    (os, "replace"),
-    (os, "unlink"),
-    (os, "rmdir"),
-    (io, "open"),
-    (fcntl, "flock"),
-]
 
 
 def run(function: str, *arguments: object) -> Any:  # noqa: ANN401
@@ -84,36 +73,6 @@ WRITERS: dict[str, tuple[Callable[[Path, int], None], Callable[[Path], int]]] = 
     "folder": (write_version, read_version),
     "file": (write_number, read_number),
 }
-
-
-class Fault:
-    """Count the calls to the operating system that change something, and act at the one with a given number."""
-
-    def __init__(self, number: int, act: Callable[[object], None]) -> None:
-        self.number = number
-        self.act = act
-        self.count = 0
-        self.names: list[str] = []
-
-    def __enter__(self) -> "Fault":
-        self.real = [(module, name, getattr(module, name)) for module, name in CALLS]
-        for module, name, function in self.real:
-            setattr(module, name, self.wrapped(name, function))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for module, name, function in self.real:
-            setattr(module, name, function)
-
-    def wrapped(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401
-            self.names.append(name)
-            self.count += 1
-            if self.count == self.number:
-                self.act(arguments[0])
-            return function(*arguments, **keywords)
-
-        return call
 
 
 # Writing
@@ -273,13 +232,17 @@ def kill_at_random(folder: str, kills: str) -> None:
     target = Path(folder, "model")
     versions = []
     moments = random.Random(0)
+    start = time.monotonic()
+    write_version(target, 0)
+    longest = 3 * (time.monotonic() - start)  # so that a few writes end before a kill, however slow the disk is
+    shutil.rmtree(target)
     for number in range(int(kills)):
         child = os.fork()
         if child == 0:
             for version in range(number * 1000, (number + 1) * 1000):
                 write_version(target, version)
             os._exit(1)
-        time.sleep(moments.uniform(0.0, 0.1))
+        time.sleep(moments.uniform(0.0, longest))
         os.kill(child, signal.SIGKILL)
         assert os.WIFSIGNALED(os.wait()[1])
         recover(target)

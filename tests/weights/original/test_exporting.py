@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import minigpt4
 from minigpt4.errors import ConfigError, MiniGPT4Error, WeightsError
+from minigpt4.weights.alignment import Origin, save_alignment
 from minigpt4.weights.files.atomic import verify_folder
 from minigpt4.weights.original import exporting
 from minigpt4.weights.original.exporting import export_original
@@ -163,3 +164,52 @@ def test_folder_that_is_no_model_is_refused(content: str | None, message: str, t
     with pytest.raises(MiniGPT4Error) as error:
         export_original(tmp_path / "folder", tmp_path / "out")
     assert message in error.value.message
+
+
+def trained(model: Path, target: Path, **description: object) -> Path:
+    """An alignment over a model, with another projection."""
+    loaded, processor = minigpt4.load(model, device="cpu")
+    with torch.no_grad():
+        loaded.model.language_projection.weight.fill_(0.25)
+    save_alignment(target, loaded, processor, origin=Origin(str(model)))
+    if description:
+        content = json.loads((target / "alignment.json").read_text(encoding="utf-8"))
+        (target / "alignment.json").write_text(json.dumps(content | description), encoding="utf-8")
+    return target
+
+
+@pytest.mark.parametrize("only_checkpoint", [False, True])
+def test_alignment_over_a_model_is_exported_with_its_own_projection(
+    only_checkpoint: bool, model: Path, tmp_path: Path
+) -> None:
+    export_original(trained(model, tmp_path / "mine"), tmp_path / "out", only_checkpoint=only_checkpoint)
+    export_original(model, tmp_path / "frozen", only_checkpoint=only_checkpoint)
+    content = torch.load(tmp_path / "out/pretrained_minigpt4.pth", weights_only=True)["model"]
+    assert (content["llama_proj.weight"] == 0.25).all()
+    names = {path.name for path in (tmp_path / "out").rglob("*")}
+    assert names == {path.name for path in (tmp_path / "frozen").rglob("*")}
+    if not only_checkpoint:
+        assert (tmp_path / "out/eva_vit_g.pth").read_bytes() == (tmp_path / "frozen/eva_vit_g.pth").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ({"frozen_parts": "nano"}, "an alignment over the frozen parts of nano, which the original cannot run"),
+        ({"frozen_parts": "someone/model"}, "over the frozen parts of someone/model, which is not a folder here"),
+        ({"lora": {"rank": 4}}, "has adapters on its language model"),
+    ],
+)
+def test_alignment_that_the_original_cannot_run_is_refused(
+    description: dict[str, object], message: str, model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(MiniGPT4Error, match=message) as error:
+        export_original(trained(model, tmp_path / "mine", **description), tmp_path / "out")
+    assert error.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_name_that_is_no_folder_is_refused_with_what_can_be_exported(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="nano does not exist") as error:
+        export_original(Path("nano"), tmp_path / "out")
+    assert "models of EVA-ViT and a LLaMA" in error.value.hint

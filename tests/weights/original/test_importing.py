@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 import minigpt4
 from minigpt4.errors import MiniGPT4Error, PromptError, StorageError, WeightsError
 from minigpt4.weights.files.atomic import verify_folder
-from minigpt4.weights.original import importing
 from minigpt4.weights.original.exporting import export_original
 from minigpt4.weights.original.importing import OriginalFiles, import_original, interpolated_positions
 from tests.weights.original import original_files
@@ -67,13 +66,10 @@ def test_tensors_keep_their_bits_and_types_and_the_key_bias_is_zero(tmp_path: Pa
     assert f"{LAYERS}.3.mlp.fc1.weight" not in written
 
 
-def test_many_shards_make_the_same_model(
-    tmp_path: Path, parts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_shards_make_the_same_model(tmp_path: Path, parts: dict[str, Path]) -> None:
     whole = load_file(run(tmp_path, parts) / "model.safetensors")
-    monkeypatch.setattr(importing, "MAX_SHARD_BYTES", 20_000)
     (tmp_path / "model").rename(tmp_path / "whole")
-    target = run(tmp_path, parts)
+    target = run(tmp_path, parts, shard_bytes=20_000)
     files = sorted(target.glob("model-*.safetensors"))
     assert len(files) > 3
     index = json.loads((target / "model.safetensors.index.json").read_text(encoding="utf-8"))

@@ -1,0 +1,261 @@
+"""Putting a new MiniGPT-4 together: any vision encoder, any causal language model, new parts to join them.
+
+Everything that can be wrong is found from configurations and the names of tensors first; then each part is loaded
+once, in the number type it is stored in, and the whole is written as a full model folder, whole or not at all. The
+joining parts are new: they say nothing before they are trained.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import Blip2QFormerConfig, Blip2QFormerModel, PreTrainedModel
+
+from minigpt4.errors import ConfigError, WeightsError
+from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
+from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
+from minigpt4.processing.prompts import template as template_named
+from minigpt4.weights import nano
+from minigpt4.weights.alignment import NANO
+from minigpt4.weights.composing.language import LanguagePart, load_language, read_language
+from minigpt4.weights.composing.part_folder import UNREADABLE, Report, first_line, part_folder, quiet_library
+from minigpt4.weights.composing.vision import VisionPart, load_vision, read_vision
+from minigpt4.weights.files.atomic import recover, refuse_existing, require_free_space, verify_folder, write_folder
+from minigpt4.weights.folder import built_folder
+
+COMPOSED_FILE = "composed_of.json"
+"""Beside the model's own files: the parts by which it was asked for."""
+
+QFORMER_WIDTH = 768
+"""Of BLIP-2's; for a narrower language model it is as wide as that."""
+
+HEAD_WIDTH = 64
+NUM_MERGED_TOKENS = 4
+SHARD_SIZE = "2GB"
+SAMPLED_EMBEDDINGS = 4096
+JOINED_PARTS = {"new": ["query_tokens", "qformer", "language_projection"], "none": ["language_projection"]}
+
+
+def compose(
+    target: Path,
+    *,
+    vision_model: str,
+    language_model: str,
+    qformer: Literal["new", "none"] = "new",
+    qformer_layers: int = 4,
+    num_query_tokens: int = 32,
+    template: str = "chatml",
+    seed: int = 1,
+    report: Report | None = None,
+) -> Path:
+    """Make a full model folder of two models, or find that it was made already.
+
+    Args:
+        target: The folder to appear, whole or not at all.
+        vision_model: A folder or hub id of a vision model of transformers, or of one that has such a part: CLIP,
+            SigLIP, BLIP-2. `nano`: its vision encoder, without the words it recognises.
+        language_model: A folder or hub id of a causal language model of transformers, with its tokenizer. `nano`: its
+            language model.
+        qformer: `new` reads a picture through a Q-Former with new weights; `none` joins four neighbouring tokens of
+            the encoder in one, as MiniGPT-v2 does.
+        qformer_layers: Of the new Q-Former, above 0; every other one looks at the picture.
+        num_query_tokens: Places of a picture with a Q-Former, above 0.
+        template: Name of the prompt template.
+        seed: Of the new weights.
+        report: Told what is being done.
+
+    Returns:
+        `target`.
+
+    Raises:
+        ConfigError: A part is of a kind that cannot be used, or the parts do not fit each other or the choices; or
+            `target` was made of other parts.
+        WeightsError: A part is missing, incomplete or damaged.
+        DownloadError: The hub does not give a part.
+        PromptError: There is no such template.
+        StorageError: `target` holds something else, or there is no room for it.
+    """
+    asked = {
+        "vision_model": str(vision_model),
+        "language_model": str(language_model),
+        "qformer": qformer,
+        "qformer_layers": qformer_layers if qformer == "new" else None,
+        "num_query_tokens": num_query_tokens if qformer == "new" else None,
+        "template": template,
+        "seed": seed,
+    }
+    if _is_there(target, asked):
+        return target
+    written = template_named(template)
+    vision_folder, language_folder = _folders(str(vision_model), str(language_model), report)
+    vision = read_vision(vision_folder)
+    language = read_language(language_folder, written)
+    config = _config(vision, language, qformer, qformer_layers, num_query_tokens)
+    model = _without_weights(config, language)
+    processor = _processor(config, vision, language)
+    require_free_space(target, _bytes(vision, language, model))
+    if report:
+        report("joining the parts", 0, 0)
+    with quiet_library():
+        _join(model, load_vision(vision), load_language(language), seed)
+    model.generation_config = language.generation_config()
+    with write_folder(target) as folder:
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        processor.save_pretrained(folder)
+        (folder / COMPOSED_FILE).write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def _folders(vision_model: str, language_model: str, report: Report | None) -> tuple[Path, Path]:
+    """Find both parts; nano's are in its own folders."""
+    vision = built_folder(nano.ALIGNMENT_DIR, report) if vision_model == NANO else None
+    language = nano.frozen_parts(report)[0] if language_model == NANO else None
+    return (
+        vision or part_folder(vision_model, "vision encoder", report),
+        language or part_folder(language_model, "language model", report),
+    )
+
+
+def _is_there(target: Path, asked: dict[str, Any]) -> bool:
+    """Tell whether the folder was made already, of the same parts by the same names."""
+    recover(target)
+    if not (target / COMPOSED_FILE).is_file():
+        refuse_existing(target, overwrite=False)
+        return False
+    verify_folder(target, deep=False)
+    try:
+        made_of = json.loads((target / COMPOSED_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{target / COMPOSED_FILE} cannot be read as JSON", hint=f"remove {target}") from error
+    for name, value in asked.items():
+        if made_of.get(name) != value:
+            raise ConfigError(
+                f"the model in {target} was put together with {name} {made_of.get(name)!r}, now it is {value!r}",
+                hint="choose another place, undo the change, or remove that folder",
+            )
+    return True
+
+
+def _config(
+    vision: VisionPart, language: LanguagePart, qformer: str, qformer_layers: int, num_query_tokens: int
+) -> MiniGPT4Config:
+    """Describe the whole, and see that a picture fits into it."""
+    if qformer == "none":
+        _fit_merging(vision)
+    config = MiniGPT4Config(
+        vision_config=vision.config,
+        qformer_config=_qformer_config(language, qformer_layers) if qformer == "new" else None,
+        text_config=language.config,
+        num_query_tokens=num_query_tokens,
+        num_merged_tokens=NUM_MERGED_TOKENS,
+        num_prefix_tokens=vision.num_prefix_tokens,
+        post_layernorm_eps=None,  # the encoder's own
+        image_token_id=language.image_token_id,
+        trainable_parts=JOINED_PARTS[qformer],
+    )
+    language.check_context(config.num_image_tokens)
+    return config
+
+
+def _fit_merging(vision: VisionPart) -> None:
+    """See that tokens can be joined by fours, and note their number where the configuration tells another.
+
+    DINOv2 is configured for pictures of 518 pixels, and reads others, such as the 224 of its settings for pictures.
+    """
+    if vision.num_patches == 0 or vision.num_patches % NUM_MERGED_TOKENS:
+        raise ConfigError(
+            f"the vision encoder in {vision.folder} makes {vision.num_patches} patch tokens of a picture, without a "
+            f"Q-Former {NUM_MERGED_TOKENS} are joined in one and none may be left over",
+            hint="set qformer to new, which reads any number",
+        )
+    if getattr(vision.config, "num_patches", None) != vision.num_patches:
+        vision.config.num_patches = vision.num_patches
+
+
+def _qformer_config(language: LanguagePart, layers: int) -> Blip2QFormerConfig:
+    """Choose the sizes of a new Q-Former: BLIP-2's, and no wider than the language model.
+
+    It starts from nothing and learns from few pictures, so that nothing is dropped out.
+    """
+    text_width = int(language.config.get_text_config().hidden_size)
+    width = min(QFORMER_WIDTH, text_width)
+    heads = max(1, width // HEAD_WIDTH)
+    width -= width % heads
+    return Blip2QFormerConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        cross_attention_frequency=2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+
+def _without_weights(config: MiniGPT4Config, language: LanguagePart) -> MiniGPT4ForConditionalGeneration:
+    """Build the whole without memory, which finds out whether its language model can be a part."""
+    try:
+        with torch.device("meta"):
+            return MiniGPT4ForConditionalGeneration(config)
+    except ConfigError as error:
+        raise ConfigError(
+            f"the language model in {language.folder} cannot be used: {error.message}", error.hint
+        ) from error
+    except UNREADABLE as error:
+        raise ConfigError(
+            f"no model can be built of these parts: {first_line(error)}", hint="name other parts"
+        ) from error
+
+
+def _processor(config: MiniGPT4Config, vision: VisionPart, language: LanguagePart) -> MiniGPT4Processor:
+    return MiniGPT4Processor(
+        vision.pictures,
+        language.tokenizer,
+        num_image_tokens=config.num_image_tokens,
+        image_token=language.image_token,
+        template=language.template.name,
+    )
+
+
+def _bytes(vision: VisionPart, language: LanguagePart, model: MiniGPT4ForConditionalGeneration) -> int:
+    """Count what will be written: the language model as it is stored, everything else in float32 at most."""
+    stored = sum(path.stat().st_size for path in language.folder.glob("*.safetensors"))
+    joining = (p for name, p in model.model.named_parameters() if not name.startswith("language_model."))
+    return stored + sum(4 * parameter.numel() for parameter in joining)
+
+
+def _join(
+    model: MiniGPT4ForConditionalGeneration, vision: PreTrainedModel, language: PreTrainedModel, seed: int
+) -> None:
+    """Put loaded parts and new ones in the places of those without weights."""
+    whole = model.model
+    decoder_class = type(whole.language_model)
+    [decoder] = [child for child in language.children() if type(child) is decoder_class]
+    whole.vision_model, whole.language_model = vision, decoder
+    model.lm_head = language.get_output_embeddings()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if whole.qformer is not None:
+            whole.qformer = Blip2QFormerModel._from_config(model.config.qformer_config)
+            queries = torch.empty(whole.query_tokens.shape)
+            whole.query_tokens = torch.nn.Parameter(queries.normal_(std=model.config.initializer_range))
+        whole.language_projection = _new_projection(whole.language_projection, decoder)
+    model.freeze()
+
+
+@torch.no_grad()
+def _new_projection(shape: torch.nn.Linear, decoder: torch.nn.Module) -> torch.nn.Linear:
+    """Make a projection of whose outputs the language model can make something from the first step.
+
+    What it makes of normalised tokens is spread as the embeddings of words are, and about their mean. Measured at the
+    table's output, which some language models scale.
+    """
+    table: Any = decoder.get_input_embeddings()  # type: ignore[operator]  # a decoder of the library
+    ids = torch.linspace(0, table.num_embeddings - 1, min(SAMPLED_EMBEDDINGS, table.num_embeddings)).long()
+    words = table(ids).float()
+    mean = words.mean(dim=0)
+    projection = torch.nn.Linear(shape.in_features, shape.out_features)
+    projection.weight.normal_(std=float((words - mean).square().mean().sqrt()) / shape.in_features**0.5)
+    projection.bias.copy_(mean)
+    return projection
