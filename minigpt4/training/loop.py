@@ -10,6 +10,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -131,7 +132,7 @@ def train(
     by_the_main_process(lambda: forget_lines_after(recipe, state.stage, state.step), processes)
     step = TrainingStep(model)
     model.train()
-    with stop_requests() as stop, others_alive(processes):
+    with stop_requests() as stop, others_alive(processes), _readers_alive():
         run = _Run(recipe, model, step, spread(step, recipe.parallel, processes), processes, observer, stop, state)
         for number in range(state.stage, len(recipe.stages)):
             _train_stage(run, number, batches, found[0] if found and state.step else None)
@@ -266,20 +267,25 @@ def _loaded(data: Dataset[dict[str, Any]], workers: int) -> Iterator[dict[str, A
         timeout=LOADER_TIMEOUT if workers else 0,
         worker_init_fn=_begin_reading,
     )
-    batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader" not in str(error):
-                raise
-            raise DataError(
-                f"a process that reads examples ended: {' '.join(str(error).split())}",
-                hint="it is often out of memory: fewer workers, or smaller batches; the same command goes on",
-            ) from error
-        yield batch
+    yield from loader
+
+
+@contextmanager
+def _readers_alive() -> Iterator[None]:
+    """Say in a sentence that a reader was killed, which the library notices wherever the trainer happens to be.
+
+    Raises:
+        DataError: It was.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise DataError(
+            f"a process that reads examples ended: {' '.join(str(error).split())}",
+            hint="it is often out of memory: fewer workers, or smaller batches; the same command goes on",
+        ) from error
 
 
 def _groups(batches: Iterator[dict[str, Any]], stage: StageRecipe, first: int) -> Iterator[list[dict[str, Any]]]:
