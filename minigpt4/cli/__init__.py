@@ -4,7 +4,16 @@ Answers and data go to standard output, everything else to standard error. Heavy
 needs them. A mistake of the user's is one sentence and a hint, exit status 2; `--debug` shows the traceback.
 """
 
-from minigpt4.cli import asking, checking, delta, original, training  # each registers its commands
+from minigpt4.cli import (  # each registers its commands
+    asking,
+    checking,
+    data,
+    delta,
+    features,
+    original,
+    serving,
+    training,
+)
 from minigpt4.cli.running import main
 
-__all__ = ["asking", "checking", "delta", "main", "original", "training"]
+__all__ = ["asking", "checking", "data", "delta", "features", "main", "original", "serving", "training"]

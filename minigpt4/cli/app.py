@@ -23,6 +23,8 @@ app = typer.Typer(
 
 weights_app = typer.Typer(name="weights", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(weights_app)
+data_app = typer.Typer(name="data", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -47,3 +49,8 @@ def _options(
 @weights_app.callback()
 def _weights() -> None:
     """Prepare, check, import and export weights."""
+
+
+@data_app.callback()
+def _data() -> None:
+    """Check and index examples to train on."""

@@ -178,6 +178,16 @@ class SourceBatches(Dataset[dict[str, Any]]):
             return record
         return replace(record, turns=tuple((question, blip_caption(answer)) for question, answer in record.turns))
 
+    def text(self, place: int) -> TextExample:
+        """Return the text of a place in the order, its picture unopened.
+
+        Raises:
+            DataError: The example is bad.
+            PromptError: Its text cannot be a prompt.
+        """
+        record = self.record(*self.order.pick(place))
+        return self.layout.encode(record, self._prompt(place // self.batch_size, place))
+
     def _picture(self, record: Record, place: int, attempt: int) -> Any:  # noqa: ANN401  (pixels, or what is kept)
         if self.kept is not None:
             return self.kept.picture(record)

@@ -1,0 +1,170 @@
+"""`minigpt4 data check` and `minigpt4 data index`: looking at examples before training on them."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minigpt4.cli.app import AsJson, data_app, examples
+from minigpt4.cli.terminal import note, parts_bar, quiet
+from minigpt4.errors import UsageError
+
+if TYPE_CHECKING:
+    from minigpt4.data.sources.checking import SourceCheck, Spread
+
+Text = Annotated[str | None, typer.Option(help="Column or key that holds the caption.", metavar="NAME")]
+Where = Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, a file, DIR/{00000..00099}.tar or hub:NAME.")]
+Kind = Annotated[
+    str,
+    typer.Option(
+        "--format", help="auto, shards, captions, alignment, conversations, vqa, parquet or hub.", metavar="KIND"
+    ),
+]
+Images = Annotated[Path | None, typer.Option(help="Where the pictures lie that a list names.", metavar="DIR")]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Count its tokens too.", metavar="MODEL")]
+MaxTokens = Annotated[int, typer.Option("--max-text-tokens", min=1, help="Longer answers will be cut off.")]
+Sheet = Annotated[
+    Path | None, typer.Option("--contact-sheet", help="Write 12 of the pictures with their words.", metavar="FILE.png")
+]
+
+
+@data_app.command(
+    epilog=examples(
+        "minigpt4 data check pictures/ --contact-sheet sheet.png",
+        "minigpt4 data check llava_instruct_150k.json --images train2014 -m nano",
+    )
+)
+def check(
+    source: Where,
+    kind: Kind = "auto",
+    images: Images = None,
+    text: Text = None,
+    model: Model = None,
+    max_text_tokens: MaxTokens = 160,
+    contact_sheet: Sheet = None,
+    everything: Annotated[bool, typer.Option("--all", help="Look at every record of a large source.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sample of a large source.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Count the records of a source and tell what is broken."""
+    if contact_sheet and contact_sheet.suffix.lower() != ".png":
+        raise UsageError(f"{contact_sheet} is no name for a contact sheet, expected FILE.png")
+    quiet(hub=source.startswith("hub:") or kind == "hub")
+    from minigpt4.data.sources import open_source
+    from minigpt4.data.sources.checking import check_source
+    from minigpt4.data.sources.contact_sheet import write_contact_sheet
+
+    count_tokens = _token_counter(model) if model else None
+    with _counting_bar() as report:
+        opened = open_source(source, format=kind, images=images, text=text, report=report)
+        seen = check_source(
+            opened,
+            everything=everything,
+            seed=seed,
+            count_tokens=count_tokens,
+            max_text_tokens=max_text_tokens if model else None,
+            report=report,
+        )
+    if contact_sheet and seen.samples:
+        write_contact_sheet(contact_sheet, [opened.read(number) for number in seen.samples])
+    if as_json:
+        print(json.dumps(seen.as_dict(), indent=2))
+    else:
+        _print_check(seen, contact_sheet)
+
+
+@data_app.command(epilog=examples("minigpt4 data index laion_dataset/"))
+def index(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Holds tar shards, such as 00000.tar.")],
+    text: Text = None,
+) -> None:
+    """Write the index of a folder of tar shards."""
+    quiet()
+    from minigpt4.data.sources.shards import index_folder
+
+    with _counting_bar() as report:
+        path, made = index_folder(folder, text=text, report=report)
+    note(f"{len(made.rows):,} records in {len(made.shards):,} shards, {made.bad:,} of them bad")
+    for damage in list(made.damage.values())[:10]:
+        note(f"damaged: {damage}")
+    for what, count in made.skipped.items():
+        note(f"passed over: {count:,} x {what}")
+    print(path)
+
+
+def _token_counter(model: str) -> Callable[[str], int]:
+    """Return what counts the tokens of a text as a model does."""
+    import minigpt4
+    from minigpt4.processing.text_encoding import TextEncoder
+
+    with parts_bar() as report:
+        _, processor = minigpt4.load(model, device="cpu", report=report)
+    encoder = TextEncoder(processor.tokenizer)
+    return lambda words: len(encoder.encode(words.strip()))
+
+
+def _print_check(seen: "SourceCheck", contact_sheet: Path | None) -> None:
+    print(f"{seen.source}: {seen.records:,} records")
+    if seen.seed is None:
+        rows = [("looked at", "every record, every picture was decoded")]
+    else:
+        rows = [
+            ("looked at", f"a sample of {seen.sampled:,} (seed {seen.seed}), every picture in it was decoded; --all"),
+            ("known bad", f"{seen.known_bad:,} of all, without reading"),
+        ]
+    rows += [("sound", f"{seen.good:,}, {seen.text_only:,} of them without a picture"), *_sizes(seen)]
+    rows.append(("repeated", f"{seen.same_picture:,} pictures stand in an earlier record, {seen.same_record:,} with"
+                             " the same words"))  # fmt: skip
+    rows += [("passed over", f"{count:,} x {what}") for what, count in seen.skipped.items()]
+    share = seen.bad / max(1, seen.bad + seen.good)
+    rows.append(("bad", f"{seen.bad:,}, {share:.2%} of those looked at" if seen.bad else "none"))
+    for kind, fault in seen.faults.items():
+        rows.append(("", f"{fault.count:,} x {kind}"))
+        rows += [("", f"    {example}") for example in fault.examples]
+    if contact_sheet:
+        rows.append(("sheet", str(contact_sheet) if seen.samples else "not written, there is nothing to show"))
+    for label, value in rows:
+        print(f"  {label:<12}{value}")
+
+
+def _sizes(seen: "SourceCheck") -> list[tuple[str, str]]:
+    rows = []
+    if seen.widths and seen.heights:
+        rows.append(("pictures", f"{_spread(seen.widths)} pixels wide, {_spread(seen.heights)} high"))
+    if seen.characters:
+        rows.append(("text", f"{_spread(seen.characters)} characters"))
+    if seen.tokens:
+        rows.append(("tokens", f"{_spread(seen.tokens)}, ends included"))
+    if seen.cut is not None:
+        rows.append(("cut off", f"{seen.cut:,} answers of more than {seen.max_text_tokens} tokens"))
+    if set(seen.turns) - {1}:
+        rows.append(("turns", ", ".join(f"{count:,} x {turns}" for turns, count in seen.turns.items())))
+    return rows
+
+
+def _spread(numbers: "Spread") -> str:
+    return f"{numbers.minimum:,} to {numbers.maximum:,} (median {numbers.median:,})"
+
+
+@contextmanager
+def _counting_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Show on a terminal's standard error how much is done of what takes long; elsewhere nothing."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    tasks: dict[str, Any] = {}
+    with ExitStack() as stack:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+        stack.enter_context(bar)
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total or None)
+            bar.update(tasks[what], completed=done)
+
+        yield report

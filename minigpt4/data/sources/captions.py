@@ -1,0 +1,219 @@
+"""Pictures with captions: a folder with a table, a table alone, or a text file beside each picture.
+
+The table is `captions.csv`, `.tsv`, `.json` or `.jsonl` (or `metadata.*`, as hubs name it): a row for each picture,
+with a column for the file and one for the caption under their usual names; JSON may also be `{"cat.jpg": "a cat"}` or
+COCO's `{"images": [...], "annotations": [...]}`. A picture no row names, a row without its picture and a text without
+its picture are bad records: counted, not passed over in silence.
+"""
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minigpt4.data.sources.faults import (
+    LARGE_TEXT,
+    MISSING_PICTURE,
+    NO_PICTURE,
+    NO_TEXT,
+    WRONG_TEXT,
+    BadRecordError,
+    checked_text,
+)
+from minigpt4.data.sources.guarded_folder import PICTURE_SUFFIXES, GuardedFolder, files_in, leaves_folder
+from minigpt4.data.sources.listed import ListSource, Rows, items_of, list_source, picture_name, read_json
+from minigpt4.errors import DataError
+
+TABLES = [f"{stem}.{suffix}" for stem in ("captions", "metadata") for suffix in ("csv", "tsv", "json", "jsonl")]
+FILE_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "image_id", "picture", "path", "img")
+TEXT_COLUMNS = ("caption", "text", "title", "description", "sentence")
+_FOLDERS = ("", "images/", "image/")
+
+Row = tuple[str, Any]
+"""A name for people, and a mapping or what went wrong."""
+
+
+def open_captions(
+    path: Path, *, images: Path | None = None, text: str | None = None, within: Path | None = None
+) -> ListSource:
+    """Open pictures with captions.
+
+    Args:
+        path: A folder, or a table.
+        images: Where the pictures lie; left out: beside the table.
+        text: The caption's column.
+        within: Links may lead anywhere in this folder.
+
+    Raises:
+        DataError: There is nothing of the kind, or the table has no such columns.
+    """
+    table = path if path.is_file() else next((path / name for name in TABLES if (path / name).is_file()), None)
+    folder = images or (path.parent if path.is_file() else path)
+    files = {} if images and table else dict(files_in(folder))
+    rows = Rows()
+    if table is None:
+        _add_sidecars(rows, files)
+    else:
+        named = _add_table(rows, table, text, None if images else files)
+        if path.is_dir():
+            _add_unnamed(rows, files, named, table.name)
+    sizes = sorted((name, size) for name, size in files.items() if _is_picture(name))
+    return list_source(str(path), table or path, GuardedFolder(folder, within), rows, sizes)
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(PICTURE_SUFFIXES)
+
+
+def _add_sidecars(rows: Rows, files: Mapping[str, int]) -> None:
+    """Add `cat.jpg` with `cat.txt`, and each of both without the other as bad."""
+    stems = {name.rpartition(".")[0] for name in files if _is_picture(name)}
+    for name in files:
+        stem, _, suffix = name.rpartition(".")
+        if _is_picture(name):
+            if (text := f"{stem}.txt") in files:
+                rows.add_sidecar(name, name, text, files[text])
+            else:
+                rows.add_bad(BadRecordError(NO_TEXT, f"{name} has no caption, expected {text}"))
+        elif suffix == "txt" and stem not in stems:
+            rows.add_bad(BadRecordError(NO_PICTURE, f"{name} has no picture of its name"))
+
+
+def _add_table(rows: Rows, table: Path, text: str | None, files: Mapping[str, int] | None) -> set[str]:
+    """Add the rows of a table.
+
+    Args:
+        rows: To add to.
+        table: The file.
+        text: The caption's column.
+        files: What lies in the folder of the pictures; None where that is not known.
+
+    Returns:
+        The pictures that are named.
+    """
+    columns: tuple[str, str] | None = None
+    complaint: DataError | None = None
+    named = set()
+    for key, row in _table_rows(table):
+        try:
+            found = _checked_row(row, key)
+            columns = columns or _columns(found, text, table)
+            name = picture_name(found.get(columns[0]), key)
+            places = _places(name)
+            if files is not None and not leaves_folder(name):
+                places = [place for place in places if place in files][:1]
+                if not places:
+                    raise BadRecordError(MISSING_PICTURE, f"{key}: the picture {name[:200]!r} is not there")
+                named.add(places[0])
+            caption = checked_text(found.get(columns[1]), f"{key} ({name[:200]})")
+            rows.add(places[0] if files else name, places, [("", caption)])
+        except BadRecordError as error:
+            rows.add_bad(error)
+        except DataError as error:  # a row without the columns; perhaps the others have them
+            complaint = complaint or error
+            rows.add_bad(BadRecordError(WRONG_TEXT, f"{key}: the row has no picture and caption under the usual names"))
+    if columns is None and complaint:
+        raise complaint
+    return named
+
+
+def _checked_row(row: object, key: str) -> Mapping[str, Any]:
+    if isinstance(row, BadRecordError):
+        raise row
+    if not isinstance(row, Mapping):
+        raise BadRecordError(WRONG_TEXT, f"{key} is not an object with a picture and a caption")
+    return row
+
+
+def _add_unnamed(rows: Rows, files: Mapping[str, int], named: set[str], table: str) -> None:
+    for name in files:
+        if _is_picture(name) and name not in named:
+            rows.add_bad(BadRecordError(NO_TEXT, f"{name} has no caption, {table} does not name it"))
+
+
+def _places(name: str) -> list[str]:
+    """Return where the picture of a name may lie: an id stands for a file with the usual endings."""
+    endings = ("",) if _is_picture(name) else ("", *PICTURE_SUFFIXES)
+    return [f"{folder}{name}{ending}" for folder in _FOLDERS for ending in endings]
+
+
+def _columns(row: Mapping[str, Any], text: str | None, table: Path) -> tuple[str, str]:
+    """Find the columns for file and caption.
+
+    Raises:
+        DataError: One is not there.
+    """
+    names = {str(name).strip().lower(): str(name) for name in row}
+    chosen = []
+    for what, usual in (("picture", FILE_COLUMNS), ("caption", (text.lower(),) if text else TEXT_COLUMNS)):
+        found = next((names[name] for name in usual if name in names), None)
+        if found is None:
+            there = ", ".join(map(str, row))[:200] or "none"
+            raise DataError(
+                f"{table} has no column for the {what}, expected {' or '.join(usual)}, but it has {there}",
+                "rename a column, or name the caption's with `text`" if what == "caption" else "rename a column",
+            )
+        chosen.append(found)
+    return chosen[0], chosen[1]
+
+
+def _table_rows(table: Path) -> Iterator[Row]:
+    suffix = table.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        yield from _csv_rows(table, "\t" if suffix == ".tsv" else "")
+    elif suffix == ".json":
+        yield from _json_rows(table)
+    else:
+        yield from items_of(table)
+
+
+def _csv_rows(table: Path, delimiter: str) -> Iterator[Row]:
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            if not delimiter:
+                header = file.readline(65536)
+                delimiter = max(",;\t", key=header.count)
+                file.seek(0)
+            reader = csv.DictReader(file, delimiter=delimiter, strict=False)
+            while True:
+                try:
+                    row = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as error:  # a field beyond the library's limit of 128 KiB
+                    key = f"{table.name}:{reader.line_num}"
+                    yield key, BadRecordError(LARGE_TEXT, f"{key}: the row cannot be read: {error}")
+                    continue
+                yield f"{table.name}:{reader.line_num}", {name or "": value for name, value in row.items()}
+    except UnicodeDecodeError as error:
+        raise DataError(f"{table} is not UTF-8", "save it as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{table} cannot be read: {error.strerror}", "check the path") from error
+
+
+def _json_rows(table: Path) -> Iterator[Row]:
+    content = read_json(table)
+    if isinstance(content, list):
+        yield from ((f"{table.name}:{number}", item) for number, item in enumerate(content, 1))
+    elif isinstance(content, dict) and isinstance(content.get("annotations"), list):
+        files = _coco_files(content.get("images"))
+        for number, item in enumerate(content["annotations"], 1):
+            key = f"{table.name}:{number}"
+            if files and isinstance(item, dict):
+                item = {"file_name": files.get(str(item.get("image_id"))), **item}
+            yield key, item
+    elif isinstance(content, dict):
+        for name, caption in content.items():
+            yield f"{table.name}:{name[:80]}", {"file_name": name, "caption": caption}
+    else:
+        raise DataError(f"{table} is neither a list nor an object", "write a list of pictures with captions")
+
+
+def _coco_files(images: object) -> Mapping[str, str]:
+    """Return the file of each picture's id in COCO's form."""
+    listed: Sequence[Any] = images if isinstance(images, list) else []
+    return {
+        str(image["id"]): str(image["file_name"])
+        for image in listed
+        if isinstance(image, dict) and "id" in image and "file_name" in image
+    }

@@ -1,0 +1,228 @@
+"""Looking through a source before training on it: how many records, what is broken, how large, how long, how often.
+
+Small sources are read whole and every picture is decoded; of large ones a seeded sample is, besides every record that
+is known to be bad. What a record becomes for a model is not known here.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from minigpt4.data.record import Record
+from minigpt4.data.sources.faults import UNREADABLE, BadRecordError
+from minigpt4.data.sources.opening import CheckableSource
+from minigpt4.data.sources.shard_index import Report
+from minigpt4.errors import DataError, ImageError
+from minigpt4.processing.pictures import open_image
+
+ALL_UP_TO = 10_000
+"""Records of a source that is read whole."""
+SAMPLE = 2_000
+"""Records looked at of a larger one."""
+EXAMPLES = 3
+"""Sentences kept of each fault."""
+SHOWN = 12
+"""Records for a contact sheet."""
+
+
+@dataclass
+class Fault:
+    """One kind of what is broken.
+
+    Args:
+        count: How many records of those looked at.
+        examples: What was said of the first of them.
+    """
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Smallest, middle and largest of some numbers."""
+
+    minimum: int
+    median: int
+    maximum: int
+
+
+@dataclass
+class SourceCheck:
+    """What a look through a source gave.
+
+    Args:
+        source: Its name.
+        identity: Its digest.
+        records: How many it has, bad ones included.
+        sampled: Number of records looked at besides the known bad ones.
+        seed: Of the sample; None where every record was looked at.
+        known_bad: Records that are bad without being read, of all.
+        good: Records looked at that are sound.
+        faults: What is broken among those looked at, by kind.
+        skipped: What the source passed over, by kind.
+        widths: Of the pictures, in pixels; None without pictures.
+        heights: The same.
+        characters: Of what is learnt from each record; None without sound records.
+        tokens: The same in a model's tokens, where one was given.
+        cut: Answers longer than the limit on tokens.
+        max_text_tokens: That limit.
+        turns: Sound records by number of questions and answers.
+        text_only: Sound records without a picture.
+        same_picture: Records whose picture, to the byte, an earlier one has.
+        same_record: Those whose text is the same too.
+        samples: Numbers of sound records with a picture, spread over the source.
+    """
+
+    source: str
+    identity: str
+    records: int
+    sampled: int
+    seed: int | None
+    known_bad: int
+    good: int = 0
+    faults: dict[str, Fault] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+    widths: Spread | None = None
+    heights: Spread | None = None
+    characters: Spread | None = None
+    tokens: Spread | None = None
+    cut: int | None = None
+    max_text_tokens: int | None = None
+    turns: dict[int, int] = field(default_factory=dict)
+    text_only: int = 0
+    same_picture: int = 0
+    same_record: int = 0
+    samples: list[int] = field(default_factory=list)
+
+    @property
+    def bad(self) -> int:
+        """Bad records among those looked at."""
+        return sum(fault.count for fault in self.faults.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything for JSON."""
+        return {**asdict(self), "bad": self.bad}
+
+
+@dataclass
+class _Seen:
+    """What is gathered while looking."""
+
+    widths: list[int] = field(default_factory=list)
+    heights: list[int] = field(default_factory=list)
+    characters: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    pictures: set[bytes] = field(default_factory=set)
+    records: set[bytes] = field(default_factory=set)
+    turns: Counter[int] = field(default_factory=Counter)
+    good: list[int] = field(default_factory=list)
+
+
+def check_source(
+    source: CheckableSource,
+    *,
+    everything: bool = False,
+    seed: int = 1,
+    count_tokens: Callable[[str], int] | None = None,
+    max_text_tokens: int | None = None,
+    report: Report | None = None,
+) -> SourceCheck:
+    """Look through a source.
+
+    Args:
+        source: The source.
+        everything: Look at every record of a large one too.
+        seed: Of the sample of a large one.
+        count_tokens: Counts a text's tokens as a model does.
+        max_text_tokens: Answers with more, their end symbol included, will be cut off.
+        report: Told of the records looked at.
+
+    Returns:
+        What was seen.
+    """
+    known_bad = source.known_bad()
+    whole = everything or len(source) <= ALL_UP_TO
+    chosen: Sequence[int] = range(len(source))
+    if not whole:
+        chosen = np.random.default_rng(seed).choice(len(source), SAMPLE, replace=False).tolist()
+    check = SourceCheck(source.name, source.identity, len(source), len(chosen), None if whole else seed, len(known_bad))
+    check.skipped, check.max_text_tokens = dict(source.skipped), max_text_tokens
+    numbers = chosen if whole else sorted({*chosen, *known_bad})
+    seen = _Seen()
+    for done, number in enumerate(numbers, 1):
+        try:
+            record = source.read(number)
+            size = open_image(record.picture).size if record.picture is not None else None
+        except (DataError, ImageError) as error:
+            _note(check, error, source, number)
+        else:
+            _measure(check, seen, record, size, count_tokens)
+            if size:
+                seen.good.append(number)
+        if report:
+            report("checking records", done, len(numbers))
+    return _summed_up(check, seen, count_tokens is not None)
+
+
+def _note(check: SourceCheck, error: DataError | ImageError, source: CheckableSource, number: int) -> None:
+    message = error.message
+    if isinstance(error, BadRecordError):
+        kind = error.kind
+    elif isinstance(error, ImageError):
+        kind, message = UNREADABLE, f"{source.read(number).key}: {message.replace('the given data', 'the picture')}"
+    else:
+        kind = "file that cannot be read"
+    fault = check.faults.setdefault(kind, Fault())
+    fault.count += 1
+    if len(fault.examples) < EXAMPLES:
+        fault.examples.append(message)
+
+
+def _measure(
+    check: SourceCheck,
+    seen: _Seen,
+    record: Record,
+    size: tuple[int, int] | None,
+    count_tokens: Callable[[str], int] | None,
+) -> None:
+    check.good += 1
+    seen.turns[len(record.turns)] += 1
+    seen.characters.append(sum(len(answer) for _, answer in record.turns))
+    if count_tokens:
+        counts = [count_tokens(answer) + 1 for _, answer in record.turns]  # and the end symbol
+        seen.tokens.append(sum(counts))
+        if check.max_text_tokens is not None:
+            check.cut = (check.cut or 0) + sum(count > check.max_text_tokens for count in counts)
+    if record.picture is None or size is None:
+        check.text_only += 1
+        return
+    seen.widths.append(size[0])
+    seen.heights.append(size[1])
+    picture = hashlib.sha256(record.picture).digest()
+    whole = hashlib.sha256(picture + repr(record.turns).encode("utf-8", "surrogatepass")).digest()
+    check.same_picture += picture in seen.pictures
+    check.same_record += whole in seen.records
+    seen.pictures.add(picture)
+    seen.records.add(whole)
+
+
+def _summed_up(check: SourceCheck, seen: _Seen, has_tokens: bool) -> SourceCheck:
+    check.widths, check.heights, check.characters = map(_spread, (seen.widths, seen.heights, seen.characters))
+    check.tokens = _spread(seen.tokens) if has_tokens else None
+    check.turns = dict(sorted(seen.turns.items()))
+    check.faults = dict(sorted(check.faults.items(), key=lambda item: -item[1].count))
+    count = min(SHOWN, len(seen.good))
+    check.samples = [seen.good[i * len(seen.good) // count] for i in range(count)]
+    return check
+
+
+def _spread(numbers: Sequence[int]) -> Spread | None:
+    if not numbers:
+        return None
+    ordered = sorted(numbers)
+    return Spread(ordered[0], ordered[len(ordered) // 2], ordered[-1])

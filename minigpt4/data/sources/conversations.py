@@ -1,0 +1,78 @@
+"""LLaVA's form of conversations: `[{"id", "image", "conversations": [{"from", "value"}, ...]}, ...]`.
+
+`<image>` and the line breaks round it are removed from the text: where the picture stands, the prompt template says.
+A record without a picture is text alone. The picture may also lie there under COCO's long name, `COCO_train2014_...`,
+which the original puts before every name.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from minigpt4.data.sources.faults import NO_PICTURE, NO_TEXT, WRONG_TEXT, BadRecordError, checked_text
+from minigpt4.data.sources.guarded_folder import GuardedFolder
+from minigpt4.data.sources.listed import ListSource, Rows, items_of, list_source
+
+COCO_PREFIX = "COCO_train2014_"
+_MARK = re.compile(r"\n*<image>\n*")
+_ASKS, _ANSWERS = frozenset(["human", "user"]), frozenset(["gpt", "assistant"])
+
+
+def open_conversations(path: Path, *, images: Path | None = None, within: Path | None = None) -> ListSource:
+    """Open conversations.
+
+    Args:
+        path: The list (`.json` or `.jsonl`).
+        images: Where the pictures lie; left out: beside the list.
+        within: Links may lead anywhere in this folder.
+
+    Raises:
+        DataError: The file cannot be read, or is no list.
+    """
+    rows = Rows()
+    for place, item in items_of(path):
+        try:
+            _add(rows, place, item)
+        except BadRecordError as error:
+            rows.add_bad(error)
+    return list_source(str(path), path, GuardedFolder(images or path.parent, within), rows)
+
+
+def coco_names(name: str) -> list[str]:
+    """Return where a picture of COCO may lie: under its name, or under the long one of 2014."""
+    folder, slash, base = name.rpartition("/")
+    return [name] if base.startswith("COCO_") else [name, f"{folder}{slash}{COCO_PREFIX}{base}"]
+
+
+def _add(rows: Rows, place: str, item: Any) -> None:  # noqa: ANN401  (whatever a list holds)
+    if isinstance(item, BadRecordError):
+        raise item
+    turns = item.get("conversations") if isinstance(item, dict) else None
+    if not isinstance(turns, list) or not turns:
+        raise BadRecordError(WRONG_TEXT, f"{place} has no list of conversations")
+    key = f"{place} ({item['id']})"[:200] if isinstance(item.get("id"), str | int) else place
+    image = item.get("image")
+    if isinstance(image, list) and len(image) == 1:
+        image = image[0]
+    if image is not None and not (isinstance(image, str) and image.strip()):
+        raise BadRecordError(NO_PICTURE, f"{key}: its image is not the name of one picture")
+    pairs = [_pair(turns[start : start + 2], start, key) for start in range(0, len(turns), 2)]
+    if image is None and any("<image>" in str(turn.get("value")) for turn in turns[::2]):
+        raise BadRecordError(NO_PICTURE, f"{key} speaks of <image> and names none")
+    rows.add(key, None if image is None else coco_names(image), pairs)
+
+
+def _pair(turns: list[Any], start: int, key: str) -> tuple[str, str]:
+    """Return a question and its answer."""
+    if len(turns) < 2:
+        raise BadRecordError(NO_TEXT, f"{key} ends with a question, expected an answer")
+    for offset, (turn, roles, role) in enumerate(zip(turns, (_ASKS, _ANSWERS), ("human", "gpt"), strict=True)):
+        who = turn.get("from") if isinstance(turn, dict) else None
+        if not isinstance(who, str) or who not in roles:
+            raise BadRecordError(
+                WRONG_TEXT, f"{key}: turn {start + offset + 1} is from {str(who)[:40]!r}, expected {role}"
+            )
+    question, answer = (turn.get("value") for turn in turns)
+    # A picture alone may be the whole question: the recipe's prompts then ask.
+    asked = _MARK.sub("", checked_text(question, key, "question")).strip()
+    return asked, checked_text(answer, key, "answer")

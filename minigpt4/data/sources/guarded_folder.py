@@ -1,0 +1,138 @@
+"""Reading the files that a list names, without leaving the folder they belong to.
+
+A list of examples comes from anywhere, so a name in it may be `../../etc/passwd`, `/dev/zero`, a link out of the
+folder, a named pipe or 100 GB long. Nothing of that is opened.
+
+Knows folders and names; no formats.
+"""
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from minigpt4.data.sources.faults import (
+    LARGE_PICTURE,
+    LARGE_TEXT,
+    MAX_TEXT_BYTES,
+    MISSING_PICTURE,
+    NO_PICTURE,
+    OUTSIDE,
+    WRONG_TEXT,
+    BadRecordError,
+    checked_text,
+)
+from minigpt4.errors import DataError
+from minigpt4.processing.pictures import DEFAULT_LIMITS
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+"""What is taken for a picture by its name; what is in it, the opener decides later."""
+
+
+def leaves_folder(name: str) -> bool:
+    """Tell whether a name points out of the folder it is relative to, on any system."""
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    return bool(posix.is_absolute() or windows.drive or windows.root or ".." in {*posix.parts, *windows.parts})
+
+
+@dataclass(frozen=True)
+class GuardedFolder:
+    """A folder of pictures.
+
+    Args:
+        path: The folder.
+        within: Links may lead anywhere in this folder; left out: in `path` itself. A hub's cache keeps files apart.
+    """
+
+    path: Path
+    within: Path | None = None
+
+    def read_picture(self, names: Sequence[str], key: str) -> bytes:
+        """Return the first of some files that exists.
+
+        Args:
+            names: Where it may lie, relative to the folder, the likeliest first.
+            key: The record's, for complaints.
+
+        Raises:
+            BadRecordError: None exists, or it is empty, too large, no file, or not in the folder.
+        """
+        for name in names:
+            if (path := self._inside(name, key)) is not None:
+                return _read(path, key, DEFAULT_LIMITS.max_bytes, LARGE_PICTURE)
+        shown = names[0] if names else ""
+        raise BadRecordError(MISSING_PICTURE, f"{key}: the picture {shown[:200]!r} is not in {self.path}")
+
+    def read_text(self, name: str, key: str) -> str:
+        """Return the caption that a text file holds, without blanks round it.
+
+        Raises:
+            BadRecordError: It is missing, blank, too long, no UTF-8, or not in the folder.
+        """
+        if (path := self._inside(name, key)) is None:
+            raise BadRecordError(WRONG_TEXT, f"{key}: the text {name!r} is not in {self.path}")
+        data = _read(path, key, MAX_TEXT_BYTES, LARGE_TEXT, may_be_empty=True)
+        try:
+            return checked_text(data.decode("utf-8-sig").strip(), key)
+        except UnicodeDecodeError as error:
+            raise BadRecordError(WRONG_TEXT, f"{key}: the text {name!r} is not UTF-8") from error
+
+    def _inside(self, name: str, key: str) -> Path | None:
+        """Return the file's real path; None where there is no such file."""
+        if leaves_folder(name):
+            raise BadRecordError(OUTSIDE, f"{key}: the picture {name[:200]!r} is outside the folder of the pictures")
+        try:
+            path = Path(os.path.realpath(self.path / name))
+            if not path.exists():
+                return None
+        except (OSError, ValueError):  # too long a name, a loop of links, a null character
+            return None
+        if not path.is_relative_to(os.path.realpath(self.within or self.path)):
+            raise BadRecordError(OUTSIDE, f"{key}: the picture {name[:200]!r} is a link out of the folder")
+        return path
+
+
+def _read(path: Path, key: str, limit: int, too_large: str, *, may_be_empty: bool = False) -> bytes:
+    # Without O_NONBLOCK, opening a named pipe would wait for a writer.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOCTTY", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        raise BadRecordError(MISSING_PICTURE, f"{key}: {path} cannot be opened: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadRecordError(MISSING_PICTURE, f"{key}: {path} is not a file")
+        if status.st_size > limit:
+            raise BadRecordError(
+                too_large, f"{key}: {path.name} has {status.st_size:,} bytes, up to {limit // 1024:,} KiB are read"
+            )
+        if not status.st_size and not may_be_empty:
+            raise BadRecordError(NO_PICTURE, f"{key}: {path.name} is empty")
+        try:
+            return file.read(limit + 1)[: limit + 1]
+        except OSError as error:
+            raise BadRecordError(MISSING_PICTURE, f"{key}: {path} cannot be read: {error.strerror}") from error
+
+
+def files_in(folder: Path) -> Iterator[tuple[str, int]]:
+    """Yield name (relative, with `/`) and size of every plain file in a folder and its folders, in order of names.
+
+    Hidden files and folders are passed over, and links to folders are not followed.
+
+    Raises:
+        DataError: The folder cannot be read.
+    """
+    waiting = [("", folder)]
+    while waiting:
+        prefix, path = waiting.pop()
+        try:
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+            found = [(entry, entry.is_dir(follow_symlinks=False)) for entry in entries if entry.name[0] != "."]
+        except OSError as error:
+            raise DataError(f"the folder {path} cannot be read: {error.strerror}", "check the path") from error
+        waiting += [(f"{prefix}{entry.name}/", Path(entry.path)) for entry, is_folder in reversed(found) if is_folder]
+        for entry, is_folder in found:
+            if not is_folder and entry.is_file():
+                yield prefix + entry.name, entry.stat().st_size

@@ -1,0 +1,52 @@
+"""Data sets of the Hugging Face hub: `hub:owner/name` or `hub:owner/name@revision` becomes a folder on this machine.
+
+The hub's own client fetches and keeps the files, with its settings (`HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE`, ...).
+Lists, tables, shards and pictures are taken, and nothing that could run. The readers of this package do the rest.
+"""
+
+from pathlib import Path
+
+from minigpt4.data.sources.shard_index import Report
+from minigpt4.errors import DownloadError
+from minigpt4.weights.hub import HUB_ID
+
+PREFIX = "hub:"
+FILES = ["*.parquet", "*.tar", "*.json", "*.jsonl", "*.csv", "*.tsv", "*.txt", "*.jpg", "*.jpeg", "*.png", "*.webp"]
+
+
+def dataset_folder(name: str, report: Report | None = None) -> Path:
+    """Return the folder of a data set of the hub, fetching what is not here yet.
+
+    Args:
+        name: `hub:owner/name` or `hub:owner/name@revision`.
+        report: Told that the hub is asked.
+
+    Raises:
+        DownloadError: There is no such data set, or it is not here and cannot be fetched.
+    """
+    match = HUB_ID.fullmatch(name.removeprefix(PREFIX))
+    if match is None:
+        raise DownloadError(f"{name} is no id of a hub, expected hub:owner/name or hub:owner/name@revision")
+    # The client reads its settings when it is first imported.
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2, as it was built
+
+    if report and not constants.HF_HUB_OFFLINE:
+        report(f"asking the hub for {match[0]}", 0, 0)
+    try:
+        return Path(
+            snapshot_download(
+                match["repository"], repo_type="dataset", revision=match["revision"], allow_patterns=FILES
+            )
+        )
+    except (OSError, ValueError, HTTPError) as error:  # the client's own errors are kinds of these
+        reason = next(iter(str(error).strip().splitlines()), "").rstrip(".:") or type(error).__name__
+        hint = "check the name, the network and HF_HUB_OFFLINE, `hf auth login` for private ones, or name a folder"
+        raise DownloadError(
+            f"the data set {match[0]} is not here, and the hub does not give it: {reason}", hint
+        ) from error
+
+
+def cache_of(snapshot: Path) -> Path:
+    """Return the folder in which the client keeps a data set's files: those of a snapshot are links into it."""
+    return snapshot.parents[1]

@@ -1,0 +1,199 @@
+"""Opening a source of examples: which reader a path belongs to.
+
+`auto` recognises a source by what is there: endings, names and the first entries of a list; what it looked for stands
+in its complaint. Nothing is ever run or fetched because of a path, but for `hub:`.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+from minigpt4.data.record import Source
+from minigpt4.data.sources.alignment import LIST_NAME, open_alignment
+from minigpt4.data.sources.captions import FILE_COLUMNS, TABLES, open_captions
+from minigpt4.data.sources.conversations import open_conversations
+from minigpt4.data.sources.guarded_folder import PICTURE_SUFFIXES, files_in
+from minigpt4.data.sources.hub import PREFIX, cache_of, dataset_folder
+from minigpt4.data.sources.listed import ListSource, read_json, read_json_lines
+from minigpt4.data.sources.parquet import ParquetSource, open_parquet
+from minigpt4.data.sources.questions import open_questions
+from minigpt4.data.sources.shard_index import Report
+from minigpt4.data.sources.shards import open_shards
+from minigpt4.errors import DataError
+
+Format = Literal["auto", "shards", "captions", "alignment", "conversations", "vqa", "parquet", "hub"]
+"""What a source may be."""
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:(//|(?=[^\\/]))", re.IGNORECASE)
+_DRIVE = re.compile(r"[a-z]:", re.IGNORECASE)
+_LISTS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+_LOOKED_AT = 100
+_LOOKED_THROUGH = 10_000
+_EXPECTED = (
+    "expected *.tar (shards), filter_cap.json (alignment), captions.csv, .tsv, .json or .jsonl, or pictures with .txt"
+    " (captions), *.parquet, or a list of conversations or questions"
+)
+
+
+class CheckableSource(Source, Protocol):
+    """A source that knows, without reading, some of what is wrong with it."""
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """What was passed over, by kind."""
+
+    def known_bad(self) -> Sequence[int]:
+        """Numbers of the records that are bad without being read."""
+
+
+def open_source(
+    path: str | PathLike[str],
+    *,
+    format: str = "auto",
+    images: str | PathLike[str] | None = None,
+    text: str | None = None,
+    report: Report | None = None,
+) -> CheckableSource:
+    """Open a source of examples.
+
+    Args:
+        path: A folder, a file, a pattern of shards such as `{00000..10488}.tar`, or `hub:owner/name[@revision]`.
+        format: One of `Format`; `auto` looks.
+        images: Where the pictures lie that a list names; left out: beside it.
+        text: Column or key of the caption.
+        report: Told what takes long: reading shards that have no index, asking the hub.
+
+    Returns:
+        The source.
+
+    Raises:
+        DataError: The path is not there, is nothing of the kind, or cannot be read.
+        DownloadError: A data set of the hub cannot be had.
+    """
+    name, folder = str(path), None if images is None else Path(images)
+    if format not in get_args(Format):
+        raise DataError(f"the format {format!r} is not known, expected {', '.join(get_args(Format))}")
+    within = None
+    if format == "hub" or name.startswith(PREFIX):
+        place = dataset_folder(name, report)
+        within, format = cache_of(place), "auto" if format == "hub" else format
+    else:
+        _refuse_addresses(name)
+        place = Path(name)
+    kind, place = recognise(place) if format == "auto" else (format, place)
+    if kind == "shards":
+        return replace(open_shards(str(place), text=text, report=report), name=name)
+    if not place.exists():
+        raise DataError(f"{name} does not exist", "check the path; relative ones start at the current folder")
+    return replace(_open(kind, place, folder, text, within), name=name)
+
+
+def _open(
+    kind: str, place: Path, images: Path | None, text: str | None, within: Path | None
+) -> ListSource | ParquetSource:
+    match kind:
+        case "conversations":
+            return open_conversations(_the_list(place), images=images, within=within)
+        case "vqa":
+            return open_questions(place, images=images, within=within)
+        case "parquet":
+            return open_parquet(place, images=images, text=text, within=within)
+        case "alignment":
+            return open_alignment(place, images=images, text=text, within=within)
+        case _:
+            return open_captions(place, images=images, text=text, within=within)
+
+
+def recognise(place: Path) -> tuple[str, Path]:
+    """Tell a source's format by what is there.
+
+    Returns:
+        The format, and the path to open: the place itself, or the one list of a folder.
+
+    Raises:
+        DataError: It is none of the formats.
+    """
+    if place.is_dir():
+        return _of_folder(place)
+    if place.suffix.lower() == ".tar":
+        return "shards", place
+    if not place.exists():
+        raise DataError(f"{place} does not exist", "check the path; relative ones start at the current folder")
+    suffix = place.suffix.lower()
+    kind = "parquet" if suffix == ".parquet" else _of_list(place) if suffix in _LISTS else None
+    if kind:
+        return kind, place
+    raise DataError(f"{place} is not a source of examples, {_EXPECTED}", "name its format")
+
+
+def _of_folder(folder: Path) -> tuple[str, Path]:
+    names = {path.name for path in folder.iterdir()}
+    if any(name.endswith(".tar") for name in names):  # before parquet: img2dataset leaves both
+        return "shards", folder
+    if LIST_NAME in names:
+        return "alignment", folder
+    if names.intersection(TABLES):
+        return "captions", folder
+    if any("question" in name.lower() and name.endswith(".json") for name in names):
+        return "vqa", folder
+    deeper = [name.lower() for name, _ in islice(files_in(folder), _LOOKED_THROUGH)]
+    for suffix, kind in ((".tar", "shards"), (".parquet", "parquet")):
+        if any(name.endswith(suffix) for name in deeper):
+            return kind, folder
+    lists = [folder / name for name in sorted(names) if name.lower().endswith(_LISTS)]
+    if len(lists) == 1 and (listed := _of_list(lists[0])):
+        return listed, lists[0]
+    if any(name.endswith(PICTURE_SUFFIXES) for name in deeper) and any(name.endswith(".txt") for name in deeper):
+        return "captions", folder
+    raise DataError(f"{folder} is not a source of examples, {_EXPECTED}", "name its format, or another folder")
+
+
+def _of_list(path: Path) -> str | None:
+    """Tell what a list is about by its first entries."""
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return "captions"
+    if path.suffix.lower() != ".json":
+        entries: list[object] = [item for _, item in islice(read_json_lines(path), _LOOKED_AT)]
+    else:
+        content = read_json(path)
+        if isinstance(content, dict):
+            if "questions" in content:
+                return "vqa"
+            if "annotations" in content:
+                return "captions" if "images" in content else "alignment"
+            entries = list(islice(content.values(), _LOOKED_AT))
+            if entries and all(isinstance(entry, str) for entry in entries):
+                return "captions"
+        else:
+            entries = content[:_LOOKED_AT] if isinstance(content, list) else []
+    keys = {str(key).lower() for entry in entries if isinstance(entry, dict) for key in entry}
+    if "conversations" in keys:
+        return "conversations"
+    if "question" in keys:
+        return "vqa"
+    return "captions" if keys.intersection(FILE_COLUMNS) else None
+
+
+def _the_list(place: Path) -> Path:
+    """Return a list of conversations: the file itself, or the one list of a folder."""
+    if place.is_file():
+        return place
+    found = sorted([*place.glob("*.json"), *place.glob("*.jsonl")])
+    if len(found) != 1:
+        raise DataError(f"{place} has {len(found)} JSON lists, expected one", "name the list itself")
+    return found[0]
+
+
+def _refuse_addresses(path: str) -> None:
+    """Refuse what names a command or a network: `pipe:curl ...`, `s3://...`."""
+    match = _ADDRESS.match(path)
+    if not match or Path(path).exists() or (_DRIVE.match(path) and match[1] != "//"):
+        return
+    raise DataError(
+        f"{path[:80]!r} is an address or a command, and examples are read from this machine's disks",
+        "fetch the files first, and name their folder",
+    )

@@ -1,0 +1,249 @@
+"""A source of tar shards: LAION, CC, SBU and whatever else img2dataset or webdataset wrote.
+
+A folder of shards, one shard, or a pattern such as the original's `{00000..10488}.tar`. Samples are reached by
+position, through the index file of the folder where there is one, else through an index made on opening.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import numpy as np
+
+from minigpt4.data.record import Record
+from minigpt4.data.sources.faults import DAMAGED, DOUBLED, LARGE_PICTURE, NO_PICTURE, NO_TEXT, BadRecordError
+from minigpt4.data.sources.shard_contents import (
+    FAULT_DAMAGE,
+    FAULT_DOUBLED,
+    FAULT_LARGE,
+    FAULT_NO_PICTURE,
+    GOOD,
+    NOWHERE,
+    caption_of,
+    member_at,
+    read_content,
+    sample_key,
+)
+from minigpt4.data.sources.shard_index import (
+    INDEX_NAME,
+    Report,
+    ShardIndex,
+    check_fresh,
+    make_index,
+    part_of,
+    read_index,
+    write_index,
+)
+from minigpt4.data.sources.splits import training_files
+from minigpt4.errors import DataError
+from minigpt4.processing.pictures import DEFAULT_LIMITS
+
+CAPTION_KEY = "caption"
+MAX_SHARDS = 1_000_000
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})")
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    """Samples of tar shards.
+
+    Args:
+        name: What a person calls it.
+        index: Where they lie.
+        caption_key: What holds the caption in a JSON record; another than the index was made with is possible.
+    """
+
+    name: str
+    index: ShardIndex
+    caption_key: str
+
+    @property
+    def identity(self) -> str:
+        """A digest of names, sizes and places."""
+        return self.index.identity + ("" if self.caption_key == self.index.caption_key else f"/{self.caption_key}")
+
+    @property
+    def text_lengths(self) -> Sequence[int] | None:
+        """Bytes of each caption; None where the index was made for another key."""
+        if self.caption_key != self.index.caption_key:
+            return None
+        return cast("Sequence[int]", self.index.rows["text_bytes"])
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Members that were passed over, by kind."""
+        return self.index.skipped
+
+    def __len__(self) -> int:
+        return len(self.index.rows)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Send a mapped index to another process as the name of its file."""
+        state = dict(self.__dict__)
+        if self.index.file:
+            state["index"] = replace(self.index, rows=np.zeros(0, self.index.rows.dtype))
+        return state
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        index = cast("ShardIndex", state["index"])
+        self.__dict__.update(state, index=read_index(index.folder) if index.file else index)
+
+    def group(self, number: int) -> str:
+        """Return the name of a record's shard."""
+        return self.index.shards[int(self.index.rows[number]["shard"])].name
+
+    def known_bad(self) -> list[int]:
+        """Return the numbers of the records that are bad without being read."""
+        return [int(number) for number in np.flatnonzero(self.index.rows["fault"] != GOOD)]
+
+    def read(self, number: int) -> Record:
+        """Return a sample.
+
+        Raises:
+            BadRecordError: It has no picture or no caption, or the shard is damaged.
+            DataError: The shard cannot be read, or is not the one that was indexed.
+        """
+        row = self.index.rows[number]
+        shard = self.index.shards[int(row["shard"])]
+        if row["fault"] == FAULT_DAMAGE:
+            raise BadRecordError(DAMAGED, self.index.damage[shard.name])
+        path = self.index.folder / shard.name
+        try:
+            with path.open("rb") as file:
+                return self._read(file, row, shard.name, shard.size)
+        except OSError as error:
+            raise DataError(f"shard {path} cannot be read: {error.strerror}", "check the path and the disk") from error
+
+    def _read(self, file: BinaryIO, row: np.void, shard: str, end: int) -> Record:
+        picture, text = (
+            None if row[part] == NOWHERE else member_at(file, int(row[part]), end, shard)
+            for part in ("picture", "text")
+        )
+        named = picture or text
+        key = f"{shard}:{sample_key(named.name)[0]}" if named else shard
+        if row["fault"] == FAULT_DOUBLED:
+            raise BadRecordError(DOUBLED, f"{key} stands twice in its shard")
+        if picture is None or row["fault"] == FAULT_NO_PICTURE:
+            raise BadRecordError(NO_PICTURE, f"{key} has no picture")
+        if row["fault"] == FAULT_LARGE:
+            limit = DEFAULT_LIMITS.max_bytes // 1024**2
+            raise BadRecordError(
+                LARGE_PICTURE, f"{key}: the picture has {picture.size:,} bytes, up to {limit} MiB are read"
+            )
+        if picture.size != row["picture_size"]:
+            raise DataError(f"{key} is not what the index says", f"minigpt4 data index {self.index.folder}")
+        if text is None:
+            raise BadRecordError(NO_TEXT, f"{key} has no caption")
+        if not picture.size:
+            raise BadRecordError(NO_PICTURE, f"{key}: the picture is empty")
+        caption = caption_of(file, text, key, self.caption_key, is_json=bool(row["is_json"]))
+        return Record(key, read_content(file, picture), (("", caption),))
+
+
+def open_shards(path: str, *, text: str | None = None, report: Report | None = None) -> ShardSource:
+    """Open shards.
+
+    Args:
+        path: A folder of `*.tar`, one of them, or a pattern with braces.
+        text: What holds the caption in a JSON record.
+        report: Told of each shard while an index is made.
+
+    Raises:
+        DataError: There are no shards, some of a pattern are missing, or the index is stale.
+    """
+    key = text or CAPTION_KEY
+    folder, names = find_shards(path)
+    if not (folder / INDEX_NAME).is_file():
+        return ShardSource(path, make_index(folder, names, key, report), key)
+    index = read_index(folder)
+    check_fresh(index, names)
+    if Path(path).is_dir() and len(names) != len(index.shards):
+        missing = next(shard.name for shard in index.shards if shard.name not in set(names))
+        raise DataError(
+            f"the index {folder / INDEX_NAME} is stale: it knows {missing}, which is gone",
+            f"minigpt4 data index {folder}",
+        )
+    return ShardSource(path, part_of(index, names), key)
+
+
+def index_folder(path: str, *, text: str | None = None, report: Report | None = None) -> tuple[Path, ShardIndex]:
+    """Make the index of a folder of shards and write it there.
+
+    Args:
+        path: As for `open_shards`.
+        text: What holds the caption in a JSON record.
+        report: Told of each shard.
+
+    Returns:
+        The index file and what it says.
+
+    Raises:
+        DataError: There are no shards, or one cannot be read.
+        StorageError: The folder cannot be written.
+    """
+    folder, names = find_shards(path)
+    index = make_index(folder, names, text or CAPTION_KEY, report)
+    return write_index(index), index
+
+
+def find_shards(path: str) -> tuple[Path, list[str]]:
+    """Return the folder of some shards and their names in it, in order; a folder's shards for testing are left out.
+
+    Raises:
+        DataError: There are none, or some of a pattern are missing.
+    """
+    if "{" in path and not Path(path).exists():
+        return _of_pattern(path)
+    given = Path(path)
+    if given.is_file():
+        return given.parent, [given.name]
+    if not given.is_dir():
+        raise DataError(f"{path} is not a file or folder", "check the path")
+    found = sorted(given.glob("*.tar")) or sorted(given.rglob("*.tar"))
+    if not found:
+        raise DataError(f"no tar shards in {path}", "name the folder that holds files like 00000.tar")
+    return given, training_files([shard.relative_to(given).as_posix() for shard in found])
+
+
+def _of_pattern(pattern: str) -> tuple[Path, list[str]]:
+    paths = [Path(path) for path in expand_braces(pattern)]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"{len(missing):,} of {len(paths):,} shards of {pattern} are missing, the first is {missing[0]}",
+            "fetch them, or name the shards that are there: a folder stands for all in it",
+        )
+    folder = Path(os.path.commonpath([path.parent for path in paths]))
+    return folder, [path.relative_to(folder).as_posix() for path in paths]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expand `{00000..10488}` and `{a,b}` as a shell does.
+
+    Raises:
+        DataError: A brace that is neither, or more than `MAX_SHARDS` names.
+    """
+    match = _BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    values = _values(match[1], pattern)
+    expanded = [f"{before}{value}{rest}" for rest in expand_braces(after) for value in values]
+    if len(expanded) > MAX_SHARDS:
+        raise DataError(f"{pattern} names {len(expanded):,} shards, up to {MAX_SHARDS:,} are read")
+    return sorted(expanded)
+
+
+def _values(inside: str, pattern: str) -> Sequence[str]:
+    if bounds := _RANGE.fullmatch(inside):
+        first, last, width = int(bounds[1]), int(bounds[2]), len(bounds[1])
+        if last < first or last - first >= MAX_SHARDS:
+            raise DataError(f"{pattern} has the range {inside}, expected one that rises, of up to {MAX_SHARDS:,}")
+        return [f"{number:0{width if bounds[1][0] == '0' else 0}}" for number in range(first, last + 1)]
+    if "," in inside:
+        return inside.split(",")
+    raise DataError(f"{pattern} has {{{inside}}}, expected a range such as {{00000..00099}}, or names with commas")

@@ -1,0 +1,380 @@
+"""Cached features (`features: cache`): the frozen parts look at each picture once, and training reads what they saw.
+
+Kept is what the projection reads, where nothing before it learns; what the vision encoder says, where the Q-Former or
+its queries learn. Computed is what a recipe's stages will read and the store lacks, in the same precision as in
+training, so the loss is the same but for the rounding that depends on how many pictures are computed together.
+
+The store of a fingerprint is `features/` in `MINIGPT4_HOME`, in a folder named by it, so that all runs that fit one
+share it. On several machines it must be a folder that all of them see.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.generic import ModelOutput
+
+from minigpt4.data.batches import MAX_ATTEMPTS, Process, SourceBatches
+from minigpt4.data.record import Record
+from minigpt4.model import MiniGPT4ForConditionalGeneration
+from minigpt4.model.efficientnet_lite import EfficientNetLiteOutput
+from minigpt4.processing import MiniGPT4Processor
+from minigpt4.training.feature_fingerprint import fingerprint_of
+from minigpt4.training.feature_reading import Read, read_ahead
+from minigpt4.training.feature_store import (
+    FeatureStore,
+    Fingerprint,
+    Kind,
+    ShardWriter,
+    create_store,
+    is_done,
+    note_done,
+    only_writer,
+)
+from minigpt4.training.preparing import Prepared
+from minigpt4.training.processes import by_the_main_process, summed
+from minigpt4.training.recipe import Recipe, SourcesData
+from minigpt4.training.stage_data import source_batches
+from minigpt4.training.update import PRECISIONS
+from minigpt4.weights.folder import Report
+from minigpt4.weights.parts import home
+
+FOLDER = "features"
+ACCELERATOR_BATCH = 32
+CPU_BATCH = 1
+"""Pictures computed together; a CPU gains nothing by more."""
+
+HEARTBEAT_SECONDS = 5.0
+"""The other processes of a run hear from the one that computes so often, and wait in between."""
+
+
+@dataclass(frozen=True)
+class CachedPictures:
+    """Gives the batches of a stage what is kept of their pictures.
+
+    Args:
+        store: Where it is kept.
+        kind: Of the features.
+    """
+
+    store: FeatureStore
+    kind: Kind
+
+    def picture(self, record: Record) -> dict[str, Tensor]:
+        """Return the features of a record's picture.
+
+        Raises:
+            ImageError: It could not be opened.
+            StorageError: It was not looked at.
+        """
+        return self.store.read(hashlib.sha256(record.picture or b"").digest())
+
+    def batch(self, pictures: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        """Return `qformer_outputs` or `vision_outputs` of some pictures."""
+        rows = {name: torch.stack([picture[name] for picture in pictures]) for name in pictures[0]}
+        if self.kind == "qformer_outputs":
+            return rows
+        output: type[ModelOutput] = EfficientNetLiteOutput if "concept_embeds" in rows else BaseModelOutput
+        return {"vision_outputs": output(**rows)}
+
+
+@dataclass
+class Counts:
+    """What there was to do.
+
+    Args:
+        computed: Pictures that the frozen parts looked at.
+        known: Records whose picture the store had, or that share one.
+        bad: Records that cannot be used.
+    """
+
+    computed: int = 0
+    known: int = 0
+    bad: int = 0
+
+
+def cached_pictures(
+    recipe: Recipe,
+    prepared: Prepared,
+    here: PartialState,
+    report: Report | None = None,
+) -> CachedPictures:
+    """Compute what is missing of the features that a run reads, in the main process, and open them in all.
+
+    Args:
+        recipe: The run's.
+        prepared: Its model, not yet spread over processes.
+        here: The processes.
+        report: Told of the records looked at, in the main process.
+
+    Raises:
+        ConfigError: Features cannot be kept: the pictures are cropped, or the vision encoder learns.
+        DataError: A source cannot be opened.
+        StorageError: The store cannot be read or written.
+    """
+    fingerprint = fingerprint_of(recipe, prepared, here)
+    folder = store_folder(fingerprint)
+    work = _compute(recipe, prepared, here, fingerprint, folder, report, Counts(), anew=False)
+    _by_the_main_process_in_steps(work, here)
+    return CachedPictures(FeatureStore.open(folder, fingerprint), fingerprint.kind)
+
+
+def compute_features(recipe: Recipe, prepared: Prepared, here: PartialState, report: Report) -> tuple[Path, Counts]:
+    """Look through all that a recipe's stages read, also what was looked through before, and compute what is missing.
+
+    Returns:
+        The store's folder, and what there was to do.
+
+    Raises:
+        ConfigError: Features cannot be kept: the pictures are cropped, or the vision encoder learns.
+        DataError: A source cannot be opened.
+        StorageError: The store cannot be read or written.
+    """
+    fingerprint = fingerprint_of(recipe, prepared, here)
+    folder, counts = store_folder(fingerprint), Counts()
+    work = _compute(recipe, prepared, here, fingerprint, folder, report, counts, anew=True)
+    _by_the_main_process_in_steps(work, here)
+    return folder, counts
+
+
+def store_folder(fingerprint: Fingerprint) -> Path:
+    """Return where the features of a fingerprint are kept."""
+    return home() / FOLDER / f"{fingerprint.kind}-{fingerprint.digest}"
+
+
+def _by_the_main_process_in_steps(work: Iterator[None], here: PartialState) -> None:
+    """Go through a long work in the main process; the others hear of it often enough not to take it for dead."""
+    going_on = False
+
+    def advance() -> None:
+        nonlocal going_on
+        until = time.monotonic() + HEARTBEAT_SECONDS
+        going_on = any(time.monotonic() > until for _ in work)
+
+    while True:
+        by_the_main_process(advance, here)
+        if not summed([float(going_on)], here)[0]:
+            return
+
+
+def _compute(
+    recipe: Recipe,
+    prepared: Prepared,
+    here: PartialState,
+    fingerprint: Fingerprint,
+    folder: Path,
+    report: Report | None,
+    counts: Counts,
+    *,
+    anew: bool,
+) -> Iterator[None]:
+    """Compute what is missing; yields now and then.
+
+    Args:
+        recipe: The run's.
+        prepared: Its model.
+        here: The processes.
+        fingerprint: Of the features.
+        folder: Of the store.
+        report: Told of the records looked at.
+        counts: Told what there was to do.
+        anew: Look through what was looked through before as well.
+    """
+    create_store(folder, fingerprint)
+    with only_writer(folder):
+        maker = _Maker(
+            prepared.model.eval(), prepared.processor, fingerprint, here.device, FeatureStore.open(folder, fingerprint)
+        )
+        done = []
+        for number, stage in enumerate(recipe.stages):
+            data = recipe.data_of(stage)
+            if not isinstance(data, SourcesData):
+                raise TypeError("refused before")
+            process = Process(0, here.num_processes)
+            batches = source_batches(recipe, prepared.processor, number, stage, data, process)
+            work = _work_digest(batches)
+            if anew or not is_done(folder, work):
+                yield from maker.work(f"features of {stage.name}", batches, recipe.workers, report, counts)
+                done.append(work)
+        maker.writer.write()
+        for work in done:
+            note_done(folder, work)
+
+
+def _work_digest(batches: SourceBatches) -> str:
+    """Return what identifies the pictures that a stage reads."""
+    layout = {key: value for key, value in vars(batches.layout).items() if key != "processor"}
+    content = [
+        [source.identity for source in batches.sources], asdict(batches.order), num_places(batches), layout,
+        list(batches.prompts), list(batches.blip_captions),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def num_places(batches: SourceBatches) -> int:
+    """Return how many places of the order the processes of a stage read: whole windows."""
+    windows = -(-batches.length // batches.bucket_batches)
+    return windows * batches.bucket_batches * batches.batch_size * batches.process.world_size
+
+
+@dataclass
+class _Maker:
+    """Makes the features of pictures.
+
+    Args:
+        model: In evaluation mode.
+        processor: Its.
+        fingerprint: Of the features.
+        device: The model's.
+        store: What there was at the beginning.
+    """
+
+    model: MiniGPT4ForConditionalGeneration
+    processor: MiniGPT4Processor
+    fingerprint: Fingerprint
+    device: torch.device
+    store: FeatureStore
+    _fresh: set[bytes] = field(default_factory=set)  # about 100 bytes a picture
+    _fresh_bad: set[bytes] = field(default_factory=set)
+    _queue: list[tuple[bytes, Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.writer = ShardWriter(self.store.folder)
+
+    def work(
+        self, what: str, batches: SourceBatches, workers: int, report: Report | None, counts: Counts
+    ) -> Iterator[None]:
+        """Look at the pictures of a stage, and at those that stand in for bad ones, until there are no more."""
+        needed = NeededRecords(batches)
+        while needed.find():
+            numbers = needed.wanted()
+            for done, read in enumerate(read_ahead(batches, numbers, self.store, self._fresh, workers), 1):
+                bad = self._take(read, counts)
+                needed.note(read.source, read.number, bad=bad)
+                if report is not None and (done % 16 == 0 or done == len(numbers)):
+                    report(what, done, len(numbers))
+                yield
+            self._look()
+
+    def _take(self, read: Read, counts: Counts) -> bool:
+        """Queue a picture unless it is known; returns whether its record is of no use."""
+        if read.digest is None:  # without a picture, or without a text
+            counts.bad += read.reason is not None
+            return read.reason is not None
+        known = read.digest in self.store or read.digest in self._fresh or read.digest in self._fresh_bad
+        if not known and read.reason is not None:
+            self._fresh_bad.add(read.digest)
+            self.writer.add_bad(read.digest, read.reason)
+        elif not known and read.pixels is not None:
+            self._fresh.add(read.digest)
+            self._queue.append((read.digest, read.pixels))
+            counts.computed += 1
+            if len(self._queue) == (CPU_BATCH if self.device.type == "cpu" else ACCELERATOR_BATCH):
+                self._look()
+        bad = read.digest in self.store.bad or read.digest in self._fresh_bad
+        counts.bad += bad
+        counts.known += known and not bad
+        return bad
+
+    def _look(self) -> None:
+        """Compute what is queued."""
+        if not self._queue:
+            return
+        digests = [digest for digest, _ in self._queue]
+        pixels = torch.stack([pixels for _, pixels in self._queue]).to(self.device)
+        self._queue = []
+        self.writer.add(digests, make_features(self.model, pixels, self.fingerprint))
+
+
+class NeededRecords:
+    """The records that the places of a stage lead to, bad ones and those in their place included.
+
+    Args:
+        batches: Of the stage; of any of its processes.
+    """
+
+    UNSEEN, WANTED, GOOD, BAD = range(4)
+
+    def __init__(self, batches: SourceBatches) -> None:
+        self._order = batches.order
+        self._places = num_places(batches)
+        self._states = [np.zeros(size, np.uint8) for size in batches.order.sizes]
+
+    def find(self) -> bool:
+        """Find records that are needed and were not looked at; whether there are any."""
+        found = False
+        for place in range(self._places):
+            source, number = self._order.pick(place)
+            states = self._states[source]
+            for attempt in range(1, MAX_ATTEMPTS):
+                if states[number] != self.BAD:
+                    break
+                number = self._order.replacement(place, attempt)
+            if states[number] == self.UNSEEN:
+                states[number] = self.WANTED
+                found = True
+        return found
+
+    def wanted(self) -> np.ndarray:
+        """Return `(records, 2)`, source and number of each record found, in the order in which sources hold them."""
+        rows = [
+            np.stack([np.full(len(numbers), source), numbers], axis=1)
+            for source, states in enumerate(self._states)
+            for numbers in [np.flatnonzero(states == self.WANTED)]
+        ]
+        return np.concatenate(rows)
+
+    def note(self, source: int, number: int, *, bad: bool) -> None:
+        """Take what a record turned out to be."""
+        self._states[source][number] = self.BAD if bad else self.GOOD
+
+
+@torch.no_grad()
+def make_features(
+    model: MiniGPT4ForConditionalGeneration, pixels: Tensor, fingerprint: Fingerprint
+) -> dict[str, Tensor]:
+    """Let the frozen parts look at pictures, as they would in training.
+
+    Args:
+        model: In evaluation mode.
+        pixels: `(pictures, 3, height, width)`, on its device.
+        fingerprint: Says how far to go, and in which precision.
+
+    Returns:
+        Tensors with a row a picture, on the CPU: `qformer_outputs`, or `last_hidden_state` and perhaps
+        `concept_embeds`.
+    """
+    precision = PRECISIONS[fingerprint.precision]
+    computing: Any = nullcontext() if precision is None else torch.autocast(pixels.device.type, dtype=precision)
+    with computing:
+        if fingerprint.kind == "qformer_outputs":
+            read = _what_the_projection_reads(model, pixels)
+            # In training it would be cast so on its way into the projection; nothing is lost.
+            features = {"qformer_outputs": read if precision is None else read.to(precision)}
+        else:
+            output = model.model.vision_model(pixels, return_dict=True)
+            features = {"last_hidden_state": output.last_hidden_state}
+            if getattr(output, "concept_embeds", None) is not None:
+                features["concept_embeds"] = output.concept_embeds
+    return {name: rows.cpu() for name, rows in features.items()}
+
+
+def _what_the_projection_reads(model: MiniGPT4ForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """Catch it where it is read, so that it is that whatever comes before."""
+    read: list[Tensor] = []
+    hook = model.model.language_projection.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    try:
+        model.model.get_image_features(pixels, return_dict=True)
+    finally:
+        hook.remove()
+    return read[0]

@@ -1,0 +1,123 @@
+"""`minigpt4 data features` as a user meets it."""
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers.utils import logging as transformers_logging
+
+from minigpt4 import cli
+from minigpt4.cli.features import features_bar
+from tests import tiny_chat
+
+PICTURES = 5
+
+
+@dataclass
+class Result:
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+    def result(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["minigpt4", *arguments])
+        capfd.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as error:
+            status = int(error.code or 0)
+        return Result(status, *capfd.readouterr())
+
+    return result
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe of two stages over five pictures, one copy and one that is broken."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(PICTURES):
+        tiny_chat.picture(number).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture {number}")
+    shutil.copy(folder / "0.png", folder / "copy.png")
+    (folder / "copy.txt").write_text("once more")
+    (folder / "bad.png").write_bytes((folder / "0.png").read_bytes()[:40])
+    (folder / "bad.txt").write_text("nothing")
+    stage = {"steps": 4, "batch_size": 4, "learning_rate": 0.01, "warmup_steps": 1}
+    content = {
+        "model": str(tiny_chat.saved(tmp_path / "model")),
+        "output": str(tmp_path / "run"),
+        "trainable": ["language_projection"],
+        "features": "cache",
+        "data": {"sources": [{"path": str(folder)}], "crop": False},
+        "stages": [{"name": "first", **stage}, {"name": "second", **stage}],
+        "precision": "fp32",
+        "workers": 0,
+        "max_bad_fraction": 1.0,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "recipe.yaml"
+
+
+def test_features_are_computed_once_and_then_trained_on(run: Run, recipe: Path, home: Path) -> None:
+    done = run("data", "features", str(recipe))
+    assert done.status == 0, done.err
+    store = Path(done.out.strip())
+    assert store.parent == home / "features" and store.name.startswith("qformer_outputs-")
+    assert f"{PICTURES} pictures computed" in done.err
+    assert "features of first  7 of 7 pictures" in done.err
+    again = run("data", "features", str(recipe))
+    assert (again.status, again.out) == (0, done.out)
+    assert "0 pictures computed" in again.err
+
+    before = sorted(path.name for path in store.rglob("*"))
+    trained = run("train", str(recipe))
+    assert trained.status == 0, trained.err
+    assert sorted(path.name for path in store.rglob("*")) == before
+
+
+def test_training_computes_what_is_missing(run: Run, recipe: Path, home: Path) -> None:
+    done = run("train", str(recipe))
+    assert done.status == 0, done.err
+    [store] = (home / "features").iterdir()
+    assert len(list(store.glob("*.safetensors"))) == 1
+
+
+def test_cropped_pictures_are_refused_with_the_cure(run: Run, recipe: Path) -> None:
+    done = run("data", "features", str(recipe), "--set", "data.crop=true")
+    assert (done.status, done.out) == (2, "")
+    assert "error: features: cache keeps what is seen in a whole picture, and stage first crops it anew" in done.err
+    assert "hint: set data.crop=false" in done.err
+
+
+def test_without_a_terminal_the_bar_tells_lines_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with features_bar() as report:
+        for done in range(0, 101, 4):
+            report("features of it", done, 100)
+            now += 4.0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "features of it  32 of 100 pictures  1.0 a second, 68 s left",
+        "features of it  64 of 100 pictures  1.0 a second, 36 s left",
+        "features of it  96 of 100 pictures  1.0 a second, 4 s left",
+        "features of it  100 of 100 pictures  1.0 a second",
+    ]

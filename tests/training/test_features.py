@@ -1,0 +1,452 @@
+"""Frozen parts look at each picture once, and training on what they saw is training on the pictures."""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+from minigpt4.data.batches import Process, SourceBatches
+from minigpt4.data.examples import pixel_values
+from minigpt4.data.record import Record
+from minigpt4.errors import ConfigError, StorageError
+from minigpt4.model import MiniGPT4ForConditionalGeneration
+from minigpt4.training import feature_reading, feature_store, features
+from minigpt4.training.feature_fingerprint import fingerprint_of
+from minigpt4.training.feature_store import FeatureStore, Fingerprint, create_store
+from minigpt4.training.features import CachedPictures, cached_pictures, compute_features, store_folder
+from minigpt4.training.loop import train
+from minigpt4.training.objectives import TrainingStep
+from minigpt4.training.preparing import Prepared
+from minigpt4.training.processes import processes
+from minigpt4.training.recipe import Recipe, SourcesData
+from minigpt4.training.stage_data import source_batches, stage_data
+from minigpt4.weights.alignment import Origin
+from tests import tiny_chat
+from tests.model import tiny
+from tests.training.toy import PowerFailureError, Watcher
+
+PICTURES = 9
+ROUNDING = 1e-5  # float32; the sums of a product depend on how many pictures it is of
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return made_source(tmp_path / "source")
+
+
+def made_source(folder: Path, *, first: int = 0, pictures: int = PICTURES) -> Path:
+    """A folder of pictures with captions of different lengths; one more is a copy, and one is broken."""
+    folder.mkdir()
+    lines = ["file_name,caption"]
+    for number in range(first, first + pictures):
+        tiny_chat.picture(number).save(folder / f"{number}.png")
+        lines.append(f"{number}.png,{'ab ' * (1 + number % 4)}{number}")
+    shutil.copy(folder / f"{first}.png", folder / "copy.png")
+    lines.append("copy.png,again")
+    (folder / "bad.png").write_bytes((folder / f"{first}.png").read_bytes()[:60])
+    lines.append("bad.png,nothing")
+    (folder / "captions.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def recipe_of(output: Path, *sources: Path, **changes: Any) -> Recipe:
+    stage = {"name": "only", "steps": 5, "batch_size": 4, "learning_rate": 0.01, "warmup_steps": 1, "bucket_batches": 2}
+    stage |= {key: changes.pop(key) for key in list(changes) if key in ("steps", "batch_size", "bucket_batches")}
+    values: dict[str, Any] = {
+        "model": "tiny",
+        "output": output,
+        "data": {"sources": [{"path": str(source)} for source in sources], "crop": False},
+        "stages": [stage],
+        "precision": "fp32",
+        "workers": 0,
+        "features": "cache",
+        "max_bad_fraction": 1.0,
+    }
+    return Recipe.model_validate({**values, **changes})
+
+
+def prepared(*trainable: str, vision: str = "blip_2_vision_model", qformer: bool = True) -> Prepared:
+    """A tiny random model in which some parts learn; the projection, where none is named."""
+    if qformer:
+        model = tiny_chat.model(vision=vision)
+    else:
+        words = len(tiny_chat.tokenizer())
+        model = tiny.model(qformer=False, vision=vision)
+        model.resize_token_embeddings(words)
+        model.config.image_token_id = tiny_chat.processor().image_token_id
+    model.config.trainable_parts = list(trainable or ("language_projection",))
+    model.freeze()
+    processor = tiny_chat.processor()
+    processor.num_image_tokens = model.config.num_image_tokens
+    return Prepared(model, processor, Origin("tiny"))
+
+
+def cached(recipe: Recipe, made: Prepared) -> CachedPictures:
+    return cached_pictures(recipe, made, processes())
+
+
+def batches(recipe: Recipe, made: Prepared, kept: CachedPictures | None = None) -> SourceBatches:
+    data = recipe.data_of(recipe.stages[0])
+    assert isinstance(data, SourcesData)
+    return source_batches(recipe, made.processor, 0, recipe.stages[0], data, Process(), kept)
+
+
+def store_of(recipe: Recipe, made: Prepared) -> FeatureStore:
+    fingerprint = fingerprint_of(recipe, made, processes())
+    return FeatureStore.open(store_folder(fingerprint), fingerprint)
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures were computed, call by call."""
+    counted: list[int] = []
+    make = features.make_features
+
+    def counting(
+        model: MiniGPT4ForConditionalGeneration, pixels: torch.Tensor, fingerprint: Fingerprint
+    ) -> dict[str, torch.Tensor]:
+        counted.append(len(pixels))
+        return make(model, pixels, fingerprint)
+
+    monkeypatch.setattr(features, "make_features", counting)
+    return counted
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, model: MiniGPT4ForConditionalGeneration, *parts: str) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a frozen part was run")
+
+    for part in parts:
+        monkeypatch.setattr(getattr(model.model, part), "forward", refuse)
+
+
+def loss_and_gradients(made: Prepared, batch: dict[str, Any]) -> list[torch.Tensor]:
+    made.model.train(False)  # dropout aside
+    learning = [p for p in made.model.parameters() if p.requires_grad]
+    loss = TrainingStep(made.model)(batch).loss
+    return [loss.detach(), *torch.autograd.grad(loss, learning)]
+
+
+KINDS = [
+    (("language_projection",), "blip_2_vision_model", True, "qformer_outputs"),
+    (("language_projection",), "efficientnet_lite", True, "qformer_outputs"),
+    (("language_projection",), "blip_2_vision_model", False, "qformer_outputs"),
+    (("language_projection", "query_tokens"), "efficientnet_lite", True, "vision_outputs"),
+    (("language_projection", "qformer"), "blip_2_vision_model", True, "vision_outputs"),
+]
+
+
+@pytest.mark.parametrize(("trainable", "vision", "qformer", "kind"), KINDS)
+def test_loss_and_gradients_are_those_of_the_pictures(
+    trainable: tuple[str, ...], vision: str, qformer: bool, kind: str, source: Path, tmp_path: Path
+) -> None:
+    made = prepared(*trainable, vision=vision, qformer=qformer)
+    recipe = recipe_of(tmp_path / "run", source)
+    seen, kept = batches(recipe, made), batches(recipe, made, cached(recipe, made))
+    for item in range(len(seen)):
+        batch = kept[item]
+        assert kind in batch and "pixel_values" not in batch
+        for got, expected in zip(loss_and_gradients(made, batch), loss_and_gradients(made, seen[item]), strict=True):
+            torch.testing.assert_close(got, expected, rtol=ROUNDING, atol=ROUNDING * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("trainable", ["language_projection", "query_tokens"])
+def test_one_picture_at_a_time_gives_the_same_bits(trainable: str, source: Path, tmp_path: Path) -> None:
+    made = prepared(trainable)
+    recipe = recipe_of(tmp_path / "run", source, batch_size=1)
+    seen, kept = batches(recipe, made), batches(recipe, made, cached(recipe, made))
+    for item in range(len(seen)):
+        for got, expected in zip(
+            loss_and_gradients(made, kept[item]), loss_and_gradients(made, seen[item]), strict=True
+        ):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "unused"),
+    [("language_projection", ("vision_model", "qformer")), ("qformer", ("vision_model",))],
+)
+def test_training_runs_no_part_that_is_cached(
+    trainable: str, unused: tuple[str, ...], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = prepared(trainable)
+    recipe = recipe_of(tmp_path, source)
+    kept = cached(recipe, made)
+    forbid(monkeypatch, made.model, *unused)
+    watcher = Watcher()
+    train(recipe, made.model, stage_data(recipe, made, processes(), kept), watcher, processes())
+    assert [progress.images for progress in watcher.steps] == [4] * 5
+
+
+def test_bf16_keeps_half_the_bytes_and_the_same_bits(source: Path, tmp_path: Path) -> None:
+    made = prepared()
+    recipe = recipe_of(tmp_path / "run", source, precision="bf16", batch_size=1)
+    seen, kept = batches(recipe, made), batches(recipe, made, cached(recipe, made))
+    for item in range(len(seen)):
+        batch = kept[item]
+        assert batch["qformer_outputs"].dtype == torch.bfloat16
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(TrainingStep(made.model)(batch).loss, TrainingStep(made.model)(seen[item]).loss)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_picture_is_looked_at_once_by_all_runs(
+    workers: int, source: Path, tmp_path: Path, looks: list[int]
+) -> None:
+    made = prepared()
+    cached(recipe_of(tmp_path / "first", source, workers=workers), made)
+    assert sum(looks) == PICTURES  # of eleven records one is a copy, and one is bad
+    cached(recipe_of(tmp_path / "second", source, batch_size=3, steps=30), made)
+    assert sum(looks) == PICTURES
+    other = made_source(tmp_path / "other", first=PICTURES - 2)
+    cached(recipe_of(tmp_path / "third", source, other, steps=12), made)
+    assert sum(looks) == 2 * PICTURES - 2  # they have two in common
+
+
+def test_what_a_run_does_not_reach_is_not_computed(source: Path, tmp_path: Path, looks: list[int]) -> None:
+    cached(recipe_of(tmp_path / "run", source, steps=1, batch_size=3, bucket_batches=1), prepared())
+    assert 0 < sum(looks) <= 3
+
+
+def test_a_known_picture_is_not_opened(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def opening(record: Record, *arguments: Any) -> torch.Tensor:
+        opened.append(record.key)
+        return pixel_values(record, *arguments)
+
+    monkeypatch.setattr(feature_reading, "pixel_values", opening)
+    shutil.copy(source / "0.png", source / "1.png")
+    made, recipe = prepared(), recipe_of(tmp_path / "run", source)
+    for _ in range(2):
+        compute_features(recipe, made, processes(), lambda *_: None)
+        assert len(opened) == PICTURES  # the broken one as well, the copies not
+
+
+def test_what_stands_in_for_bad_pictures_is_computed(tmp_path: Path, looks: list[int]) -> None:
+    source = made_source(tmp_path / "source", pictures=40)
+    for number in range(0, 40, 2):
+        (source / f"{number}.png").write_bytes(b"no picture")
+    made, recipe = prepared(), recipe_of(tmp_path / "run", source, steps=3, bucket_batches=1)
+    seen, kept = batches(recipe, made), batches(recipe, made, cached(recipe, made))
+    assert sum(len(seen[item]["bad"]) for item in range(3)) > 3
+    assert [kept[item]["keys"] for item in range(3)] == [seen[item]["keys"] for item in range(3)]
+    assert sum(looks) <= 12
+
+
+def test_a_finished_work_is_not_read_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, recipe = prepared(), recipe_of(tmp_path / "run", source)
+    cached(recipe, made)
+    monkeypatch.setattr(features, "read_ahead", lambda *_: pytest.fail("the source was read"))
+    assert len(cached(recipe, made).store) == PICTURES
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_name_the_same_examples_and_the_same_bad_ones(workers: int, source: Path, tmp_path: Path) -> None:
+    shutil.copy(source / "bad.png", source / "1.png")
+    (source / "2.png").write_bytes(b"no picture")
+    made = prepared("query_tokens", vision="efficientnet_lite")
+    recipe = recipe_of(tmp_path / "run", source, steps=8, workers=workers)
+    kept = batches(recipe, made, cached(recipe, made))
+    expected = [batches(recipe, made)[item] for item in range(8)]
+    found = list(DataLoader(kept, batch_size=None, collate_fn=lambda batch: batch, num_workers=workers))
+    assert any(batch["bad"] for batch in expected)
+    for got, want in zip(found, expected, strict=True):
+        assert (got["keys"], got["bad"], got["groups"]) == (want["keys"], want["bad"], want["groups"])
+        assert torch.equal(got["input_ids"], want["input_ids"])
+        alone = [made.model.model.vision_model(pixels[None]).last_hidden_state for pixels in want["pixel_values"]]
+        assert torch.equal(got["vision_outputs"].last_hidden_state, torch.cat(alone))
+
+
+def test_a_resumed_run_ends_with_the_same_bits(source: Path, tmp_path: Path) -> None:
+    def trained(output: Path, *stops: int | None) -> dict[str, torch.Tensor]:
+        output.mkdir()
+        for stop in stops:
+            made = prepared("language_projection", "qformer")
+            recipe = recipe_of(output, source, checkpoint_steps=2)
+            watcher = Watcher(stop_after=stop)
+            kept = cached(recipe, made)
+            try:
+                train(recipe, made.model, stage_data(recipe, made, processes(), kept), watcher, processes())
+            except PowerFailureError:
+                continue
+        return {name: p.detach() for name, p in made.model.named_parameters() if p.requires_grad}
+
+    whole, resumed = trained(tmp_path / "whole", None), trained(tmp_path / "torn", 3, None)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+def killed(work: Callable[[], None]) -> None:
+    """Do something in a process of its own, which shall be killed by it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def shards(folder: Path) -> dict[str, dict[str, bytes]]:
+    return {
+        path.name: {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
+        for path in folder.glob("*.safetensors")
+    }
+
+
+@pytest.mark.parametrize(("where", "name"), [(feature_store, "save"), (os, "replace")])
+@pytest.mark.parametrize("calls", [2, 4])
+def test_a_kill_loses_at_most_one_shard(
+    where: ModuleType,
+    name: str,
+    calls: int,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    looks: list[int],
+) -> None:
+    monkeypatch.setattr(feature_store, "SHARD_PICTURES", 2)
+    made, recipe = prepared(), recipe_of(tmp_path / "run", source)
+    monkeypatch.setenv("MINIGPT4_HOME", str(tmp_path / "whole"))
+    expected = shards(cached(recipe, made).store.folder)
+    monkeypatch.setenv("MINIGPT4_HOME", str(tmp_path / "torn"))
+
+    def die() -> None:
+        real, left = getattr(where, name), calls
+
+        def dying(*arguments: object) -> object:
+            nonlocal left
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments)
+
+        setattr(where, name, dying)
+        cached(recipe, made)
+
+    killed(die)
+    before = shards(store_of(recipe, made).folder)
+    assert len(before) == calls - (2 if name == "replace" else 1)  # the first file that is put in place is no shard
+    assert before.items() <= expected.items()
+    looks.clear()
+    assert shards(cached(recipe, made).store.folder) == expected
+    assert sum(looks) <= PICTURES - 2 * len(before) + 1  # the bad picture may be in any of them
+
+
+def test_shards_are_written_when_they_are_large(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_store, "SHARD_BYTES", 3 * tiny.NUM_IMAGE_TOKENS * 32 * 4)  # of three pictures
+    store = cached(recipe_of(tmp_path / "run", source), prepared()).store
+    assert len(list(store.folder.glob("*.safetensors"))) == 4  # one of them for the bad picture, if it came last
+    assert len(store) == PICTURES
+
+
+def test_anew_looks_through_everything_again(source: Path, tmp_path: Path, looks: list[int]) -> None:
+    made, recipe = prepared(), recipe_of(tmp_path / "run", source)
+    folder, counts = compute_features(recipe, made, processes(), lambda *_: None)
+    assert (counts.computed, counts.known, counts.bad) == (PICTURES, 1, 1)
+    next(folder.glob("*.safetensors")).unlink()
+    with pytest.raises(StorageError, match="are not in") as caught:
+        batches(recipe, made, cached(recipe, made))[0]
+    assert "minigpt4 data features" in caught.value.hint
+    looks.clear()
+    compute_features(recipe, made, processes(), lambda *_: None)
+    assert sum(looks) == PICTURES
+    assert batches(recipe, made, cached(recipe, made))[0]
+
+
+def test_a_damaged_shard_is_named(source: Path, tmp_path: Path) -> None:
+    made, recipe = prepared(), recipe_of(tmp_path / "run", source)
+    [shard] = cached(recipe, made).store.folder.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(StorageError, match=rf"{shard.name} is damaged"):
+        cached(recipe, made)
+
+
+def scaled(made: Prepared, name: str) -> Prepared:
+    with torch.no_grad():
+        dict(made.model.model.named_parameters())[name].mul_(1.5)
+    return made
+
+
+CHANGED: list[tuple[str, Callable[[], Prepared], dict[str, Any]]] = [
+    ("weights", lambda: scaled(prepared(), "vision_model.post_layernorm.bias"), {}),
+    ("weights", lambda: scaled(prepared(), "query_tokens"), {}),
+    ("weights", lambda: scaled(prepared(), "qformer.layernorm.weight"), {}),
+    ("kind", lambda: prepared("qformer"), {}),
+    ("precision", prepared, {"precision": "bf16"}),
+]
+
+
+@pytest.mark.parametrize(("what", "other", "changes"), CHANGED)
+def test_features_of_another_model_are_refused_with_both_named(
+    what: str, other: Callable[[], Prepared], changes: dict[str, Any], source: Path, tmp_path: Path
+) -> None:
+    first = fingerprint_of(recipe_of(tmp_path / "run", source), prepared(), processes())
+    second = fingerprint_of(recipe_of(tmp_path / "run", source, **changes), other(), processes())
+    create_store(tmp_path / "store", first)
+    before, now = (str(one.as_dict()[what])[:16] for one in (first, second))
+    with pytest.raises(ConfigError, match=rf"{what} {before}, here {now}"):
+        FeatureStore.open(tmp_path / "store", second)
+    with pytest.raises(ConfigError, match="were made by something else"):
+        create_store(tmp_path / "store", second)
+    assert store_folder(first) != store_folder(second)
+
+
+def test_features_of_another_preprocessing_are_refused(source: Path, tmp_path: Path) -> None:
+    made, recipe = prepared(), recipe_of(tmp_path / "run", source)
+    create_store(tmp_path / "store", fingerprint_of(recipe, made, processes()))
+    made.processor.image_processor.image_mean = (0.5, 0.5, 0.5)
+    with pytest.raises(ConfigError, match=r'preprocessing .*0\.48145.*, here .*"image_mean": \[0\.5, 0\.5, 0\.5\]'):
+        FeatureStore.open(tmp_path / "store", fingerprint_of(recipe, made, processes()))
+
+
+def test_what_learns_is_no_part_of_the_fingerprint(source: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path / "run", source)
+    for trainable, name in [("language_projection", "language_projection.weight"), ("qformer", "query_tokens")]:
+        before = fingerprint_of(recipe, prepared(trainable), processes())
+        assert fingerprint_of(recipe, scaled(prepared(trainable), name), processes()) == before
+
+
+def test_a_saved_model_has_the_same_fingerprint(source: Path, tmp_path: Path) -> None:
+    made, recipe = prepared(), recipe_of(tmp_path / "run", source)
+    made.model.save_pretrained(tmp_path / "model")
+    made.processor.save_pretrained(tmp_path / "model")
+    model = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "model")
+    processor = type(made.processor).from_pretrained(tmp_path / "model")
+    again = fingerprint_of(recipe, Prepared(model, processor, made.origin), processes())
+    assert again == fingerprint_of(recipe, made, processes())
+
+
+def test_what_changes_every_time_is_refused(source: Path, tmp_path: Path) -> None:
+    made = prepared()
+    for key, value in [("crop", True), ("photos", "photos")]:
+        data = {"photos": value} if key == "photos" else {"sources": [{"path": str(source)}], "crop": value}
+        recipe = recipe_of(tmp_path / "run", source, data=data)
+        with pytest.raises(ConfigError, match=r"stage only (crops it anew|draws new pictures) each time"):
+            cached(recipe, made)
+    for norm in (m for m in made.model.model.vision_model.modules() if isinstance(m, torch.nn.LayerNorm)):
+        norm.requires_grad_(True)
+    with pytest.raises(ConfigError, match="the vision encoder learns"):
+        cached(recipe_of(tmp_path / "run", source), made)
+
+
+def test_digests_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
+    made, recipe = prepared(), recipe_of(tmp_path / "run", made_source(tmp_path / "source"))
+    fingerprint = fingerprint_of(recipe, made, processes())
+    create_store(tmp_path / "store", fingerprint)
+    digests = [b"\x00" * 8 + bytes([n]) * 24 for n in (3, 1, 2)]
+    for number, digest in enumerate(digests):
+        writer = feature_store.ShardWriter(tmp_path / "store")
+        writer.add([digest], {"qformer_outputs": torch.full((1, 2, 2), float(number))})
+        writer.write()
+    store = FeatureStore.open(tmp_path / "store", fingerprint)
+    assert [store.read(digest)["qformer_outputs"][0, 0].item() for digest in digests] == [0.0, 1.0, 2.0]
+    assert b"\x00" * 32 not in store
