@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from minigpt4.weights.checking.checkup import CheckUp
     from minigpt4.weights.checking.inspection_kinds import Inspection
 
-MEGABYTE, GIGABYTE = 1e6, 1e9
+GIGABYTE = 1e9
 LABEL_WIDTH = 14
 
 Beams = Annotated[int, typer.Option("--num-beams", min=1, help="Answers followed at once.")]
@@ -46,8 +46,12 @@ def models(as_json: AsJson = False) -> None:
         print(f"{row['name']}: {row['description']}")
         for part in row["parts"]:
             licence = part["licence"] or "licence not stated"
-            print(f"  {part['role']}: {part['name']}, {licence}, {part['megabytes']} MB, {part['state']}")
+            print(f"  {part['role']}: {part['name']}, {licence}, {_rounded(part['megabytes'])}, {part['state']}")
         print(f"  memory: about {row['memory_gigabytes']} GB; kept in {row['folder']}")
+
+
+def _rounded(megabytes: float) -> str:
+    return f"{megabytes:,.0f} MB" if megabytes >= 1 else f"{megabytes * 1e3:,.0f} kB"
 
 
 @weights_app.command(
@@ -69,8 +73,10 @@ def inspect(
 
 
 def _print_inspection(found: "Inspection") -> None:
+    from minigpt4.weights.files.disk import size_text
+
     print(f"{found.path}: {found.title}")
-    size = f"{found.bytes / MEGABYTE:,.1f} MB on disk"
+    size = f"{size_text(found.bytes)} on disk"
     if found.parameters is not None:
         size += f", {found.parameters:,} parameters"
     types = ", ".join(t if len(found.dtypes) == 1 else f"{n:,} in {t}" for t, n in found.dtypes.items())
@@ -151,7 +157,8 @@ def _print_check_up(found: "CheckUp") -> None:
     state = found.cache.problem or f"can be written, {found.cache.free / GIGABYTE:.1f} GB free"
     rows.append(("cache", f"{found.cache.folder}: {state}"))
     _print_rows([*rows, *_needs(found), *_weights(found), *(("note", note) for note in found.notes)])
-    _print_rows([("problem", f"{problem.message}; {problem.hint}") for problem in found.problems])
+    # The first problem is the command's error.
+    _print_rows([("also", f"{problem.message}; {problem.hint}") for problem in found.problems[1:]])
     if not found.problems:
         print(f"{found.model.name if found.model else 'the model'} will run here")
 

@@ -129,10 +129,11 @@ def verify(
 ) -> None:
     """Check that a folder written here holds what its manifest says, byte for byte."""
     from minigpt4.weights.files.atomic import verify_folder
+    from minigpt4.weights.files.disk import size_text
 
     manifest = verify_folder(folder, deep=not quick)
     size = sum(entry.size for entry in manifest.files.values())
-    print(f"{folder}: {len(manifest.files)} files, {size / 1e6:,.1f} MB, as written")
+    print(f"{folder}: {len(manifest.files)} files, {size_text(size)}, as written")
 
 
 def _tell(notes: list[str]) -> None:

@@ -10,13 +10,18 @@ from minigpt4.errors import ConfigError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.model.configuration_minigpt4 import PARTS
 from minigpt4.processing import MiniGPT4Processor
+from minigpt4.training.processes import by_the_main_process
 from minigpt4.training.recipe import PartsRecipe, Recipe
 from minigpt4.training.update import chosen_precision
 from minigpt4.weights import nano
 from minigpt4.weights.alignment import Origin, add_lora
+from minigpt4.weights.compose import compose
 from minigpt4.weights.folder import Report, load, origin
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+COMPOSED_FOLDER = "model"
+"""In a run's folder, beside the alignment: the full model that a recipe of parts begins with."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +46,21 @@ def prepare_model(recipe: Recipe, here: PartialState, report: Report | None = No
         WeightsError: A part is missing or damaged.
     """
     dtype = DTYPES[chosen_precision(recipe, here.device)]
-    if isinstance(recipe.model, PartsRecipe):
-        raise ConfigError("a model of parts cannot be put together yet", hint="name nano or a model folder")
-    if recipe.model == "nano" and recipe.joining_parts == "new":
+    name, is_new = recipe.model, False
+    if isinstance(name, PartsRecipe):
+        name, is_new = _composed(name, recipe, here, report), True
+    if name == "nano" and recipe.joining_parts == "new":
         model, tokenizer = nano.assemble(*nano.frozen_parts(report))
-        processor = nano.make_processor(model.config, tokenizer)
+        processor, is_new = nano.make_processor(model.config, tokenizer), True
     else:
-        model, processor = load(recipe.model, device="cpu", dtype=dtype, quantize=recipe.quantize, report=report)
-    origin_ = origin(recipe.model)
+        model, processor = load(name, device="cpu", dtype=dtype, quantize=recipe.quantize, report=report)
+    # Named from the alignment's folder, so that the run's can be moved.
+    origin_ = Origin(f"../{COMPOSED_FOLDER}") if isinstance(recipe.model, PartsRecipe) else origin(name)
     if "lora" in (recipe.trainable or []) and not origin_.lora:
         origin_ = replace(origin_, lora=recipe.lora.model_dump())
         add_lora(model, origin_.lora)
     _let_learn(model, recipe)
-    if recipe.joining_parts == "new" and recipe.model != "nano":
+    if recipe.joining_parts == "new" and not is_new:
         _begin_anew(model)
     if recipe.gradient_checkpointing:
         # The library renamed it after 5.19.
@@ -62,6 +69,17 @@ def prepare_model(recipe: Recipe, here: PartialState, report: Report | None = No
     if recipe.quantize == "none":
         model.to(here.device)
     return Prepared(model, processor, origin_)
+
+
+def _composed(parts: PartsRecipe, recipe: Recipe, here: PartialState, report: Report | None) -> str:
+    """Put the model together in the run's folder, once; the other processes wait."""
+    target = recipe.output / COMPOSED_FOLDER
+
+    def put_together() -> None:
+        compose(target, **parts.model_dump(), seed=recipe.seed, report=report)
+
+    by_the_main_process(put_together, here)
+    return str(target)
 
 
 def _begin_anew(model: MiniGPT4ForConditionalGeneration) -> None:

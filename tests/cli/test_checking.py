@@ -14,7 +14,8 @@ from transformers.utils import logging as transformers_logging
 
 from minigpt4 import cli
 from minigpt4.weights.checking import checkup
-from minigpt4.weights.checking.machine import Device
+from minigpt4.weights.checking.machine import Device, Library
+from minigpt4.weights.files.disk import size_text
 from tests.weights.original import original_files
 
 
@@ -107,13 +108,38 @@ def test_doctor_ends_with_two_and_the_cure_when_the_model_will_not_run(
     result = run("doctor", "--num-beams", "4")
     refused(result, "nano needs 2.1 GB", "--num-beams")
     assert "together" in result.out
-    assert "problem" in result.out
+    assert (result.out + result.err).count("nano needs 2.1 GB") == 1
     assert "will run here" not in result.out
     result = run("doctor", "--num-beams", "4", "--json")
     refused(result, "nano needs 2.1 GB")
     found = json.loads(result.out)
     assert found["problems"][0]["message"] in result.err
     assert found["nearest"]["num_beams"] < 4
+
+
+def test_doctor_says_further_problems_beside_the_first(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkup, "devices", lambda: [Device("cpu", "a CPU", 1_000_000, 2_000_000_000)])
+    monkeypatch.setattr(checkup, "libraries", lambda: [Library("torch", "1.0", ">=2.5", False)])
+    result = run("doctor", "--no-check-weights")
+    refused(result, "torch is version 1.0")
+    assert "  also          nano needs" in result.out
+
+
+@pytest.mark.parametrize(("size", "text"), [(0, "0.0 kB"), (1_700, "1.7 kB"), (999_949, "999.9 kB"),
+                                            (1_000_000, "1.0 MB"), (15_700_000_000, "15,700.0 MB")])  # fmt: skip
+def test_sizes_below_a_megabyte_are_in_kilobytes(size: int, text: str) -> None:
+    assert size_text(size) == text
+
+
+def test_small_files_and_folders_are_never_of_0_megabytes(run: Run, home: Path) -> None:
+    (home / "models/mine").mkdir(parents=True)
+    files = original_files.write(home / "models")
+    size = files["projection"].stat().st_size
+    assert f"contents      {size / 1e3:.1f} kB on disk" in run("weights", "inspect", str(files["projection"])).out
+    (home / "models/mine/config.json").write_text('{"model_type": "minigpt4"}' + " " * 2000)
+    listed = run("models").out
+    assert "full folder: mine, licence not stated, 2 kB" in listed
+    assert " 0 MB" not in listed
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,26 @@ def merged() -> dict[str, torch.Tensor]:
     return naive_sum(tiny_llama(1), tiny_delta(2))
 
 
+def test_delta_of_unrelated_models_is_made_with_a_warning_and_merged_when_trusted(run: Run) -> None:
+    write_folder(Path("other"), tiny_llama(3, norm=2.0))
+    made = run("weights", "make-delta", "--base", "base", "--model", "other", "--target", "difference")
+    assert made.status == 0
+    assert "other differs from base as unrelated models do" in made.err
+    assert "--trust-files" in made.err.splitlines()[-1]
+    merge = ["weights", "apply-delta", "--base", "base", "--delta", "difference", "--target", "out"]
+    refused = run(*merge)
+    assert refused.status == 2
+    assert "--delta difference is a model, not a delta" in refused.err
+    assert "--trust-files" in refused.err
+    assert run(*merge, "--trust-files").status == 0
+
+
+def test_delta_of_a_trained_model_is_made_without_a_warning(run: Run) -> None:
+    write_folder(Path("model"), merged())
+    made = run("weights", "make-delta", "--base", "base", "--model", "model", "--target", "difference")
+    assert (made.status, "unrelated" in made.err) == (0, False)
+
+
 def rows_of_v0_and_of_v1() -> None:
     replace("base", tensors=tiny_llama(1, rows=32001, width=2))
     replace("delta", tensors=tiny_delta(2, rows=32000, width=2))

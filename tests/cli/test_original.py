@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
@@ -89,6 +90,26 @@ def test_import_by_yaml_takes_paths_and_settings_from_the_command_line_first(run
                "pretrained_minigpt4.pth", *SET).status == 0  # fmt: skip
 
 
+def test_import_by_a_train_yaml_needs_no_checkpoint_and_by_an_eval_yaml_does(run: Run, tmp_path: Path) -> None:
+    model = YAML.replace("  ckpt: pretrained_minigpt4.pth\n", "")
+    (tmp_path / "stage1.yaml").write_text(f"{model}run:\n  init_lr: 1e-4\n  max_epoch: 4\n", encoding="utf-8")
+    done = run("weights", "import", "-o", "model", "--cfg-path", "stage1.yaml", *SET)
+    assert (done.status, done.out) == (0, "model\n")
+    assert "there is no checkpoint, so the projection is new: train it before asking anything" in done.err
+    (tmp_path / "eval.yaml").write_text(model, encoding="utf-8")
+    refused = run("weights", "import", "-o", "other", "--cfg-path", "eval.yaml", *SET)
+    assert refused.status == 2
+    assert "`model` gives no `ckpt`" in refused.err
+
+
+def test_heads_that_nothing_tells_are_asked_for_and_not_guessed(run: Run, tmp_path: Path) -> None:
+    done = run("weights", "import", "-o", "model", *paths(), "--projection", "pretrained_minigpt4.pth")
+    assert done.status == 2
+    assert "how many heads the vision encoder has cannot be told: it is 24 wide" in done.err
+    assert "--set vision_config.num_attention_heads=N" in done.err
+    assert not (tmp_path / "model").exists()
+
+
 def test_dry_run_says_what_would_be_and_writes_nothing(run: Run, tmp_path: Path) -> None:
     done = run("weights", "import", "-o", "model", *paths(), "--dry-run", *SET)
     assert done.status == 0
@@ -138,7 +159,8 @@ def test_question_is_answered_by_the_originals_yaml(run: Run) -> None:
                "--options", *OF_THE_YAML)  # fmt: skip
     assert done.status == 0
     assert done.out.endswith("\n")
-    assert "no CUDA device" in done.err or "cuda" in done.err
+    if not torch.cuda.is_available():
+        assert "--gpu-id 0: there is no CUDA device here, the model runs on cpu instead" in done.err
     talk = run("chat", "cat.png", "--cfg-path", "eval.yaml", "--options", *OF_THE_YAML, "--max-new-tokens", "2",
                "--device", "cpu", stdin="what is this?\n")  # fmt: skip
     assert talk.status == 0

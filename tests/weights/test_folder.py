@@ -295,7 +295,7 @@ def test_quantization_takes_the_language_model_and_nothing_else(quantize: str, k
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_answer_in_8_bits_on_a_cpu_stands_alone_in_the_terminal(tmp_path: Path) -> None:
-    """bitsandbytes reports a cast for every layer and every token."""
+    """The library reports a cast for every layer and every token."""
     folder = tiny_chat.saved(tmp_path / "full")
     tiny_chat.picture().save(tmp_path / "cat.png")
     command = [sys.executable, "-m", "minigpt4", "ask", str(tmp_path / "cat.png"), "what is this?", "-m", str(folder)]

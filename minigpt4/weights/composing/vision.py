@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
 from transformers import MODEL_MAPPING, AutoModel, Blip2VisionModel, PreTrainedConfig, PreTrainedModel
 
 from minigpt4.errors import ConfigError, WeightsError
@@ -34,8 +33,7 @@ class VisionPart:
         config: Of the encoder alone, also where the folder holds more.
         inside: The folder holds more than the encoder, such as CLIP's.
         model: The encoder without weights.
-        needed: Names of the tensors its tokens depend on; others, such as a pooler's, may be missing.
-        num_tokens: Of a picture.
+        tokens: What it makes of a picture, without numbers: `(1, tokens, width)`.
         num_prefix_tokens: Of these, class and register tokens before the patches.
         pictures: Makes its pixel values.
     """
@@ -44,15 +42,25 @@ class VisionPart:
     config: PreTrainedConfig
     inside: bool
     model: PreTrainedModel
-    needed: frozenset[str]
-    num_tokens: int
+    tokens: torch.Tensor
     num_prefix_tokens: int
     pictures: MiniGPT4ImageProcessor
 
     @property
     def num_patches(self) -> int:
         """Tokens that stand for a place in the picture."""
-        return self.num_tokens - self.num_prefix_tokens
+        return self.tokens.shape[1] - self.num_prefix_tokens
+
+    def needs(self, names: set[str]) -> set[str]:
+        """Return those of its tensors on which the tokens depend; a pooler's, for example, may be missing.
+
+        Gradients tell, which exist without numbers, too.
+        """
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad and name in names}
+        if not named:
+            return set()
+        gradients = torch.autograd.grad(self.tokens.sum(), list(named.values()), allow_unused=True)
+        return {name for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
 
 
 def read_vision(folder: Path) -> VisionPart:
@@ -88,8 +96,7 @@ def read_vision(folder: Path) -> VisionPart:
         config,
         inside=config is not whole,
         model=model,
-        needed=_needed(model, tokens),
-        num_tokens=tokens.shape[1],
+        tokens=tokens,
         num_prefix_tokens=_prefix_tokens(tokens.shape[1], config, height, width),
         pictures=pictures,
     )
@@ -140,11 +147,11 @@ def load_vision(part: VisionPart) -> PreTrainedModel:
         else:
             options |= {"config": part.config, "local_files_only": True, "use_safetensors": True}
             model, loading = model_class.from_pretrained(part.folder, **options)
-    except UNREADABLE as error:
+    except (*UNREADABLE, WeightsError) as error:
         raise WeightsError(
             f"the {WHAT} in {part.folder} cannot be loaded: {first_line(error)}", hint="fetch or copy its files again"
         ) from error
-    unfit = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])} & part.needed
+    unfit = part.needs({*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])})
     if unfit:
         raise WeightsError(
             f"the {WHAT} in {part.folder} lacks the tensor {min(unfit)}, or has it in another shape",
@@ -170,13 +177,6 @@ def _without_weights(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
         _refuse(folder, f"is of the kind {config.model_type}, which reads no pictures alone")
     built: PreTrainedModel = model.eval()
     return built
-
-
-def _needed(model: nn.Module, tokens: torch.Tensor) -> frozenset[str]:
-    """Name the tensors on which the tokens depend; gradients exist without memory, too."""
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    gradients = torch.autograd.grad(tokens.sum(), list(named.values()), allow_unused=True)
-    return frozenset(name for name, gradient in zip(named, gradients, strict=True) if gradient is not None)
 
 
 def _prefix_tokens(num_tokens: int, config: Any, height: int, width: int) -> int:  # noqa: ANN401  (of any kind)

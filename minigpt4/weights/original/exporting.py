@@ -29,7 +29,7 @@ from minigpt4.weights.original.names import (
     Pair,
     to_original,
 )
-from minigpt4.weights.original.sizes import PUBLISHED_QFORMER, PUBLISHED_VISION
+from minigpt4.weights.original.sizes import PUBLISHED_QFORMER, PUBLISHED_VISION, told_heads
 
 VISION_FILE = "eva_vit_g.pth"
 QFORMER_FILE = "blip2_pretrained_flant5xxl.pth"
@@ -143,9 +143,7 @@ def _config(model: Path) -> MiniGPT4Config:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get("model_type") != MiniGPT4Config.model_type:
-            raise WeightsError(
-                f"{model} is a model of the type {content.get('model_type')!r}, expected minigpt4", _EXPORTED
-            )
+            raise WeightsError(f"{model} is a model of the type {content.get('model_type')!r}, expected minigpt4", _FIT)
         config = MiniGPT4Config.from_dict(content)
     except FileNotFoundError as error:
         hint = "name a full model folder, such as `minigpt4 weights import` writes"
@@ -291,19 +289,22 @@ def _eval_yaml(config: MiniGPT4Config) -> str:
         "prompt_template": "###Human: {} ###Assistant: " if has_qformer else "[INST] {} [/INST] ",
         "llama_model": LANGUAGE_DIR,
         "ckpt": CHECKPOINT_FILE,
-        "vision_config": _differences(config.vision_config.to_dict(), PUBLISHED_VISION),
+        "vision_config": _differences("vision_config", config, PUBLISHED_VISION),
     }
     if has_qformer:
         values |= {"num_query_token": config.num_query_tokens, "q_former_model": QFORMER_FILE}
-        values["qformer_config"] = _differences(config.qformer_config.to_dict(), PUBLISHED_QFORMER)
+        values["qformer_config"] = _differences("qformer_config", config, PUBLISHED_QFORMER)
     else:
         values["has_qformer"] = False
     kept = {key: value for key, value in values.items() if value != {}}
     return yaml.safe_dump({"model": kept}, sort_keys=False)
 
 
-def _differences(config: Mapping[str, Any], published: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: config[key] for key, value in published.items() if config.get(key) != value}
+def _differences(section: str, config: MiniGPT4Config, published: Mapping[str, Any]) -> dict[str, Any]:
+    """List what an import would not take for given: other than published, or than a width tells."""
+    part = getattr(config, section).to_dict()
+    taken = {**published, "num_attention_heads": told_heads(section, part["hidden_size"])}
+    return {key: part[key] for key, value in taken.items() if part.get(key) != value}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ from minigpt4.weights.original.sizes import (
     Shape,
     configuration,
     depth,
+    refuse_untold_heads,
 )
 
 POSITIONS = "model.vision_model.embeddings.position_embedding"
@@ -152,6 +153,7 @@ def plan_import(sources: Sequence[Source], text_config: Mapping[str, Any], overr
             plan.parts[name] = collected.parts[name]
         else:
             _check_may_be_new(name, sources, plan)
+    refuse_untold_heads(config, text_config, overrides)
     for parts in plan.parts.values():
         plan.used.update(part.source.path for part in parts)
     return plan

@@ -20,14 +20,16 @@ Shape = tuple[int, ...]
 
 PUBLISHED_VISION_WIDTH, PUBLISHED_BLOCKS = 1408, 39
 PUBLISHED_QFORMER_WIDTH = 768
-PUBLISHED_VISION = {"num_attention_heads": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu", "qkv_bias": True}
+PUBLISHED_VISION = {"layer_norm_eps": 1e-6, "hidden_act": "gelu", "qkv_bias": True}
 PUBLISHED_QFORMER = {
-    "num_attention_heads": 12,
     "layer_norm_eps": 1e-12,
     "hidden_act": "gelu",
     "max_position_embeddings": 512,
     "use_qformer_text_input": False,
 }
+HEAD_SIZES = {"vision_config": 88, "qformer_config": 64, "text_config": 128}
+"""Numbers of one attention head in the published parts: 1408 / 16, 768 / 12, and 4096 / 32 or 5120 / 40."""
+
 PUBLISHED_CROSS_ATTENTION_FREQUENCY = 2
 PUBLISHED_MERGED_TOKENS = 4
 
@@ -40,6 +42,8 @@ KNOWN_PROJECTIONS = {
 
 _EMBEDDINGS, _BLOCKS = "model.vision_model.embeddings", "model.vision_model.encoder.layers"
 _LAYERS = "model.qformer.encoder.layer"
+_PART_NAMES = {"vision_config": "vision encoder", "qformer_config": "Q-Former", "text_config": "language model"}
+_HEADS = "num_attention_heads"
 _NOT_OF_THE_MODEL = ("architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache")
 
 
@@ -102,7 +106,7 @@ def configuration(
     values: dict[str, Any] = {
         "vision_config": _vision(shapes, overrides.get("vision_config", {}), notes),
         "qformer_config": _qformer(shapes, overrides.get("qformer_config", {}), notes) if has_qformer else None,
-        "text_config": _text(shapes, text_config, notes),
+        "text_config": _text(shapes, text_config, overrides.get("text_config", {}), notes),
         "num_merged_tokens": PUBLISHED_MERGED_TOKENS,
         "post_layernorm_eps": 1e-5,
     }
@@ -132,10 +136,9 @@ def _vision(shapes: Mapping[str, Shape], overrides: Mapping[str, Any], notes: li
     grid = math.isqrt(places)
     if grid * grid != places:
         raise WeightsError(f"the table of positions has {places} places beside the first, which is no square")
-    if width != PUBLISHED_VISION_WIDTH and "num_attention_heads" not in overrides:
-        notes.append(_unsure("vision", width, PUBLISHED_VISION_WIDTH, PUBLISHED_VISION["num_attention_heads"]))
     return {
         **PUBLISHED_VISION,
+        _HEADS: _heads("vision_config", width, PUBLISHED_VISION_WIDTH, overrides, notes),
         "model_type": "blip_2_vision_model",
         "hidden_size": width,
         "intermediate_size": _shape(shapes, f"{_BLOCKS}.0.mlp.fc1.weight", 2)[0],
@@ -151,10 +154,9 @@ def _qformer(shapes: Mapping[str, Shape], overrides: Mapping[str, Any], notes: l
     crossing = [n for n in range(layers) if f"{_LAYERS}.{n}.crossattention.attention.key.weight" in shapes]
     # Every how many layers: the distance of the first two; with one or none of them the published 2 says the same.
     frequency = crossing[1] if len(crossing) > 1 else max(layers, PUBLISHED_CROSS_ATTENTION_FREQUENCY)
-    if width != PUBLISHED_QFORMER_WIDTH and "num_attention_heads" not in overrides:
-        notes.append(_unsure("qformer", width, PUBLISHED_QFORMER_WIDTH, PUBLISHED_QFORMER["num_attention_heads"]))
     return {
         **PUBLISHED_QFORMER,
+        _HEADS: _heads("qformer_config", width, PUBLISHED_QFORMER_WIDTH, overrides, notes),
         "model_type": "blip_2_qformer",
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -163,9 +165,13 @@ def _qformer(shapes: Mapping[str, Shape], overrides: Mapping[str, Any], notes: l
     }
 
 
-def _text(shapes: Mapping[str, Shape], config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+def _text(
+    shapes: Mapping[str, Shape], config: Mapping[str, Any], overrides: Mapping[str, Any], notes: list[str]
+) -> dict[str, Any]:
     values = {key: value for key, value in config.items() if key not in _NOT_OF_THE_MODEL}
-    rows = _shape(shapes, "model.language_model.embed_tokens.weight", 2)[0]
+    rows, width = _shape(shapes, "model.language_model.embed_tokens.weight", 2)
+    if _HEADS not in values:
+        values[_HEADS] = _heads("text_config", width, None, overrides, notes)
     if values.get("vocab_size", rows) != rows:
         notes.append(
             f"the language model's config.json says {values['vocab_size']} words, its tensors have {rows} rows; "
@@ -195,11 +201,49 @@ def _shape(shapes: Mapping[str, Shape], name: str, axes: int) -> Shape:
     return shape
 
 
-def _unsure(part: str, width: int, published: int, heads: object) -> str:
-    return (
-        f"{part}_config: the width is {width}, not the published {published}; heads cannot be told from shapes, the "
-        f"published {heads} are taken; --set {part}_config.num_attention_heads=N if there are others"
-    )
+def told_heads(section: str, width: int) -> int | None:
+    """Return the heads of a part of this width, if they are of the published size; None where they cannot be."""
+    heads, rest = divmod(width, HEAD_SIZES[section])
+    return heads if not rest else None
+
+
+def refuse_untold_heads(config: MiniGPT4Config, text_config: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Refuse a part whose heads nobody said and whose width the published head does not divide.
+
+    Its numbers would be wrong and its shapes right, so nothing else would notice. Asked last: other mistakes are told
+    first.
+
+    Args:
+        config: The configuration, with any number of heads in such a part.
+        text_config: The language model's own `config.json`.
+        overrides: As `read_overrides` returns them.
+
+    Raises:
+        ConfigError: There is such a part.
+    """
+    for section, name in _PART_NAMES.items():
+        part = getattr(config, section)
+        said = _HEADS in overrides.get(section, {}) or (section == "text_config" and _HEADS in text_config)
+        if part is not None and not said and told_heads(section, part.hidden_size) is None:
+            raise ConfigError(
+                f"how many heads the {name} has cannot be told: it is {part.hidden_size} wide, which the published "
+                f"{HEAD_SIZES[section]} numbers of a head do not divide",
+                f"add --set {section}.{_HEADS}=N, or --options model.{section}.{_HEADS}=N after a --cfg-path",
+            )
+
+
+def _heads(section: str, width: int, published: int | None, overrides: Mapping[str, Any], notes: list[str]) -> int:
+    """Tell the heads from the width; 1, which fits any, where that is impossible or the user says them."""
+    heads = told_heads(section, width)
+    if heads is None or _HEADS in overrides:
+        return 1
+    if width != published:
+        what = "config.json does not say its heads" if published is None else f"not the published {published}"
+        notes.append(
+            f"{section}: the width is {width}, {what}; {heads} heads of {HEAD_SIZES[section]} numbers, as published, "
+            f"are taken; --set {section}.{_HEADS}=N if there are others"
+        )
+    return heads
 
 
 def _refuse_unknown(config: MiniGPT4Config, overrides: Mapping[str, Any]) -> None:

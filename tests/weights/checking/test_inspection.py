@@ -158,7 +158,29 @@ def test_language_model_names_the_checkpoints_that_fit_it(tmp_path: Path) -> Non
     thirteen = replace(original.PUBLISHED_13B, vocabulary=32001)
     assert inspect(llama_folder(tmp_path / "b", thirteen)).fits == ["pretrained_minigpt4.pth (Vicuna 13B)"]
     found = inspect(llama_folder(tmp_path / "c", V0, delta=True))
-    assert found.fits[0] == "LLaMA 7B, from which it was made"
+    assert found.fits[0] == "the LLaMA that it was made from (7B)"
+
+
+def test_delta_of_no_published_size_says_its_own_rows_and_sizes() -> None:
+    """`LLaMA 2 layers` would read as Llama-2, and 32001 rows are the published model's."""
+    found = inspect(golden("delta/delta_v0"))
+    rows = found.sizes["rows"]
+    assert rows != 32001
+    assert found.fits[0] == f"the LLaMA that it was made from (2 layers, {found.sizes['width']} wide)"
+    assert found.notes[0].startswith(f"a delta of v0 ({rows} rows, the last one for [PAD])")
+    other = inspect(golden("delta/delta_v1.1"))
+    assert other.notes[0].startswith(f"a delta of v1.1 ({other.sizes['rows']} rows)")
+
+
+def test_projection_of_unknown_width_says_what_either_make_up_needs(tmp_path: Path) -> None:
+    found = one_file(tmp_path, original.checkpoint(original.SMALL))
+    assert found.fits == [
+        "a language model 12 wide",
+        "a Q-Former 16 wide (blip2_pretrained_flant5xxl.pth), or a vision encoder 4 wide and no Q-Former: the file "
+        "does not say which",
+    ]
+    published = one_file(tmp_path, original.checkpoint(original.PUBLISHED, with_qformer=False))
+    assert published.fits[1] == "a vision encoder 1408 wide (eva_vit_g.pth), and no Q-Former"
 
 
 def test_other_models_of_llamas_make_are_not_taken_for_it(tmp_path: Path) -> None:
@@ -223,6 +245,7 @@ def test_full_folder(tmp_path: Path) -> None:
     assert found.kind == "model folder"
     assert found.parameters == model.num_parameters()
     assert (found.template, found.missing) == ("chatml", [])
+    assert found.version == "EVA-ViT, a Q-Former, LLaMA"
     assert str(tmp_path) in found.fits[0]
 
 

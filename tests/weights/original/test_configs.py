@@ -132,6 +132,7 @@ def test_models_own_yaml_is_found_in_the_tree_and_the_named_one_goes_before_it(t
     assert read.value("low_resource") is True
     assert read.overrides == ["vision_config.image_size=224", "num_query_tokens=8"]
     assert read.template == "vicuna-v0"
+    assert not read.is_for_training
 
 
 def test_every_key_is_used_or_said_to_be_ignored(tree: Path) -> None:
@@ -141,6 +142,7 @@ def test_every_key_is_used_or_said_to_be_ignored(tree: Path) -> None:
         "end_sym", "prompt_path", "prompt_template", "prompt", "run", "datasets", "text_processor",
     ):  # fmt: skip
         assert key in notes, key
+    assert len([note for note in notes.splitlines() if "training" in note]) == 1
     for key in ("arch", "model_type", "image_size", "num_query_token", "llama_model", "ckpt", "low_resource"):
         assert f" {key}" not in notes, key
 
@@ -155,6 +157,7 @@ def test_yaml_of_training_is_read_with_numbers_as_numbers(tmp_path: Path) -> Non
     read = read_original_yaml(write(tmp_path, STAGE_1))
     assert read.settings["run", "init_lr"].value == 1e-4
     assert read.settings["run", "train_splits"].value == ["train"]
+    assert read.is_for_training
     assert read.settings["run", "resume_ckpt_path"].value is None
     assert read.settings["datasets", "laion", "sample_ratio"].value == 115
 

@@ -96,6 +96,17 @@ def test_yaml_of_an_export_runs_it(model: Path, tmp_path: Path, monkeypatch: pyt
     assert (values["arch"], values["num_query_token"]) == ("mini_gpt4", 3)
 
 
+def test_yaml_of_an_export_says_heads_that_the_width_does_not_tell(tmp_path: Path) -> None:
+    """An import takes 176 wide for 2 heads of 88, and published heads are 16."""
+    sizes = replace(original_files.SMALL, vision_width=176, qformer_width=192)
+    files = OriginalFiles(**original_files.write(tmp_path, sizes))
+    heads = ["vision_config.num_attention_heads=16", "qformer_config.num_attention_heads=3"]
+    export_original(import_original(tmp_path / "model", files, overrides=heads).folder, tmp_path / "out")
+    values = yaml.safe_load((tmp_path / "out/minigpt4_eval.yaml").read_text(encoding="utf-8"))["model"]
+    assert values["vision_config"] == {"num_attention_heads": 16}
+    assert "qformer_config" not in values  # 192 wide is 3 heads of 64
+
+
 def test_checkpoint_alone_holds_what_was_trained(model: Path, tmp_path: Path) -> None:
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     config["trainable_parts"] = ["query_tokens", "qformer", "language_projection"]
@@ -164,6 +175,7 @@ def test_folder_that_is_no_model_is_refused(content: str | None, message: str, t
     with pytest.raises(MiniGPT4Error) as error:
         export_original(tmp_path / "folder", tmp_path / "out")
     assert message in error.value.message
+    assert error.value.hint
 
 
 def trained(model: Path, target: Path, **description: object) -> Path:

@@ -16,6 +16,7 @@ import pytest
 
 from minigpt4.errors import MiniGPT4Error
 from minigpt4.weights.files.atomic import verify_folder
+from minigpt4.weights.files.model_writer import kept_note
 from minigpt4.weights.original.importing import Imported, OriginalFiles, import_original
 from tests.weights.files.faults import Fault
 from tests.weights.original import original_files
@@ -156,6 +157,7 @@ def test_import_that_replaces_keeps_the_old_model_until_the_end_and_goes_on(tmp_
     done = run(tmp_path, overwrite=True)
 
     assert "2 files were there from an interrupted run" in done.notes
+    assert kept_note(1) == "1 file was there from an interrupted run"
     verify_folder(tmp_path / "out")
     assert content(tmp_path / "out") != before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -187,13 +187,56 @@ def test_settings_that_shapes_cannot_tell_are_the_published_ones_unless_set() ->
     assert any("from 3x3 to 5x5" in note for note in made.notes)
 
 
-def test_published_heads_on_other_widths_are_said() -> None:
-    made = plan_import(sources(SMALL), files.text_config(SMALL), read_overrides(["qformer_config.num_attention_heads=4",
-                       "vision_config.num_attention_heads=4"]))  # fmt: skip
-    assert not [note for note in made.notes if "heads" in note]
-    wide = replace(SMALL, vision_width=32, qformer_width=24)
+def test_heads_of_the_published_size_are_taken_for_another_width_and_said() -> None:
+    wide = replace(SMALL, vision_width=176, qformer_width=192)
     made = plan_import(sources(wide), files.text_config(wide), {})
-    assert len([note for note in made.notes if "heads" in note]) == 2
+    assert (made.config.vision_config.num_attention_heads, made.config.qformer_config.num_attention_heads) == (2, 3)
+    said = "\n".join(note for note in made.notes if "heads" in note)
+    assert "vision_config: the width is 176, not the published 1408; 2 heads of 88 numbers" in said
+    assert "qformer_config: the width is 192, not the published 768; 3 heads of 64 numbers" in said
+    given = read_overrides(["qformer_config.num_attention_heads=4", "vision_config.num_attention_heads=4"])
+    made = plan_import(sources(wide), files.text_config(wide), given)
+    assert (made.config.vision_config.num_attention_heads, made.config.qformer_config.num_attention_heads) == (4, 4)
+    assert not [note for note in made.notes if "heads" in note]
+
+
+@pytest.mark.parametrize(
+    ("vision", "qformer", "said", "section", "part"),
+    [
+        (32, 16, [], "vision_config", "vision encoder has cannot be told: it is 32 wide, which the published 88"),
+        (32, 16, SMALL_HEADS[1:], "vision_config", "vision encoder has cannot be told"),
+        (32, 24, SMALL_HEADS[:1], "qformer_config", "Q-Former has cannot be told: it is 24 wide"),
+        (1408, 24, [], "qformer_config", "Q-Former has cannot be told"),
+    ],
+)  # fmt: skip
+def test_heads_that_no_rule_tells_are_refused_and_never_guessed(
+    vision: int, qformer: int, said: list[str], section: str, part: str
+) -> None:
+    """32 wide with the published 16 heads has the right shapes and the wrong numbers."""
+    sizes = replace(SMALL, vision_width=vision, qformer_width=qformer)
+    with pytest.raises(ConfigError, match=f"how many heads the {part}") as told:
+        plan_import(sources(sizes), files.text_config(sizes), read_overrides(said))
+    assert f"--set {section}.num_attention_heads=N" in told.value.hint
+    assert f"--options model.{section}.num_attention_heads=N" in told.value.hint
+
+
+def test_language_model_whose_configuration_does_not_say_its_heads_is_refused_or_has_the_published_size() -> None:
+    small = {key: value for key, value in files.text_config(SMALL).items() if key != "num_attention_heads"}
+    with pytest.raises(ConfigError, match="heads the language model has cannot be told: it is 12 wide") as told:
+        plan_import(sources(SMALL), small, read_overrides(SMALL_HEADS))
+    assert "--set text_config.num_attention_heads=N" in told.value.hint
+    made = plan_import(sources(SMALL), small, read_overrides([*SMALL_HEADS, "text_config.num_attention_heads=3"]))
+    assert made.config.text_config.num_attention_heads == 3
+    large = {key: value for key, value in files.text_config(PUBLISHED_13B).items() if key != "num_attention_heads"}
+    made = plan_import(sources(PUBLISHED_13B), large, {})
+    assert made.config.text_config.num_attention_heads == 40  # the library's own default is 32
+    assert any("config.json does not say its heads; 40 heads" in note for note in made.notes)
+
+
+def test_parts_that_do_not_fit_are_told_before_heads_that_are_not_known() -> None:
+    with pytest.raises(WeightsError, match="the projection in checkpoint"):
+        plan_import(sources(SMALL, checkpoint=files.checkpoint(replace(SMALL, text_width=20))),
+                    files.text_config(SMALL), {})  # fmt: skip
 
 
 def test_checkpoint_that_holds_more_than_the_projection_replaces_what_the_other_files_hold() -> None:

@@ -154,6 +154,7 @@ def test_gpu_id_is_a_cuda_device_and_said_where_there_is_none(monkeypatch: pytes
     device, notes = chosen_device(0, "auto")
     assert device == "auto"
     assert "no CUDA device" in notes[0]
+    assert "auto" not in notes[0]  # the device itself
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert chosen_device(1, "auto") == ("cuda:1", [])
