@@ -14,7 +14,9 @@ from minigpt4.cli.terminal import note, parts_bar, quiet
 from minigpt4.errors import UsageError
 
 if TYPE_CHECKING:
+    from minigpt4.data.record import Record
     from minigpt4.data.sources.checking import SourceCheck, Spread
+    from minigpt4.processing import MiniGPT4Processor
 
 Text = Annotated[str | None, typer.Option(help="Column or key that holds the caption.", metavar="NAME")]
 Where = Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, a file, DIR/{00000..00099}.tar or hub:NAME.")]
@@ -58,7 +60,8 @@ def check(
     from minigpt4.data.sources.checking import check_source
     from minigpt4.data.sources.contact_sheet import write_contact_sheet
 
-    count_tokens = _token_counter(model) if model else None
+    processor = _processor_of(model) if model else None
+    count_tokens = _token_counter(processor) if processor else None
     with _counting_bar() as report:
         opened = open_source(source, format=kind, images=images, text=text, report=report)
         seen = check_source(
@@ -75,6 +78,8 @@ def check(
         print(json.dumps(seen.as_dict(), indent=2))
     else:
         _print_check(seen, contact_sheet)
+        for number in seen.samples[:2] if processor else []:
+            print(f"  {'read as':<12}{_as_read(opened.read(number), processor, max_text_tokens)}")
 
 
 @data_app.command(epilog=examples("minigpt4 data index laion_dataset/"))
@@ -96,13 +101,25 @@ def index(
     print(path)
 
 
-def _token_counter(model: str) -> Callable[[str], int]:
-    """Return what counts the tokens of a text as a model does."""
+def _processor_of(model: str) -> "MiniGPT4Processor":
     import minigpt4
-    from minigpt4.processing.text_encoding import TextEncoder
 
     with parts_bar() as report:
-        _, processor = minigpt4.load(model, device="cpu", report=report)
+        return minigpt4.load(model, device="cpu", report=report)[1]
+
+
+def _as_read(record: "Record", processor: Any, max_text_tokens: int) -> str:  # noqa: ANN401  (a processor)
+    """Write a record as a model reads it when it is trained."""
+    from minigpt4.data.examples import DEFAULT_PROMPTS, Layout, as_read
+
+    layout = Layout(processor, max_text_tokens=max_text_tokens)
+    return as_read(layout.encode(record, DEFAULT_PROMPTS[0]), processor)
+
+
+def _token_counter(processor: "MiniGPT4Processor") -> Callable[[str], int]:
+    """Return what counts the tokens of a text as a model does."""
+    from minigpt4.processing.text_encoding import TextEncoder
+
     encoder = TextEncoder(processor.tokenizer)
     return lambda words: len(encoder.encode(words.strip()))
 

@@ -148,6 +148,31 @@ class Layout:
         return before, after
 
 
+def as_read(example: TextExample, processor: MiniGPT4Processor) -> str:
+    """Write an example as the model reads it, on one line: `(picture)` for its places, `>>` and `<<` round the learnt.
+
+    For people; the strings can stand in the text itself.
+    """
+    pieces: list[str] = []
+    run: list[int] = []
+    kind = ""
+
+    def end_run() -> None:
+        if run:
+            text = "(picture)" if kind == "picture" else processor.tokenizer.decode(run, skip_special_tokens=False)
+            pieces.append(f">>{text}<<" if kind == "learnt" else text)
+            run.clear()
+
+    for token, label in zip(example.input_ids, example.labels, strict=True):
+        now = "picture" if token == processor.image_token_id else "text" if label == IGNORED else "learnt"
+        if now != kind:
+            end_run()
+            kind = now
+        run.append(token)
+    end_run()
+    return "".join(pieces).replace("\n", "\\n")
+
+
 def pixel_values(record: Record, processor: MiniGPT4Processor, crop_seed: Sequence[int] | None) -> Tensor:
     """Open a record's picture and make it what the vision encoder reads.
 

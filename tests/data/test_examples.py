@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minigpt4.data.examples import IGNORED, Layout, padded, pixel_values
+from minigpt4.data.examples import IGNORED, Layout, as_read, padded, pixel_values
 from minigpt4.data.record import Record
 from minigpt4.errors import DataError, ImageError
 from tests import tiny_chat
@@ -78,6 +78,13 @@ def test_text_alone_has_no_place_for_a_picture(layout: Layout) -> None:
 def test_an_empty_answer_is_refused(answer: str, layout: Layout) -> None:
     with pytest.raises(DataError, match=r"a\.jpg has an empty answer"):
         layout.encode(record(("What?", answer)), "")
+
+
+def test_people_see_what_is_learnt_and_where_the_picture_is(layout: Layout) -> None:
+    shown = as_read(layout.encode(record(*TWO_TURNS), ""), layout.processor)
+    assert shown.count("(picture)") == 1 and "\n" not in shown
+    assert ">>a red dog<|im_end|><<" in shown and ">>no<|im_end|><<" in shown
+    assert shown.index("(picture)") < shown.index("What is it?") < shown.index(">>a red dog")
 
 
 def original(layout: Layout, **changes: object) -> Layout:
