@@ -260,7 +260,7 @@ def test_llama_of_the_first_kind_holds_pictures_by_its_unknown_token(parts: Part
 
 def test_answer_ends_where_template_tokenizer_and_makers_say(parts: Parts, tmp_path: Path) -> None:
     language = shutil.copytree(parts("qwen3"), tmp_path / "language")
-    (language / "generation_config.json").write_text(json.dumps({"eos_token_id": [20, 21], "temperature": 0.6}))
+    (language / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 20, 21], "temperature": 0.6}))
 
     model, processor = minigpt4.load(composed(tmp_path / "model", parts("vit"), language), device="cpu")
 

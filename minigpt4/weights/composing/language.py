@@ -267,4 +267,7 @@ def _stop_ids(
                 f"{folder / 'generation_config.json'} cannot be read: {first_line(error)}", hint="copy it again"
             ) from error
     flat = [number for one in named for number in (one if isinstance(one, list) else [one])]
-    return list(dict.fromkeys(number for number in flat if isinstance(number, int) and 0 <= number < config.vocab_size))
+    # Old folders of LLaMA name the beginning of a text as its end.
+    beginning = {tokenizer.bos_token_id} - {tokenizer.eos_token_id}
+    ids = (n for n in flat if isinstance(n, int) and 0 <= n < config.vocab_size and n not in beginning)
+    return list(dict.fromkeys(ids))
