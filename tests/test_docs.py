@@ -22,7 +22,7 @@ PAGES = (ENGLISH, CHINESE)
 
 TELLING = (
     "weights/files", "weights/llama", "weights/original", "weights/checking",
-    "cli/delta.py", "cli/original.py", "cli/checking.py",
+    "weights/folder.py", "cli/delta.py", "cli/original.py", "cli/checking.py",
 )  # fmt: skip
 """Whose every message for a user's mistake stands in the tables."""
 

@@ -9,6 +9,7 @@ import typer
 
 from minigpt4.cli.app import app
 from minigpt4.cli.original import spread_options
+from minigpt4.cli.plotting import join_names
 from minigpt4.cli.terminal import complain, forgiving_streams
 from minigpt4.errors import MiniGPT4Error, UsageError
 
@@ -44,7 +45,7 @@ def _run(arguments: list[str]) -> None:
     """Run a command without the library's own handling of errors, which would write its own words and statuses."""
     command = typer.main.get_command(app)
     try:
-        with command.make_context("minigpt4", spread_options(arguments)) as context:
+        with command.make_context("minigpt4", join_names(spread_options(arguments))) as context:
             command.invoke(context)
     except typer.Exit:
         return

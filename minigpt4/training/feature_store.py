@@ -108,7 +108,9 @@ class FeatureStore:
             StorageError: It is not there, cannot be read, or is damaged.
         """
         _check_fingerprint(folder, fingerprint)
-        shards, digests, places, bad = [], [], [], {}
+        shards: list[dict[str, StoredTensor]] = []
+        digests, places = [], []
+        bad: dict[bytes, str] = {}
         for path in sorted(folder.glob("*.safetensors")):
             tensors, here, reasons = _open_shard(path)
             digests.append(here)

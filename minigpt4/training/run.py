@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from minigpt4.data.batches import SourceBatches
-from minigpt4.training.checkpoint import whole
+from minigpt4.training.checkpoint import State, last_checkpoint, whole
 from minigpt4.training.features import cached_pictures
 from minigpt4.training.loop import Batches, Progress, train
 from minigpt4.training.objectives import TrainingStep
@@ -18,6 +19,7 @@ from minigpt4.training.recipe import Recipe, StageRecipe
 from minigpt4.training.run_folder import check_recipe, only_run
 from minigpt4.training.stage_data import stage_data
 from minigpt4.training.text_statistics import text_statistics
+from minigpt4.training.trackers import Tracker, check_trackers, open_trackers
 from minigpt4.training.validation import Validation
 from minigpt4.weights.alignment import alignment_tensors, save_alignment
 from minigpt4.weights.folder import Report
@@ -50,14 +52,25 @@ class Reports:
 class _Watcher:
     """Passes updates on, and validates."""
 
+    recipe: Recipe
     reports: Reports
     validation: Validation | None
+    trackers: list[Tracker]
 
     def update(self, progress: Progress) -> None:
         self.reports.update(progress)
+        figures = {key: value for key, value in asdict(progress).items() if isinstance(value, int | float)}
+        self._track(progress.stage, progress.step, figures)
 
     def validation_loss(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
-        return self.validation.loss(module, stage, step) if self.validation else None
+        loss = self.validation.loss(module, stage, step) if self.validation else None
+        if loss is not None:
+            self._track(stage.name, step, {"validation_loss": loss})
+        return loss
+
+    def _track(self, stage: str, step: int, figures: dict[str, Any]) -> None:
+        for tracker in self.trackers:
+            tracker.log(figures, updates_before(self.recipe, stage) + step)
 
 
 def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) -> Path:
@@ -79,6 +92,7 @@ def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) 
         StorageError: The run's folder cannot be written.
         WeightsError: The model, or a checkpoint, cannot be used.
     """
+    check_trackers(recipe.report_to)
     here = processes()
     told = reports if reports and here.is_main_process else Reports()
     with only_run(recipe.output) if here.is_main_process else nullcontext():
@@ -90,11 +104,15 @@ def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) 
         batches = stage_data(recipe, prepared, here, kept)
         if here.is_main_process:
             _say_what_is_learnt(recipe, prepared, batches, told.say)
+        trackers = _open_trackers(recipe) if here.is_main_process else []
         try:
-            train(recipe, prepared.model, batches, _Watcher(told, validation), here)
+            train(recipe, prepared.model, batches, _Watcher(recipe, told, validation, trackers), here)
         except (KeyboardInterrupt, SystemExit):
             told.say(f"stopped and saved in {recipe.output}; the same command goes on")
             raise
+        finally:
+            for tracker in trackers:
+                tracker.finish()
         held = {name: whole(t) for name, t in alignment_tensors(prepared.model, prepared.origin).items()}
         target = recipe.output / ALIGNMENT_FOLDER
 
@@ -105,6 +123,18 @@ def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) 
 
         by_the_main_process(save, here)
     return target
+
+
+def _open_trackers(recipe: Recipe) -> list[Tracker]:
+    found = last_checkpoint(recipe.output)
+    state = found[1] if found else State()
+    first = sum(stage.steps for stage in recipe.stages[: state.stage]) + state.step
+    return open_trackers(recipe.report_to, recipe.output, recipe.model_dump(mode="json"), first_step=first)
+
+
+def updates_before(recipe: Recipe, stage: str) -> int:
+    """Return how many updates the stages before one have."""
+    return sum(s.steps for s in recipe.stages[: [s.name for s in recipe.stages].index(stage)])
 
 
 def _say_what_is_learnt(recipe: Recipe, prepared: Prepared, batches: Batches, say: Callable[[str], None]) -> None:

@@ -8,12 +8,19 @@ from accelerate import PartialState
 from minigpt4.data.batches import Process, SourceBatches
 from minigpt4.data.examples import DEFAULT_PROMPTS
 from minigpt4.data.order import Order
+from minigpt4.data.record import Record
+from minigpt4.errors import DataError, ImageError
+from minigpt4.processing.pictures import open_image
 from minigpt4.training.objectives import TrainingStep, num_targets
 from minigpt4.training.preparing import Prepared
-from minigpt4.training.processes import summed
+from minigpt4.training.processes import by_the_main_process, summed
 from minigpt4.training.recipe import Recipe, StageRecipe, ValidationRecipe
+from minigpt4.training.samples import add_round, answer_pictures, make_round
 from minigpt4.training.stage_data import layout_of, open_sources
 from minigpt4.training.update import PRECISIONS, chosen_precision, to_device
+
+MANY = 10
+"""So many times as many records are looked at for pictures that can be opened."""
 
 FIXED_SEED = 0
 """The same examples every time, whatever the run's seed."""
@@ -44,7 +51,7 @@ class Validation:
 
     @torch.no_grad()
     def loss(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
-        """Return the loss a target token over all of the validation's batches, where it is time for it.
+        """Return the loss a target token over the validation's batches, and add sample answers, where it is time.
 
         Random numbers and modes are left as they were found.
         """
@@ -64,7 +71,30 @@ class Validation:
             count += num_targets(batch)
         module.train(was_training)
         loss, targets = summed([total, count], self.processes)
+        by_the_main_process(lambda: self._add_samples(stage, step), self.processes)
         return loss / max(targets, 1)
+
+    def _add_samples(self, stage: StageRecipe, step: int) -> None:
+        """Ask about the first pictures, and add the answers to the run's page."""
+        batches = self._batches(stage)
+        records: list[Record] = []
+        for place in range(MANY * self.settings.pictures):
+            if len(records) == self.settings.pictures:
+                break
+            try:
+                record = batches.record(*batches.order.pick(place))
+                open_image(record.picture or b"")
+            except (DataError, ImageError):
+                continue  # as the loss, which takes another in its place
+            records.append(record)
+        if not records:
+            return
+        pictures = [record.picture or b"" for record in records]
+        model, processor = self.prepared.model, self.prepared.processor
+        answers = answer_pictures(model, processor, pictures, self.settings.question, stage.max_text_tokens)
+        references = [record.turns[0][1] for record in records]
+        title = f"Sample answers of {self.recipe.output.name}: {self.settings.question}"
+        add_round(self.recipe.output, title, make_round(stage.name, step, pictures, references, answers))
 
     def _batches(self, stage: StageRecipe) -> SourceBatches:
         sources = open_sources(self.settings.sources)

@@ -14,6 +14,7 @@ import minigpt4
 from minigpt4.errors import ConfigError
 from minigpt4.training.recipe import Recipe, make_recipe
 from minigpt4.training.run import Reports, run
+from minigpt4.training.samples import read_rounds
 from tests import tiny_chat
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
@@ -112,7 +113,7 @@ def test_norms_of_the_vision_encoder_can_learn(model_folder: Path, pictures: Pat
 def test_validation_loss_is_taken_on_the_same_pictures_each_time(
     model_folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    validation = {"sources": [{"path": str(pictures)}], "every_steps": 2, "batches": 2, "pictures": 0}
+    validation = {"sources": [{"path": str(pictures)}], "every_steps": 2, "batches": 2, "pictures": 3}
     stages = [{"name": "only", "steps": 4, "batch_size": 3, "learning_rate": 1e-9, "warmup_steps": 0}]
     output = tmp_path / "run"
     run(recipe(model_folder, pictures, output, validation=validation, stages=stages))
@@ -122,10 +123,13 @@ def test_validation_loss_is_taken_on_the_same_pictures_each_time(
     assert losses.keys() == {2, 4}
     assert losses[2] == pytest.approx(losses[4], rel=1e-4)  # next to nothing was learnt in between
     assert json.loads((output / "checkpoints/best.json").read_text()).startswith("stage0-step")
+    page = (output / "samples.html").read_text()
+    assert page.count("data:image/") == 3 and "it is " in page
+    assert [(one.step, len(one.samples)) for one in read_rounds(output)] == [(2, 3), (4, 3)]
 
 
 def test_validation_changes_nothing_that_is_learnt(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
-    validation = {"sources": [{"path": str(pictures)}], "every_steps": 1, "batches": 1, "pictures": 0}
+    validation = {"sources": [{"path": str(pictures)}], "every_steps": 1, "batches": 1, "pictures": 2}
     watched = run(recipe(model_folder, pictures, tmp_path / "watched", validation=validation))
     plain = run(recipe(model_folder, pictures, tmp_path / "plain"))
 
@@ -183,3 +187,10 @@ def test_what_cannot_be_trained_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         run(recipe(model_folder, pictures, tmp_path / "run", **changes))
+
+
+def test_figures_go_to_tensorboard_too(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run(recipe(model_folder, pictures, output, report_to=["tensorboard"]))
+
+    assert [path for path in output.rglob("events.out.tfevents.*") if path.stat().st_size > 0]

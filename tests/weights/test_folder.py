@@ -271,7 +271,9 @@ def test_unknown_quantization_is_refused() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.filterwarnings("default")  # bitsandbytes' own, about processors and number types
 @pytest.mark.parametrize(("quantize", "kind"), [("int8", "Linear8bitLt"), ("nf4", "Linear4bit")])
-def test_quantization_takes_the_language_model_and_nothing_else(quantize: str, kind: str, tmp_path: Path) -> None:
+def test_quantization_takes_the_language_model_and_nothing_else(
+    quantize: str, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tiny_chat.saved(tmp_path / "full")
 
     model, processor = load(folder, device="cpu", quantize=quantize)
@@ -291,8 +293,10 @@ def test_quantization_takes_the_language_model_and_nothing_else(quantize: str, k
     chat.add_image(tiny_chat.picture())
     assert chat.ask("what is this?", max_new_tokens=4)
     assert chat.answer.completion_tokens == 4 or chat.answer.finish_reason == "stop"
+    assert not [message for message in caplog.messages if "MatMul8bitLt" in message]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_answer_in_8_bits_on_a_cpu_stands_alone_in_the_terminal(tmp_path: Path) -> None:
     """The library reports a cast for every layer and every token."""
