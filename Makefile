@@ -3,7 +3,7 @@ PYTHON ?= .venv/bin/python
 FLOOR := build/venv-floor
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: check format test test-slow test-floor nano
+.PHONY: check format test test-slow test-floor soak nano
 
 check: ## linters and the fast tests
 	$(PYTHON) -m ruff check
@@ -26,6 +26,9 @@ test-floor: ## every test with the oldest transformers that is promised to work
 	grep -v '^transformers==' constraints.txt > build/constraints-floor.txt
 	$(FLOOR)/bin/pip install -q -c build/constraints-floor.txt -e ".[test]" "transformers==5.19.0"
 	$(FLOOR)/bin/python -m pytest -n 2
+
+soak: ## the long tests of the server, each with its figure; SOAK=0.1 for a tenth of them
+	$(PYTHON) -m pytest -s -q tests/serving/soak.py
 
 SPRITE_SETS := @lobehub/fluent-emoji-3d@1.1.0 @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5 \
     emojibase-data@17.0.0

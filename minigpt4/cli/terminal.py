@@ -55,7 +55,7 @@ def parts_bar() -> Iterator[Callable[[str, int, int], None]]:
                     note(what)
                 return
             if not tasks:
-                tasks[""] = stack.enter_context(_bar("download", transient=True))
+                tasks[""] = stack.enter_context(_bar())
             bar = tasks[""]
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total or None)
@@ -64,32 +64,9 @@ def parts_bar() -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
-@contextmanager
-def training_bar() -> Iterator[Callable[[Any], None]]:
-    """Show the stages' progress, rate and loss on standard error: bars on a terminal, else a line every 100 steps."""
-    tasks: dict[str, Any] = {}
-    with ExitStack() as stack:
-
-        def report(progress: Any) -> None:  # noqa: ANN401  (training.loop.Progress, which loads torch)
-            figures = f"loss {progress.loss:.3f}  hits {progress.accuracy:.0%}  {progress.seconds:.1f} s a step"
-            if not sys.stderr.isatty():
-                if progress.step % 100 == 0 or progress.step == progress.steps:
-                    note(f"{progress.stage}  {progress.step} of {progress.steps}  {figures}")
-                return
-            if not tasks:
-                tasks[""] = stack.enter_context(_bar("steps", transient=False))
-            bar = tasks[""]
-            if progress.stage not in tasks:
-                tasks[progress.stage] = bar.add_task(progress.stage, total=progress.steps, figures=figures)
-            bar.update(tasks[progress.stage], completed=progress.step, figures=figures)
-
-        yield report
-
-
-def _bar(kind: str, *, transient: bool) -> Any:  # noqa: ANN401  (rich.progress.Progress, which loads here)
+def _bar() -> Any:  # noqa: ANN401  (rich.progress.Progress, which loads here)
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    amount = [DownloadColumn()] if kind == "download" else [MofNCompleteColumn(), TextColumn("{task.fields[figures]}")]
-    columns = [TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn()]
-    return Progress(*columns, console=Console(stderr=True), transient=transient)
+    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()]
+    return Progress(*columns, console=Console(stderr=True), transient=True)

@@ -8,8 +8,10 @@ import typer
 import yaml
 
 from minigpt4.cli.app import app, examples
+from minigpt4.cli.features import features_bar
 from minigpt4.cli.original import Options
-from minigpt4.cli.terminal import note, parts_bar, quiet, training_bar
+from minigpt4.cli.progress import training_bar
+from minigpt4.cli.terminal import note, parts_bar, quiet
 from minigpt4.errors import UsageError
 
 if TYPE_CHECKING:
@@ -60,8 +62,8 @@ def train(
     quiet(hub=_needs_the_hub(settings))
     from minigpt4.training.run import Reports, run
 
-    with training_bar() as update, parts_bar() as parts:
-        folder = run(settings, Reports(update, parts, parts, note), force=force)
+    with training_bar() as update, parts_bar() as parts, features_bar() as features:
+        folder = run(settings, Reports(update, parts, features, note), force=force)
     if _speaks():
         print(folder)
 

@@ -63,17 +63,25 @@ def end(children: list[int], deadline: float | None, victim: int) -> bool:
         if deadline is not None and time.monotonic() > deadline and waiting:
             deadline = None
             if children[victim] in waiting:
-                os.killpg(children[victim], signal.SIGKILL)
+                kill_group(children[victim])
         if any(codes) and asked is None:
             asked = time.monotonic()
             for child in waiting:
                 os.kill(child, signal.SIGTERM)
         if asked is not None and time.monotonic() > asked + 30 and waiting:
             for child in waiting:
-                os.killpg(child, signal.SIGKILL)
+                kill_group(child)
             sys.exit("a process was left waiting for 30 s after another was killed")
         time.sleep(0.002)
     return not any(codes)
+
+
+def kill_group(child: int) -> None:
+    """Kill a process and what it started."""
+    try:
+        os.killpg(child, signal.SIGKILL)
+    except ProcessLookupError:  # it has no group of its own yet
+        os.kill(child, signal.SIGKILL)
 
 
 def result(output: Path) -> dict[str, Any]:

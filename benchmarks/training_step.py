@@ -1,0 +1,349 @@
+"""What an update of training takes, beside the original's algorithm on the same weights, examples and machine.
+
+    python benchmarks/training_step.py --rounds 5 --json figures.json
+
+The projection alone learns, as in both of MiniGPT-4's stages. The original's algorithm: the picture through the frozen
+vision encoder and Q-Former at every update, logits in float32 for all places, examples in batches as they come, padded
+to the longest, with a mask. Its update is written down here once more; then one thing after another is done as this
+project does it, and the last row but one is `minigpt4.training` as it is:
+
+- targets only: no logits where nothing is learned.
+- buckets: batches of like length, out of a window of batches.
+- no mask: padding stands on the right, where no place reads it.
+- cached features: what the projection reads of a picture is kept, as `features: cache` in a recipe does.
+
+A round makes the same window of updates once in every way, and begins with another way each time. The first round is
+not timed: there the loss and the gradient of the window must be the same in all ways, or the program ends. The two
+kinds of examples are like MiniGPT-4's: pictures with captions of 5 to 32 tokens, and with a prompt and 50 to 160.
+Reading and opening pictures is no part of an update here; readers do it beside.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from minigpt4.data.examples import IGNORED, TextExample, padded
+from minigpt4.data.order import bucketed
+from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
+from minigpt4.training.objectives import Outcome, TrainingStep
+from minigpt4.training.recipe import StageRecipe
+from minigpt4.training.update import PRECISIONS, Updater, make_optimizer
+from minigpt4.weights import nano
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+"""How far gradients may lie apart, of their length; losses, a tenth of it, of their size."""
+
+TINY: dict[str, Any] = {
+    "vision_config": {
+        "model_type": "blip_2_vision_model", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "patch_size": 8, "image_size": 64, "initializer_range": 0.1,
+    },
+    "qformer_config": {
+        "model_type": "blip_2_qformer", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 128, "cross_attention_frequency": 2, "initializer_range": 0.1,
+    },
+    "text_config": {
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "vocab_size": 2000, "max_position_embeddings": 512,
+    },
+    "num_query_tokens": 32,
+    "image_token_id": 3,
+}  # fmt: skip
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the examples of a stage are like.
+
+    Args:
+        name: Of the stage.
+        batch_size: Examples an update.
+        shortest: Tokens of an answer, at least.
+        longest: At most.
+        before: Tokens before the picture, the one that begins a text included.
+        after: Tokens between the picture and the answer.
+    """
+
+    name: str
+    batch_size: int
+    shortest: int
+    longest: int
+    before: int
+    after: int
+
+
+KINDS = [Kind("stage 1", 8, 5, 32, 1, 0), Kind("stage 2", 4, 50, 160, 8, 14)]
+
+
+class OriginalStep(nn.Module):
+    """The original's way from a batch to a loss, from the description of its algorithm."""
+
+    def __init__(self, model: MiniGPT4ForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Outcome:
+        joined = self.model.model
+        with torch.no_grad():
+            seen = joined.vision_model(batch["pixel_values"], return_dict=True)
+        pictures = joined.align_image_features(seen).pooler_output
+        ids = batch["input_ids"]
+        words = joined.get_input_embeddings()(ids)
+        first = int((ids[0] == self.model.config.image_token_id).nonzero()[0])  # one prompt for a whole batch
+        after = words[:, first + pictures.shape[1] :]
+        embeddings = torch.cat([words[:, :first], pictures.to(words.dtype), after], dim=1)
+        hidden = joined.language_model(
+            inputs_embeds=embeddings, attention_mask=batch["attention_mask"], use_cache=False
+        ).last_hidden_state
+        logits = self.model.lm_head(hidden).float()[:, :-1].contiguous()
+        targets = batch["labels"][:, 1:].contiguous()
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        return Outcome(loss, torch.zeros(()))
+
+
+class MaskedStep(nn.Module):
+    """The same with logits for the targets alone."""
+
+    def __init__(self, model: MiniGPT4ForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Outcome:
+        hidden = self.model.model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            pixel_values=batch["pixel_values"],
+            use_cache=False,
+        ).last_hidden_state[:, :-1]
+        targets = batch["labels"][:, 1:]
+        logits = self.model.lm_head(hidden[targets != IGNORED]).float()
+        loss = nn.functional.cross_entropy(logits, targets[targets != IGNORED], reduction="sum")
+        return Outcome(loss, torch.zeros(()))
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to make the updates of a window.
+
+    Args:
+        name: What it does besides the one before.
+        step: From a batch to a loss.
+        batches: The window.
+    """
+
+    name: str
+    step: nn.Module
+    batches: Sequence[Batch]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds an update, of the clock and of the processor."""
+
+    wall: float
+    cpu: float
+
+
+def load(tiny: bool) -> MiniGPT4ForConditionalGeneration:
+    """Make the model: nano's frozen parts, or random ones of a hundredth of their size."""
+    torch.manual_seed(0)
+    if tiny:
+        model = MiniGPT4ForConditionalGeneration(MiniGPT4Config(**TINY))
+    else:
+        model, _ = nano.assemble(*nano.frozen_parts())
+    model.config.trainable_parts = ("language_projection",)
+    model.freeze()
+    return model.train()
+
+
+def examples(model: MiniGPT4ForConditionalGeneration, kind: Kind, count: int) -> tuple[list[TextExample], Tensor]:
+    """Make texts and pictures up: what a token is takes no time of its own, how many there are does."""
+    generator = torch.Generator().manual_seed(7)
+    config = model.config
+
+    def words(number: int) -> list[int]:
+        ids = torch.randint(config.image_token_id + 1, config.text_config.vocab_size, (number,), generator=generator)
+        return [int(i) for i in ids]
+
+    prompt = [*words(kind.before), *[config.image_token_id] * config.num_image_tokens, *words(kind.after)]
+    lengths = torch.randint(kind.shortest, kind.longest + 1, (count,), generator=generator).tolist()
+    answers = [words(length) for length in lengths]
+    texts = [TextExample(prompt + answer, [IGNORED] * len(prompt) + answer, 0) for answer in answers]
+    side = config.vision_config.image_size
+    return texts, torch.randn(count, 3, side, side, generator=generator)
+
+
+def ways(model: MiniGPT4ForConditionalGeneration, kind: Kind, window: int) -> list[Way]:
+    """List the ways, from the original's to this project's."""
+    texts, pictures = examples(model, kind, kind.batch_size * window)
+    in_order = [list(range(first, first + kind.batch_size)) for first in range(0, len(texts), kind.batch_size)]
+    alike = bucketed([len(text.input_ids) for text in texts], kind.batch_size, (0,))
+    with torch.no_grad():
+        features = torch.cat([qformer_outputs(model, pictures[rows]) for rows in in_order])
+
+    def batches(groups: list[list[int]], **more: Tensor) -> list[Batch]:
+        return [
+            padded([texts[i] for i in rows], 0) | {name: value[rows] for name, value in more.items()} for rows in groups
+        ]
+
+    as_they_come, bucketed_ = batches(in_order, pixel_values=pictures), batches(alike, pixel_values=pictures)
+    ours = TrainingStep(model)
+    return [
+        Way("the original's algorithm", OriginalStep(model), as_they_come),
+        Way("+ targets only", MaskedStep(model), as_they_come),
+        Way("+ buckets", MaskedStep(model), bucketed_),
+        Way("+ no mask", ours, bucketed_),
+        Way("+ cached features", ours, batches(alike, qformer_outputs=features)),
+    ]
+
+
+def qformer_outputs(model: MiniGPT4ForConditionalGeneration, pictures: Tensor) -> Tensor:
+    """Return what the projection reads."""
+    read: list[Tensor] = []
+    hook = model.model.language_projection.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    model.get_image_features(pictures, return_dict=True)
+    hook.remove()
+    return read[0].clone()
+
+
+def make_updater(way: Way, kind: Kind, precision: str) -> Updater:
+    stage = StageRecipe(
+        name=kind.name, steps=1, batch_size=kind.batch_size, learning_rate=1e-4, clip_norm=None, loss_over="tokens"
+    )
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return Updater(way.step, make_optimizer(way.step, stage), scaler, stage, PRECISIONS[precision], PartialState())
+
+
+def compare(all_ways: Sequence[Way], kind: Kind, precision: str) -> dict[str, list[float]]:
+    """Take loss and gradient of the whole window in every way.
+
+    Returns:
+        How far the way's loss, and its gradient, lie from the first way's, relative to them.
+    """
+    apart: dict[str, list[float]] = {}
+    first: tuple[float, Tensor] | None = None
+    for way in all_ways:
+        updater = make_updater(way, kind, precision)
+        figures = updater(way.batches, rate=0.0)  # the weights stay as they are
+        gradient = torch.cat([p.grad.flatten() for p in way.step.parameters() if p.grad is not None])
+        first = first or (figures.loss, gradient)
+        apart[way.name] = [abs(figures.loss / first[0] - 1), float((gradient - first[1]).norm() / first[1].norm())]
+        assert apart[way.name][0] < TOLERANCE[precision] / 10, f"{way.name}: the loss differs: {apart[way.name]}"
+        assert apart[way.name][1] < TOLERANCE[precision], f"{way.name}: the gradient differs: {apart[way.name]}"
+    return apart
+
+
+def timed(way: Way, kind: Kind, precision: str) -> Times:
+    """Make the updates of the window, from the same weights every time."""
+    projection = way.step.get_submodule("model.model.language_projection")
+    before = {name: value.clone() for name, value in projection.state_dict().items()}
+    update: Callable[[Batch], object]
+    updater = make_updater(way, kind, precision)
+    if isinstance(way.step, OriginalStep):
+        update = original_update(way.step, updater.optimizer, precision)
+    else:
+        update = lambda batch: updater([batch], rate=1e-4)  # noqa: E731
+    wall, cpu = time.perf_counter(), time.process_time()
+    for batch in way.batches:
+        update(batch)
+    times = Times((time.perf_counter() - wall) / len(way.batches), (time.process_time() - cpu) / len(way.batches))
+    projection.load_state_dict(before)
+    return times
+
+
+def original_update(step: OriginalStep, optimizer: torch.optim.Optimizer, precision: str) -> Callable[[Batch], object]:
+    """The original's update, which looks neither at the gradient's length nor at what would have been said."""
+
+    def update(batch: Batch) -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=PRECISIONS[precision], enabled=precision != "fp32"):
+            loss = step(batch).loss
+        (loss / (batch["labels"] != IGNORED).sum()).backward()
+        optimizer.step()
+
+    return update
+
+
+def measure(model: MiniGPT4ForConditionalGeneration, kind: Kind, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure one kind of examples."""
+    all_ways = ways(model, kind, arguments.window)
+    apart = compare(all_ways, kind, arguments.precision)
+    times: dict[str, list[Times]] = {way.name: [] for way in all_ways}
+    for number in range(arguments.rounds):
+        first = number % len(all_ways)
+        for way in [*all_ways[first:], *all_ways[:first]]:
+            times[way.name].append(timed(way, kind, arguments.precision))
+            print(f"{kind.name}, round {number + 1}: {way.name:25} {times[way.name][-1]}", file=sys.stderr, flush=True)
+    return {
+        way.name: {
+            "wall": statistics.median(t.wall for t in times[way.name]),
+            "cpu": statistics.median(t.cpu for t in times[way.name]),
+            "loss_apart": apart[way.name][0],
+            "gradient_apart": apart[way.name][1],
+        }
+        for way in all_ways
+    }
+
+
+def table(figures: Mapping[str, Mapping[str, float]], kind: Kind) -> str:
+    """Write the medians and their ratios as Markdown."""
+    lines = [
+        f"| {kind.name}: batches of {kind.batch_size}, answers of {kind.shortest} to {kind.longest} tokens "
+        "| s an update | processor s | ratio | processor ratio | loss apart | gradient apart |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    first = next(iter(figures.values()))
+    for name, row in figures.items():
+        lines.append(
+            f"| {name} | {row['wall']:.3f} | {row['cpu']:.3f} | {first['wall'] / row['wall']:.2f} "
+            f"| {first['cpu'] / row['cpu']:.2f} | {row['loss_apart']:.0e} | {row['gradient_apart']:.0e} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a random model of a hundredth of nano's size")
+    parser.add_argument("--precision", choices=list(TOLERANCE), default="fp32", help="of all ways")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--window", type=int, default=8, help="updates in a round, and batches in a bucket's window")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    model = load(arguments.tiny)
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {arguments.threads} used, torch {torch.__version__}"
+    figures: dict[str, Any] = {
+        "machine": machine,
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": shlex.join(["python", *sys.argv]),
+        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+    for kind in KINDS:
+        figures[kind.name] = measure(model, kind, arguments)
+    figures["load_after"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    print("\n\n".join(table(figures[kind.name], kind) for kind in KINDS))
+    busy = f"{figures['load_before']:.1f} before, {figures['load_after']:.1f} after; " if figures["load_before"] else ""
+    print(f"\n{machine}; load {busy}{figures['date']}; `{figures['command']}`")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What the terminal shows of a training run: how far it is, how fast, how well, and how long it will take."""
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from minigpt4.cli.terminal import note
+
+if TYPE_CHECKING:
+    from minigpt4.training.loop import Progress
+
+    Show = Callable[[Progress, str, list[str]], None]
+
+WINDOW = 50
+"""Rates are those of so many last steps."""
+
+LINE_STEPS = 100
+
+
+@contextmanager
+def training_bar(line_steps: int = LINE_STEPS) -> "Iterator[Callable[[Progress], None]]":
+    """Show a run's progress on standard error: a bar a stage on a terminal, else lines.
+
+    Args:
+        line_steps: Without a terminal, a line for each so many steps, and for the first and the last one of a stage.
+
+    Yields:
+        To be told of every step.
+    """
+    recent: deque[Progress] = deque(maxlen=WINDOW)
+    shown: list[Show] = []
+    with ExitStack() as stack:
+
+        def report(progress: "Progress") -> None:
+            if not shown:  # not before the first step: until then the terminal belongs to what loads
+                shown.append(stack.enter_context(_bars()) if sys.stderr.isatty() else _lines(line_steps))
+            if recent and recent[-1].stage != progress.stage:
+                recent.clear()
+            recent.append(progress)
+            shown[0](progress, time_left(recent), figures(recent))
+
+        yield report
+
+
+def figures(recent: "deque[Progress]") -> list[str]:
+    """Write what is worth knowing of the last step, and the rates of the last steps; what is not known is left out."""
+    last = recent[-1]
+    seconds = sum(step.seconds for step in recent)
+    shown = [f"loss {last.loss:.3f}" + (" (skipped)" if last.skipped else ""), f"accuracy {last.accuracy:.0%}"]
+    if seconds > 0:
+        rates = {"steps": len(recent), "images": sum(s.images for s in recent), "tokens": sum(s.tokens for s in recent)}
+        shown += [f"{_three_digits(count / seconds)} {name}/s" for name, count in rates.items() if count]
+    if last.memory_bytes:
+        shown.append(f"{last.memory_bytes / 1e9:.1f} GB")
+    return shown
+
+
+def time_left(recent: "deque[Progress]") -> str:
+    """Write how long the rest of the stage will take at the rate of the last steps."""
+    last = recent[-1]
+    if last.step == last.steps:
+        return "done"
+    seconds = round((last.steps - last.step) * sum(step.seconds for step in recent) / len(recent))
+    hours, rest = divmod(seconds, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02} left"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _lines(line_steps: int) -> "Show":
+    started: set[str] = set()
+
+    def show(progress: "Progress", left: str, shown: list[str]) -> None:
+        first = progress.stage not in started  # the first of this start of the run
+        started.add(progress.stage)
+        if first or progress.step % line_steps == 0 or progress.step == progress.steps:
+            note(", ".join([f"{progress.stage} {progress.step:,} of {progress.steps:,}", *shown, left]))
+
+    return show
+
+
+@contextmanager
+def _bars() -> "Iterator[Show]":
+    """Show a bar a stage, and below the last one the figures, which have a line of their own in a narrow terminal."""
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bars
+    from rich.text import Text
+
+    bars = Bars(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    below = Text("", no_wrap=True, overflow="ellipsis")
+    tasks: dict[str, Any] = {}
+    with Live(Group(bars, below), console=Console(stderr=True), refresh_per_second=4):
+
+        def show(progress: "Progress", left: str, shown: list[str]) -> None:
+            if progress.stage not in tasks:
+                tasks[progress.stage] = bars.add_task(progress.stage, total=progress.steps, left=left)
+            bars.update(tasks[progress.stage], completed=progress.step, left=left)
+            below.plain = "  ".join(shown)
+
+        yield show

@@ -1,0 +1,156 @@
+"""`minigpt4 serve`."""
+
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from minigpt4.cli.app import app, examples
+from minigpt4.cli.asking import Device, Dtype, LanguageModel, Model, Quantize, check_placement, quiet_for
+from minigpt4.cli.original import CfgPath, GpuId, Options, from_the_original
+from minigpt4.cli.terminal import note, parts_bar
+from minigpt4.errors import UsageError
+
+if TYPE_CHECKING:
+    from minigpt4.serving.engine import Engine
+    from minigpt4.serving.settings import Settings
+
+Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen; 127.0.0.1 is this machine alone.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
+ApiKeyFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Holds the key that clients must send; or MINIGPT4_API_KEY.")
+]
+MaxConcurrent = Annotated[int, typer.Option(min=1, max=256, help="Answers in progress at once.")]
+MaxQueue = Annotated[int, typer.Option(min=1, max=10_000, help="Requests that wait; one more is refused.")]
+AllowImageHost = Annotated[
+    list[str] | None, typer.Option(metavar="HOST", help="Fetch pictures from there too; may be repeated.")
+]
+AllowHost = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="A name clients use for this server, as behind a proxy.")
+]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Listen for other machines without a key.")]
+
+
+@app.command(
+    epilog=examples(
+        "minigpt4 serve",
+        "minigpt4 serve --host 0.0.0.0 --port 8080 --api-key-file key.txt",
+        'curl localhost:8000/v1/chat/completions -H "Content-Type: application/json" '
+        '-d \'{"messages": [{"role": "user", "content": "Hello"}]}\'',
+    )
+)
+def serve(
+    model: Model = "nano",
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key_file: ApiKeyFile = None,
+    max_concurrent: MaxConcurrent = 8,
+    max_queue: MaxQueue = 32,
+    allow_image_host: AllowImageHost = None,
+    allow_host: AllowHost = None,
+    insecure: Insecure = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: Quantize = "none",
+    language_model: LanguageModel = None,
+    cfg_path: CfgPath = None,
+    options: Options = None,
+    gpu_id: GpuId = None,
+) -> None:
+    """Answer OpenAI clients over HTTP."""
+    run_server(**locals())
+
+
+def run_server(
+    *,
+    model: str,
+    host: str,
+    port: int,
+    api_key_file: Path | None,
+    max_concurrent: int,
+    max_queue: int,
+    allow_image_host: list[str] | None,
+    allow_host: list[str] | None,
+    insecure: bool,
+    device: str,
+    dtype: str,
+    quantize: str,
+    language_model: Path | None,
+    cfg_path: Path | None,
+    options: list[str] | None,
+    gpu_id: int | None,
+    page: str | None = None,
+) -> None:
+    """Serve until a signal; what is wrong is told before the model loads. See `serve` for the arguments."""
+    check_placement(device, dtype, quantize)
+    from minigpt4.serving.remote_addresses import allowed_host
+    from minigpt4.serving.security import check_exposure, is_loopback, known_hosts, read_key
+    from minigpt4.serving.settings import Settings
+
+    api_key = read_key(api_key_file)
+    check_exposure(host, api_key, insecure=insecure)
+    hosts = known_hosts(host, allow_host or [], api_key)
+    image_hosts = frozenset(map(allowed_host, allow_image_host or []))
+    from minigpt4.serving.server import listen
+
+    with listen(host, port) as listening:
+        quiet_for(model)
+        model, device, quantize = from_the_original(
+            cfg_path, options, gpu_id, model=model, device=device, quantize=quantize
+        )
+        settings = Settings(public_name(model), api_key, hosts, image_hosts)
+
+        def load_engine() -> "Engine":
+            with parts_bar() as report:
+                from minigpt4.serving.engine import Engine
+                from minigpt4.weights import load
+
+                parts = load(
+                    model, device=device, dtype=dtype, quantize=quantize, language_model=language_model, report=report
+                )
+            return Engine(*parts, max_concurrent=max_concurrent, max_queue=max_queue)
+
+        shown, taken = listening.getsockname()[:2]
+        note(f"listening on http://{f'[{shown}]' if ':' in shown else shown}:{taken}; Ctrl-C stops it")
+        if api_key is None and not is_loopback(host):
+            note("everybody who reaches this machine can use it: --insecure")
+        _serve(listening, settings, load_engine, page)
+
+
+def _serve(
+    listening: socket.socket, settings: "Settings", load_engine: Callable[[], "Engine"], page: str | None
+) -> None:
+    """Listen, load, and answer; a model that cannot be loaded ends it."""
+    from minigpt4.serving.api import make_app
+    from minigpt4.serving.server import Server
+
+    application = make_app(None, settings, page)
+    server = Server(application, settings)
+    failure: list[BaseException] = []
+
+    def load_and_open() -> None:
+        try:
+            application.state.desk.open(load_engine())
+            note(f"{settings.model_id} is ready")
+        except BaseException as error:
+            failure.append(error)
+            server.should_exit = True
+
+    threading.Thread(target=load_and_open, name="load", daemon=True).start()
+    server.run(sockets=[listening])
+    if failure:
+        raise failure[0]
+
+
+def public_name(model: str) -> str:
+    """Return what clients call a model: never a path."""
+    path = Path(model)
+    if model != "nano" and (path.is_dir() or path.is_absolute() or model.startswith(".")):
+        name = path.resolve().name
+        if not name:
+            raise UsageError(f"{model!r} is no model folder", "give the folder of a model")
+        return name
+    return model

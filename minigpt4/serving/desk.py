@@ -1,0 +1,184 @@
+"""What the routes share: the engine when it is there, what waits for it, and the steps from a body to its answer."""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from fastapi import Request
+from pydantic import ValidationError
+from starlette.responses import Response
+
+from minigpt4.serving.bodies import ChatRequest
+from minigpt4.serving.completions import Writer
+from minigpt4.serving.limits import BodyReader
+from minigpt4.serving.listening import AnswerStream, Listening, Mailbox, whole_answer
+from minigpt4.serving.metrics import Metrics
+from minigpt4.serving.openai_errors import ApiError, sentence_of
+from minigpt4.serving.picture_pool import PicturePool, Target
+from minigpt4.serving.pictures import check_amount, open_messages
+from minigpt4.serving.settings import Settings
+from minigpt4.serving.strict_json import read_json
+
+if TYPE_CHECKING:
+    from minigpt4.serving.engine import Engine  # loads torch
+
+T = TypeVar("T")
+
+
+class Desk:
+    """Where requests are taken.
+
+    Args:
+        settings: Limits and names.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.bodies = BodyReader(settings.limits)
+        self.pool = PicturePool(settings.limits.image, children=settings.decoders)
+        self.closing = False
+        self.started = int(time.time())
+        self._engine: Engine | None = None
+        self._closed: asyncio.Task[None] | None = None
+        self._preparing = 0
+        # One thread: what it does holds the interpreter anyway, and tokenizers are not for two at once.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="desk")
+
+    @property
+    def engine(self) -> "Engine":
+        """The engine.
+
+        Raises:
+            ApiError: 503 while the model is loading.
+        """
+        if self._engine is None:
+            raise ApiError(503, "the model is still loading", code="loading", headers={"Retry-After": "5"})
+        return self._engine
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are answered now."""
+        return self._engine is not None and not self.closing
+
+    def open(self, engine: "Engine") -> None:
+        """Answer requests with an engine from now on."""
+        self.metrics.watch(engine)
+        self._engine = engine
+
+    async def close(self) -> None:
+        """Take no more requests, finish or give up those there are, and end the children."""
+        self.closing = True
+        if self._closed is None:
+            self._closed = asyncio.create_task(self._close())
+        await asyncio.shield(self._closed)
+
+    async def answer(self, http: Request) -> Response:
+        """Answer a chat completion.
+
+        Raises:
+            ApiError: With what is wrong, and where.
+        """
+        self._check_room()
+        async with self.bodies.read(http) as body:  # what is read is let go before the answer begins
+            asked = await self._apart(partial(self._parsed, body))
+            self._check_room()
+            listening = await self._submitted(asked)
+        options = asked.stream_options
+        writer = Writer(self.settings.model_id, options is not None and options.include_usage)
+        if asked.stream:
+            return AnswerStream(listening, writer, self.settings.limits.ping_seconds)
+        del asked, body  # hundreds of requests may wait, and their pictures are long
+        return await whole_answer(listening, http, writer)
+
+    async def _close(self) -> None:
+        if self._engine is not None:
+            seconds = self.settings.limits.drain_seconds
+            done, loop = asyncio.Event(), asyncio.get_running_loop()
+
+            def close(engine: "Engine") -> None:
+                engine.close(seconds)
+                with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waited so long
+                    loop.call_soon_threadsafe(done.set)
+
+            # Not a thread of a pool: the interpreter would wait for those when it has to end at once.
+            threading.Thread(target=close, args=[self._engine], daemon=True).start()
+            with contextlib.suppress(TimeoutError):  # an answer that cannot be given up ends with the process
+                await asyncio.wait_for(done.wait(), seconds + 0.5)
+        self.pool.close()
+        self._thread.shutdown(wait=False)
+
+    def _check_room(self) -> None:
+        """Refuse at once what would be refused in the end."""
+        counts = self.engine.counts
+        room = self.engine.max_queue + max(0, self.engine.max_concurrent - counts.answering)
+        if self.closing or counts.waiting + self._preparing >= room:
+            raise ApiError(
+                429,
+                "the server is closing" if self.closing else f"the server has {counts.waiting} requests waiting",
+                "wait a few seconds and ask again",
+                headers={"Retry-After": "2"},
+            )
+
+    def _parsed(self, body: bytearray) -> ChatRequest:
+        limits = self.settings.limits
+        try:
+            asked = ChatRequest.model_validate(read_json(body, limits))
+        except ValidationError as error:
+            raise sentence_of(error) from error
+        if asked.model is not None and asked.model != self.settings.model_id:
+            raise ApiError(
+                404, f"there is no model {asked.model[:80]!r} here", f"the model is {self.settings.model_id!r}",
+                param="model", code="model_not_found",
+            )  # fmt: skip
+        if asked.stream_options is not None and not asked.stream:
+            raise ApiError(400, "stream_options is for streams alone", "add stream: true", param="stream_options")
+        longest = asked.options.get("max_new_tokens", 0)
+        if longest > limits.max_new_tokens:
+            name = "max_completion_tokens" if asked.max_completion_tokens else "max_tokens"
+            raise ApiError(400, f"{name} is {longest}, expected at most {limits.max_new_tokens}", param=name)
+        if (asked.num_beams or 1) > limits.max_beams:
+            raise ApiError(
+                400, f"num_beams is {asked.num_beams}, expected at most {limits.max_beams}", param="num_beams"
+            )
+        check_amount(asked.messages, self.settings)
+        return asked
+
+    async def _submitted(self, asked: ChatRequest) -> Listening:
+        engine = self.engine
+        self._preparing += 1
+        deaths = self.pool.deaths
+        try:
+            messages = await open_messages(asked.messages, self.settings, self.pool, _target(engine))
+            mailbox = Mailbox()
+            request = await self._apart(
+                lambda: engine.submit(
+                    messages,
+                    asked.options,
+                    mailbox,
+                    stop=asked.stop_strings,
+                    timeout=self.settings.limits.answer_seconds,
+                )
+            )
+        finally:
+            self._preparing -= 1
+            self.metrics.decoder_deaths.inc(self.pool.deaths - deaths)
+        return Listening(engine, request, mailbox, self.metrics.answered)
+
+    async def _apart(self, work: Callable[[], T]) -> T:
+        """Do something that takes a while off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _target(engine: "Engine") -> Target | None:
+    """Return the size to which the model's processor would bring a picture, so that a decoder can do it."""
+    processor = engine.processor.image_processor
+    size = processor.size
+    if not processor.do_resize or not size.height or not size.width:
+        return None
+    return Target(int(size.width), int(size.height), int(processor.resample))

@@ -1,0 +1,69 @@
+"""What a body may be, enforced while it is read: its kind, its length, the time it takes, and all bodies together."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.requests import Request
+
+from minigpt4.serving.openai_errors import ApiError
+from minigpt4.serving.settings import Limits
+
+
+class BodyReader:
+    """Reads bodies, and knows how much of all of them is in memory.
+
+    Args:
+        limits: Lengths and times.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.held = 0
+
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytearray]:
+        """Read the JSON body of a request, and count it as held until the context is left.
+
+        Raises:
+            ApiError: 413, 415, 408 or 503.
+            ConnectionError: The client left.
+        """
+        self._check_headers(request)
+        body = bytearray()
+        taken = 0
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                while True:
+                    message = await request.receive()
+                    if message["type"] == "http.disconnect":
+                        raise ConnectionError("the client left")
+                    part = message.get("body", b"")
+                    taken, self.held = taken + len(part), self.held + len(part)
+                    body += part
+                    if taken > self.limits.max_body_bytes:
+                        raise self._too_long()
+                    if self.held > self.limits.max_held_bytes:
+                        raise ApiError(503, "the server is reading too much at once", headers={"Retry-After": "2"})
+                    if not message.get("more_body"):
+                        break
+            yield body
+        except TimeoutError as error:
+            said = f"the body did not arrive within {self.limits.body_seconds:g} s"
+            raise ApiError(408, said, headers={"Connection": "close"}) from error
+        finally:
+            self.held -= taken
+
+    def _check_headers(self, request: Request) -> None:
+        headers = request.headers
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "the body has to be JSON", "send the header Content-Type: application/json")
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            raise ApiError(415, "compressed bodies are not accepted")
+        if int(headers.get("content-length", "0")) > self.limits.max_body_bytes:
+            raise self._too_long()
+
+    def _too_long(self) -> ApiError:
+        # The rest of it is read and dropped by the protocol: a client that is still sending would not see an answer
+        # on a connection that is closed.
+        return ApiError(413, f"the body is longer than {self.limits.max_body_bytes / 2**20:g} MiB", "send less")

@@ -1,0 +1,257 @@
+"""Many clients, clients that leave, clients that are slow: nobody is lost and nothing leaks."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import pytest
+
+from minigpt4.serving import desk, listening
+from minigpt4.serving.engine import Engine, Request
+from minigpt4.serving.settings import Limits, Settings
+from tests.serving.live import HELLO, MODEL, Live, live, picture_file, read_all, seeing
+
+LONG = HELLO | {"max_tokens": 900}
+
+
+def request_bytes(body: dict[str, object], *headers: str) -> bytes:
+    data = json.dumps(body).encode()
+    head = [
+        "POST /v1/chat/completions HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {len(data)}",
+        *headers,
+    ]
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + data
+
+
+@pytest.fixture
+def one_place() -> Iterator[Live]:
+    settings = Settings(MODEL, decoders=1, limits=replace(Limits(), ping_seconds=0.05))
+    with live(settings, max_concurrent=1, max_queue=4) as running:
+        yield running
+
+
+def occupy(server: Live) -> socket.socket:
+    """Have an answer in progress."""
+    connection = server.connect()
+    connection.sendall(request_bytes(LONG | {"stream": True}))
+    read = b""
+    while b'"content": "' not in read.partition(b'"content": ""')[2]:
+        read += connection.recv(65536)
+    return connection
+
+
+def test_a_full_queue_answers_429_at_once_with_retry_after(one_place: Live) -> None:
+    held = [occupy(one_place)]
+    for _ in range(4):
+        held.append(one_place.connect())
+        held[-1].sendall(request_bytes(LONG))
+    while one_place.engine.counts.waiting < 4:
+        time.sleep(0.01)
+    body = {"messages": [seeing("what?", *[picture_file(n) for n in range(8)])]}  # would have to be decoded
+    took = []
+    for _ in range(20):
+        started = time.monotonic()
+        reply = one_place.chat(body)
+        took.append(time.monotonic() - started)
+        assert (reply.status, reply.error["type"], reply.error["code"]) == (429, "rate_limit_error", "queue_full")
+        assert int(reply.headers["retry-after"]) >= 1
+    took.sort()
+    print(f"429: median {took[10] * 1000:.1f} ms, largest {took[-1] * 1000:.1f} ms")
+    assert took[10] < 0.05
+    for connection in held:
+        connection.close()
+    one_place.wait_idle()
+    assert one_place.chat(HELLO).status == 200
+
+
+def test_who_waits_is_told_of_it_and_of_the_place(one_place: Live) -> None:
+    first = occupy(one_place)
+    with one_place.connect() as second:
+        second.sendall(request_bytes(LONG | {"stream": True}))
+        read = b""
+        while b": ping" not in read:
+            read += second.recv(65536)
+        assert b": ping 1 waiting before this one\n\n" in read
+        first.close()
+        while b'"content": "' not in read.partition(b'"content": ""')[2]:
+            read += second.recv(65536)
+    one_place.wait_idle()
+
+
+def leave_in_the_middle(server: Live, monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
+    """Let so many clients leave, one after the other; returns the tokens said after the server knew of each."""
+    requests: list[Request] = []
+
+    class Recorded(listening.Listening):
+        def __init__(self, engine: Engine, request: Request, *rest: Any) -> None:
+            requests.append(request)
+            super().__init__(engine, request, *rest)
+
+    monkeypatch.setattr(desk, "Listening", Recorded)
+    wasted = []
+    for number in range(count):
+        with server.connect() as connection:
+            connection.sendall(request_bytes(LONG | {"stream": number % 2 == 0}))
+            while len(requests) <= number or requests[number].answer.completion_tokens < 3:
+                time.sleep(0.001)
+        while not requests[number].cancelled:
+            time.sleep(0.0002)
+        at = requests[number].answer.completion_tokens
+        server.wait_idle()
+        wasted.append(requests[number].answer.completion_tokens - at)
+    return wasted
+
+
+def test_clients_that_leave_free_their_place_within_a_token(one_place: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    wasted = leave_in_the_middle(one_place, monkeypatch, 20)
+    assert max(wasted) <= 1
+    counts = one_place.engine.counts
+    assert (counts.accepted, counts.cancelled, counts.answering, counts.waiting) == (20, 20, 0, 0)
+
+
+def test_a_client_that_leaves_while_it_waits_is_never_answered(one_place: Live) -> None:
+    first = occupy(one_place)
+    second = one_place.connect()
+    second.sendall(request_bytes(LONG))
+    while one_place.engine.counts.waiting < 1:
+        time.sleep(0.005)
+    second.close()
+    time.sleep(0.2)
+    first.close()
+    one_place.wait_idle()
+    assert one_place.engine.counts.cancelled == 2
+
+
+def test_a_crowd_on_one_place_loses_nobody() -> None:
+    with live(max_concurrent=1, max_queue=3) as server:
+        seen: list[int] = []
+
+        def visit() -> None:
+            for _ in range(6):
+                seen.append(server.chat(HELLO | {"max_tokens": 3}).status)
+
+        threads = [threading.Thread(target=visit) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        server.wait_idle()
+        counts = server.engine.counts
+        assert len(seen) == 96 and set(seen) <= {200, 429}
+        assert counts.accepted == counts.completed == seen.count(200) > 0
+
+
+def test_conversations_at_once_are_those_of_each_alone() -> None:
+    with live(max_concurrent=8) as server:
+        bodies = [{"messages": [seeing(f"canary {n}", picture_file(n))], "max_tokens": 10} for n in range(16)]
+        alone = [server.chat(body).json["choices"][0]["message"]["content"] for body in bodies]
+        together: dict[int, str] = {}
+
+        def ask(number: int) -> None:
+            together[number] = server.chat(bodies[number]).json["choices"][0]["message"]["content"]
+
+        threads = [threading.Thread(target=ask, args=[n]) for n in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert [together[n] for n in range(16)] == alone
+
+
+def test_slow_senders_are_cut_off_and_do_not_slow_the_rest() -> None:
+    limits = replace(Limits(), header_seconds=0.6, body_seconds=0.6)
+    with live(Settings(MODEL, decoders=1, limits=limits)) as server:
+        starts = [
+            b"",
+            b"GET /hea",
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ",
+            request_bytes(HELLO)[:-5],
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n5\r\n{",
+            b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n",
+        ]
+        slow = [server.connect() for _ in range(60)]
+        for number, connection in enumerate(slow):
+            connection.sendall(starts[number % len(starts)])
+        took = []
+        for _ in range(20):
+            started = time.monotonic()
+            assert server.ask("GET", "/health").status == 200
+            took.append(time.monotonic() - started)
+        assert sorted(took)[10] < 0.1
+        assert server.chat(HELLO).status == 200
+        deadline = time.monotonic() + 15
+        answers = []
+        for connection in slow:
+            connection.settimeout(max(0.1, deadline - time.monotonic()))
+            answers.append(read_all(connection))
+            connection.close()
+        assert {answer[:12] for answer in answers} <= {b"", b"HTTP/1.1 408", b"HTTP/1.1 405"}
+        assert sum(answer.startswith(b"HTTP/1.1 408") for answer in answers) >= 30
+
+
+def test_a_second_request_on_a_connection_is_timed_too() -> None:
+    limits = replace(Limits(), header_seconds=0.4)
+    with live(Settings(MODEL, decoders=1, limits=limits)) as server, server.connect(10) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"GET /hea")
+        assert b"408" in read_all(connection)
+
+
+def test_a_client_that_never_reads_is_cut_off_and_its_answer_given_up() -> None:
+    limits = replace(Limits(), write_seconds=0.5, ping_seconds=0.001)
+    with live(Settings(MODEL, decoders=1, limits=limits), max_concurrent=1) as server:
+        first = occupy(server)
+        first.close()
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", server.port))
+        page = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        connection.settimeout(0.2)
+        with pytest.raises((TimeoutError, ConnectionError)):  # pipelined requests whose answers nobody reads
+            while True:
+                connection.sendall(page * 50)
+        deadline = time.monotonic() + 20
+        while len(server.server.server_state.connections) > 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        connection.close()
+        assert server.chat(HELLO).status == 200
+
+
+def test_more_connections_than_allowed_push_out_the_idle_ones() -> None:
+    limits = replace(Limits(), max_connections=20)
+    with live(Settings(MODEL, decoders=1, limits=limits)) as server, ExitStack() as stack:
+        for _ in range(60):
+            stack.enter_context(server.connect())
+        assert server.ask("GET", "/health").status == 200
+        assert len(server.server.server_state.connections) <= 20
+
+
+def test_new_pictures_and_connections_leave_nothing_behind() -> None:
+    with live(image_bytes=2**16, read_bytes=2**20) as server:
+        process = psutil.Process()
+
+        def ask(numbers: range) -> tuple[int, int, int]:
+            for number in numbers:
+                reply = server.chat({"messages": [seeing("what?", picture_file(number))], "max_tokens": 1})
+                assert reply.status == 200
+            server.wait_idle()
+            return process.memory_info().rss, process.num_threads(), process.num_fds()
+
+        ask(range(30))
+        before = ask(range(30, 60))
+        after = ask(range(60, 140))
+        assert after[0] - before[0] < 8 * 2**20
+        assert after[1] <= before[1] and abs(after[2] - before[2]) <= 2
+        assert server.server.desk.bodies.held == 0

@@ -1,0 +1,218 @@
+"""Nobody gets past the key, whatever is done to path, Host or headers; and no other site's page gets in without one."""
+
+import asyncio
+import base64
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from starlette.routing import Route
+
+from minigpt4.errors import UsageError
+from minigpt4.serving.api import make_app
+from minigpt4.serving.security import check_exposure, is_loopback, known_hosts, read_key
+from minigpt4.serving.settings import Settings
+from tests.serving.live import HELLO, MODEL, Live, live
+
+KEY = "correct-horse-battery"
+
+WRONG_CREDENTIALS: dict[str, list[tuple[bytes, bytes]]] = {
+    "none": [],
+    "wrong": [(b"authorization", b"Bearer wrong-horse-battery")],
+    "prefix": [(b"authorization", f"Bearer {KEY[:-1]}".encode())],
+    "longer": [(b"authorization", f"Bearer {KEY}x".encode())],
+    "empty": [(b"authorization", b"")],
+    "empty bearer": [(b"authorization", b"Bearer ")],
+    "no scheme": [(b"authorization", KEY.encode())],
+    "another scheme": [(b"authorization", f"Digest {KEY}".encode())],
+    "not ascii": [(b"authorization", "Bearer kl\u00fc\u00fc".encode())],
+    "not utf-8": [(b"authorization", b"Bearer \xff\xfe")],
+    "upper case": [(b"authorization", f"Bearer {KEY.upper()}".encode())],
+    "two headers": [(b"authorization", f"Bearer {KEY}".encode()), (b"authorization", b"Bearer x")],
+    "same header twice": [(b"authorization", f"Bearer {KEY}".encode())] * 2,
+    "another header": [(b"x-api-key", KEY.encode())],
+    "basic, wrong": [(b"authorization", b"Basic " + base64.b64encode(b"me:wrong"))],
+    "basic, key as name": [(b"authorization", b"Basic " + base64.b64encode(f"{KEY}:".encode()))],
+    "basic, broken": [(b"authorization", b"Basic !!!")],
+    "cookie": [(b"cookie", f"key={KEY}".encode())],
+}
+HOSTS = [
+    b"localhost",
+    b"a/?x=",
+    b"localhost/health?",
+    b"localhost:80/health",
+    b"/health",
+    b"",
+    b"evil.example",
+    b"[::1",
+]
+PATHS = ["//v1/models", "/v1/../v1/models", "/health/../v1/models", "/HEALTH", "/health/", "//health", "/health;x",
+         "/health/v1/models", "/v1/models/", "/nothing", "/", "/health%2f", "/healt", "/.", "*"]  # fmt: skip
+
+
+def app() -> FastAPI:
+    return make_app(None, Settings(MODEL, KEY), "<p>page</p>")
+
+
+def call(
+    application: FastAPI, path: str, headers: list[tuple[bytes, bytes]], method: str = "GET", host: bytes = b"localhost"
+) -> tuple[int, dict[str, str], bytes]:
+    """One request, as a server hands it over."""
+    scope = {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": method,
+        "scheme": "http", "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
+        "headers": [(b"host", host), *headers], "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
+    }  # fmt: skip
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(application(scope, receive, send))
+    headers_sent = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], headers_sent, b"".join(message.get("body", b"") for message in sent[1:])
+
+
+def test_every_route_refuses_every_wrong_credential() -> None:
+    application = app()
+    routes = [route for route in application.routes if isinstance(route, Route) or hasattr(route, "methods")]
+    guarded = [(r.path, method) for r in routes if r.path != "/health" for method in r.methods]  # type: ignore[attr-defined]
+    assert len(guarded) >= 9
+    tried = 0
+    for (path, method), credentials in itertools.product(guarded, WRONG_CREDENTIALS.values()):
+        status, headers, body = call(application, path.replace("{model:path}", MODEL), credentials, method)
+        assert (status, json.loads(body)["error"]["code"]) == (401, "invalid_api_key"), (path, method, credentials)
+        assert headers["www-authenticate"] == "Bearer"
+        tried += 1
+    print(f"{tried} routes x wrong credentials: all 401")
+
+
+def test_neither_hosts_nor_paths_get_past_the_key() -> None:
+    application = app()
+    for path, host in itertools.product([*PATHS, "/v1/models", "/metrics"], HOSTS):
+        assert call(application, path, [], host=host)[0] == 401, (path, host)
+
+
+def test_health_alone_needs_no_key_and_says_nothing() -> None:
+    status, _, body = call(app(), "/health", [])
+    assert (status, body) == (200, b'{"status":"ok"}')
+
+
+def test_the_key_opens_as_bearer_and_as_a_browsers_password() -> None:
+    application = app()
+    for value in (f"Bearer {KEY}", f"bearer {KEY}", "Basic " + base64.b64encode(f"any:{KEY}".encode()).decode()):
+        for path in ("/", "/v1/models", "/metrics", "/version", "/docs", "/openapi.json"):
+            assert call(application, path, [(b"authorization", value.encode())])[0] == 200, path
+
+
+def test_a_browser_is_asked_for_the_key_and_a_program_is_not() -> None:
+    _, headers, _ = call(app(), "/", [(b"accept", b"text/html,*/*")])
+    assert headers["www-authenticate"].startswith("Basic ")
+
+
+def test_the_key_is_in_no_error_and_no_representation() -> None:
+    settings = Settings(MODEL, KEY)
+    assert KEY not in repr(settings)
+    assert KEY.encode() not in call(app(), "/v1/models", WRONG_CREDENTIALS["prefix"])[2].replace(KEY[:-1].encode(), b"")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Live]:
+    with live() as running:
+        yield running
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.nip.io", "localhost.evil.example", "0x7f.1", "127.1"])
+def test_another_name_for_this_machine_is_refused(host: str, server: Live) -> None:
+    reply = server.ask("GET", "/v1/models", headers={"Host": f"{host}:{server.port}"})
+    assert (reply.status, reply.error["code"]) == (400, "invalid_host")
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:8000", "LOCALHOST:1", "[::1]:8000"])
+def test_this_machines_own_names_are_answered(host: str, server: Live) -> None:
+    assert server.ask("GET", "/v1/models", headers={"Host": host}).status == 200
+
+
+@pytest.mark.parametrize("head", [b"", b"Host: localhost\r\nHost: evil\r\n", b"Host: a b\r\n", b"Host: a/?x=\r\n"])
+def test_no_host_two_hosts_and_bent_hosts_are_refused(head: bytes, server: Live) -> None:
+    answered = server.raw(b"GET /v1/models HTTP/1.1\r\nConnection: close\r\n" + head + b"\r\n")
+    assert answered.startswith(b"HTTP/1.1 400") and b'"error"' in answered
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1"])
+def test_a_page_of_another_site_is_refused_and_gets_no_cors(origin: str, server: Live) -> None:
+    for method in ("POST", "OPTIONS"):
+        reply = server.ask(method, "/v1/chat/completions", HELLO, {"Origin": origin})
+        assert reply.status == 403
+        assert not any(name.startswith("access-control") for name in reply.headers)
+
+
+def test_the_servers_own_page_is_answered(server: Live) -> None:
+    assert server.ask("GET", "/v1/models", headers={"Origin": server.url}).status == 200
+
+
+def test_a_form_of_another_page_cannot_ask(server: Live) -> None:
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        reply = server.ask("POST", "/v1/chat/completions", json.dumps(HELLO).encode(), {"Content-Type": kind})
+        assert reply.status == 415
+
+
+def test_every_response_forbids_guessing_and_framing(server: Live) -> None:
+    for path in ("/health", "/nothing", "/docs"):
+        headers = server.ask("GET", path).headers
+        assert (headers["x-content-type-options"], headers["x-frame-options"]) == ("nosniff", "DENY")
+        assert "server" not in headers
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(b"", "does not hold a key"), (b"short", "does not hold"), (b"two words here", "does not hold"),
+     (b"\xff" * 20, "does not hold"), (b"x" * 600, "does not hold")],
+)  # fmt: skip
+def test_a_key_file_that_holds_no_key_is_refused(content: bytes, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(content)
+    with pytest.raises(UsageError, match=problem):
+        read_key(tmp_path / "key")
+
+
+def test_a_key_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MINIGPT4_API_KEY", raising=False)
+    assert read_key(None) is None
+    monkeypatch.setenv("MINIGPT4_API_KEY", "from-the-environment")
+    assert read_key(None) == "from-the-environment"
+    (tmp_path / "key").write_text(f"{KEY}\n")
+    assert read_key(tmp_path / "key") == KEY
+    for path in (tmp_path / "absent", tmp_path):
+        with pytest.raises(UsageError):
+            read_key(path)
+    monkeypatch.setenv("MINIGPT4_API_KEY", "")
+    with pytest.raises(UsageError):
+        read_key(None)
+
+
+def test_an_open_address_needs_a_key_or_a_clear_word() -> None:
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org", ""):
+        assert not is_loopback(host)
+        with pytest.raises(UsageError, match="no API key"):
+            check_exposure(host, None, insecure=False)
+        check_exposure(host, KEY, insecure=False)
+        check_exposure(host, None, insecure=True)
+    for host in ("127.0.0.1", "127.0.0.2", "localhost", "::1"):
+        check_exposure(host, None, insecure=False)
+
+
+def test_names_that_a_host_header_may_say() -> None:
+    assert known_hosts("127.0.0.1", ["ai.example.org"], None) == {"localhost", "127.0.0.1", "[::1]", "ai.example.org"}
+    assert known_hosts("0.0.0.0", [], KEY) is None
+    open_names = known_hosts("0.0.0.0", [], None)
+    assert open_names is not None and "127.0.0.1" in open_names and "evil.example" not in open_names
+    for name in ("http://x", "x:80", "a b", ""):
+        with pytest.raises(UsageError):
+            known_hosts("127.0.0.1", [name], None)
