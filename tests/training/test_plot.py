@@ -4,6 +4,7 @@ import builtins
 import json
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def test_stage_names_lie_inside_and_apart(stages: list[tuple[str, int]], tmp_pat
     boxes = [text.get_window_extent() for text in stage_names(figure)]
     assert len(boxes) == len(stages)
     assert frame.x0 - 1 <= boxes[0].x0 and boxes[-1].x1 <= frame.x1 + 1
-    assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
     told = " ".join([figure.get_suptitle(), *(text.get_text() for text in stage_names(figure))])
     assert all(name in told.replace("\n", " ") for name, _ in stages)
 
@@ -274,7 +275,7 @@ def test_only_a_png_is_written(tmp_path: Path) -> None:
 def test_missing_matplotlib_is_told_with_its_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     really = builtins.__import__
 
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+    def without(name: str, *args: Any, **kwargs: Any) -> object:
         if name.startswith("matplotlib"):
             raise ImportError(name)
         return really(name, *args, **kwargs)

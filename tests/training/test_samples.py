@@ -167,7 +167,9 @@ def test_page_without_rounds_says_so(tmp_path: Path) -> None:
     assert "No answers yet" in write_samples_page(tmp_path, "a run", []).read_text()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"stage": "a", "step": 1, "samples": [["7", "", ""]], "pictures": {}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"stage": "a", "step": 1, "samples": [["7", "", ""]], "pictures": {}}']
+)
 def test_damaged_file_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "samples.jsonl").write_text(content + "\n")
 
@@ -190,15 +192,18 @@ def test_answers_are_those_of_a_conversation(template: str) -> None:
     assert len(set(answers)) == 3  # each has its own picture
 
 
-def test_answer_ends_where_the_model_ends_it() -> None:
+def test_answer_ends_where_the_model_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny_chat.model(), tiny_chat.processor()
+    said = []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **inputs: said.append(generate(**inputs)) or said[-1])
     whole = answer_pictures(model, processor, PICTURES[:1], QUESTION, 12)[0]
-    ids = processor.tokenizer(whole, add_special_tokens=False).input_ids
-    model.generation_config.eos_token_id = ids[3]
+    model.generation_config.eos_token_id = said[0][0, -4].item()
 
     (ended,) = answer_pictures(model, processor, PICTURES[:1], QUESTION, 12)
 
     assert len(ended) < len(whole)
+    assert said[1].shape[1] < said[0].shape[1]
     assert whole.startswith(ended.rstrip("\ufffd"))
 
 

@@ -1,7 +1,6 @@
 """Trackers get every figure, go on where an interrupted run stopped, and say beforehand what they lack."""
 
 import math
-import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -86,8 +85,7 @@ def test_unknown_tracker_is_refused() -> None:
 
 
 def test_weights_and_biases_keeps_its_run_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "wandb" not in sys.modules:
-        pytest.importorskip("wandb", reason="Weights & Biases is not installed")
+    pytest.importorskip("wandb", reason="Weights & Biases is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
 
     for start in (0, 2):
