@@ -62,7 +62,6 @@ def test_a_block_that_is_not_run_says_why(readme: str) -> None:
     assert [block for block in skipped if not block.skip_reason] == []
 
 
-@pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.timeout(1200)
 def test_commands_run(readme: str, tmp_path: Path) -> None:

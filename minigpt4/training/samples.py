@@ -244,7 +244,6 @@ def _text(text: str) -> str:
     return html.escape("".join("?" if category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text))
 
 
-@torch.no_grad()  # not inference mode: what a module keeps of this must not be barred from training later
 def answer_pictures(
     model: MiniGPT4ForConditionalGeneration,
     processor: MiniGPT4Processor,
