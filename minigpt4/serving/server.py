@@ -14,7 +14,6 @@ from minigpt4.serving.desk import Desk
 from minigpt4.serving.settings import Settings
 from minigpt4.serving.slow_clients import protocol_with
 
-
 SWITCH_SECONDS = 0.0005
 
 

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from minigpt4.data.batches import SourceBatches
+from minigpt4.errors import ConfigError
 from minigpt4.training.checkpoint import State, last_checkpoint, whole
 from minigpt4.training.features import cached_pictures
 from minigpt4.training.loop import Batches, Progress, train
 from minigpt4.training.objectives import TrainingStep
+from minigpt4.training.plot import plot_metrics
 from minigpt4.training.preparing import Prepared, prepare_model
 from minigpt4.training.processes import by_the_main_process, processes
 from minigpt4.training.recipe import Recipe, StageRecipe
@@ -122,7 +124,17 @@ def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) 
             )
 
         by_the_main_process(save, here)
+        if here.is_main_process:
+            _draw(recipe.output, told.say)
     return target
+
+
+def _draw(output: Path, say: Callable[[str], None]) -> None:
+    """Draw the run's curves; a run that ended well does not fail because nothing is here to draw with."""
+    try:
+        say(f"curves: {plot_metrics(output)}")
+    except ConfigError as error:
+        say(f"no curves were drawn: {error.message}")
 
 
 def _open_trackers(recipe: Recipe) -> list[Tracker]:

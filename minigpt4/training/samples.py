@@ -23,6 +23,7 @@ from minigpt4.generation import AnswerWriter
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing.pictures import PictureSource, open_image
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
+from minigpt4.reading import never_said, stops
 from minigpt4.weights.files.atomic import write_file
 from minigpt4.weights.files.disk import storing
 
@@ -295,26 +296,13 @@ def answer_pictures(
             top_k=None,
             use_cache=True,
             logits_processor=LogitsProcessorList([penalty]),
-            **_stops(model, processor),
+            suppress_tokens=never_said(model),
+            **stops(model, processor, processor.prompt_template),
         )
     finally:
         for module, mode in modes:
             module.training = mode
     return [_answer(ids, processor) for ids in output[:, length:].tolist()]
-
-
-def _stops(model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor) -> dict[str, Any]:
-    """Say what ends an answer and what is never said."""
-    tokenizer = processor.tokenizer
-    ends = model.generation_config.eos_token_id
-    end_ids = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    controls = tokenizer.added_tokens_encoder
-    strings = processor.prompt_template.stop_strings
-    end_ids += [controls[stop] for stop in strings if stop in controls]
-    stops: dict[str, Any] = {"eos_token_id": sorted(set(end_ids)), "pad_token_id": tokenizer.pad_token_id}
-    stops["suppress_tokens"] = [*(model.generation_config.suppress_tokens or []), model.config.image_token_id]
-    written = [stop for stop in strings if stop not in controls]
-    return stops | ({"stop_strings": written, "tokenizer": tokenizer} if written else {})
 
 
 def _answer(ids: list[int], processor: MiniGPT4Processor) -> str:

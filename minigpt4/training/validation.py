@@ -71,7 +71,8 @@ class Validation:
             count += num_targets(batch)
         module.train(was_training)
         loss, targets = summed([total, count], self.processes)
-        by_the_main_process(lambda: self._add_samples(stage, step), self.processes)
+        if self.processes.num_processes == 1 or self.recipe.parallel == "ddp":  # else no process has the whole model
+            by_the_main_process(lambda: self._add_samples(stage, step), self.processes)
         return loss / max(targets, 1)
 
     def _add_samples(self, stage: StageRecipe, step: int) -> None:
@@ -91,7 +92,10 @@ class Validation:
             return
         pictures = [record.picture or b"" for record in records]
         model, processor = self.prepared.model, self.prepared.processor
-        answers = answer_pictures(model, processor, pictures, self.settings.question, stage.max_text_tokens)
+        device = self.processes.device
+        precision = PRECISIONS[chosen_precision(self.recipe, device)]
+        with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
+            answers = answer_pictures(model, processor, pictures, self.settings.question, stage.max_text_tokens)
         references = [record.turns[0][1] for record in records]
         title = f"Sample answers of {self.recipe.output.name}: {self.settings.question}"
         add_round(self.recipe.output, title, make_round(stage.name, step, pictures, references, answers))

@@ -1,4 +1,4 @@
-"""The model can learn: the projection alone takes in ten pairs to the letter, and nothing that is frozen moves by a bit.
+"""The model can learn: the projection alone takes in ten pairs to the letter, and nothing frozen moves by a bit.
 
 Greedy answers are compared with the captions, character for character, through `ChatSession`, as a user gets them.
 """
@@ -70,7 +70,7 @@ def folder_of_drawings(folder: Path) -> Path:
 
 
 def tiny_model() -> tuple[MiniGPT4ForConditionalGeneration, MiniGPT4Processor]:
-    """A random model in which a picture takes 32 places, as in MiniGPT-4: through four, the projection moves too little."""
+    """A random model in which a picture takes 32 places, as in MiniGPT-4: through four, it learns too little."""
     plain, processor = tiny_chat.model(), tiny_chat.processor()
     torch.manual_seed(0)
     config = MiniGPT4Config(**{**plain.config.to_dict(), "num_query_tokens": TOKENS})

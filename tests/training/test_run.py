@@ -143,6 +143,7 @@ def test_what_learns_and_how_long_texts_are_is_said_before(model_folder: Path, p
     run(recipe(model_folder, pictures, tmp_path / "run", stages=stages), Reports(say=said.append))
 
     assert said[0].endswith("numbers learn, in language_projection")
+    assert said[-1] == f"curves: {tmp_path / 'run/metrics.png'}" and (tmp_path / "run/metrics.png").exists()
     assert said[1].startswith("stage short: answers of ")
     assert "WARNING: 50% lose their end, max_text_tokens is 5" in said[1]
 
