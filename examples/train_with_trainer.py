@@ -18,7 +18,13 @@ import minigpt4
 QUESTION = "Describe this image in detail."
 
 
-def train(model: Any, processor: Any, pairs: Sequence[tuple[Path, str]], output: Path, **options: Any) -> Trainer:
+def train(
+    model: minigpt4.MiniGPT4ForConditionalGeneration,
+    processor: minigpt4.MiniGPT4Processor,
+    pairs: Sequence[tuple[Path, str]],
+    output: Path,
+    **options: Any,
+) -> Trainer:
     """Train what the model's configuration lets learn; `options` are those of `TrainingArguments`."""
 
     def collate(examples: Sequence[tuple[Path, str]]) -> dict[str, Any]:
