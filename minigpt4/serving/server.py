@@ -3,7 +3,6 @@
 import asyncio
 import errno
 import socket
-import sys
 from types import FrameType
 
 import uvicorn
@@ -13,8 +12,6 @@ from minigpt4.errors import UsageError
 from minigpt4.serving.desk import Desk
 from minigpt4.serving.settings import Settings
 from minigpt4.serving.slow_clients import protocol_with
-
-SWITCH_SECONDS = 0.0005
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -73,17 +70,6 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.desk: Desk = app.state.desk
         self._closing: asyncio.Task[None] | None = None
-
-    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until it ends."""
-        before = sys.getswitchinterval()
-        # At every call of the system the event loop gives the interpreter's lock away, and the engine's thread would
-        # keep it for 5 ms each time: a crowd would wait seconds for its refusals.
-        sys.setswitchinterval(SWITCH_SECONDS)
-        try:
-            await super().serve(sockets)
-        finally:
-            sys.setswitchinterval(before)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to end, or end."""
