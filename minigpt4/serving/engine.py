@@ -12,11 +12,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
+from transformers import StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from minigpt4.chat import Answer
@@ -28,41 +29,10 @@ from minigpt4.processing.prompts import PromptTemplate
 from minigpt4.reading import ImageCache, Read, check_length, embed, never_said, stops, take_up
 from minigpt4.serving.batch import DecodeBatch, can_be_batched
 from minigpt4.serving.memory import ReadMemory
+from minigpt4.serving.request import Counts, Event, GivenUp, Request
 from minigpt4.serving.sampling import Sampler
 
 logger = logging.getLogger(__name__)
-
-Event = str | BaseException | None
-"""A piece of text, what went wrong, or the end."""
-
-
-@dataclass
-class Request:
-    """One answer that was asked for.
-
-    Args:
-        ids: The prompt.
-        pictures: Its pictures, in order: content and picture.
-        options: As `generation_options` returns them.
-        stop_strings: End the answer, besides the template's own.
-        deliver: Told of every event, from the engine's thread.
-        deadline: When it is given up, of `time.monotonic`; None for never.
-    """
-
-    ids: list[int]
-    pictures: list[tuple[str, Image.Image]]
-    options: dict[str, Any]
-    stop_strings: tuple[str, ...]
-    deliver: Callable[[Event], None]
-    deadline: float | None = None
-    answer: Answer = field(default_factory=Answer)
-    asked_at: float = field(default_factory=time.monotonic)
-    cancelled: bool = False
-    state: Literal["waiting", "answering", "done"] = "waiting"
-
-    def cancel(self) -> None:
-        """Give it up, from any thread, within one token."""
-        self.cancelled = True
 
 
 @dataclass
@@ -74,19 +44,6 @@ class _Row:
     writer: AnswerWriter
     ids: list[int]
     started: float
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How the engine stands."""
-
-    waiting: int
-    answering: int
-    accepted: int
-    completed: int
-    cancelled: int
-    failed: int
-    refused: int
 
 
 class Engine:
@@ -122,6 +79,7 @@ class Engine:
         self._end_ids: list[int] = stops(model, processor, self.template)["eos_token_id"]
         self._waiting: deque[Request] = deque()
         self._rows: list[_Row] = []
+        self._beginning = 0
         self._batch = DecodeBatch(model)
         self._counts = dict.fromkeys(("accepted", "completed", "cancelled", "failed", "refused"), 0)
         self._change = threading.Condition()
@@ -133,7 +91,7 @@ class Engine:
     def counts(self) -> Counts:
         """How the engine stands."""
         with self._change:
-            return Counts(len(self._waiting), len(self._rows), **self._counts)
+            return Counts(len(self._waiting), len(self._rows) + self._beginning, **self._counts)
 
     def submit(
         self,
@@ -195,7 +153,10 @@ class Engine:
             return self._waiting.index(request) + 1 if request in self._waiting else 0
 
     def close(self, seconds: float = 10.0) -> None:
-        """Take no more requests, finish those there are, and give up the rest after so many seconds."""
+        """Take no more requests, finish those there are, and give up the rest after so many seconds.
+
+        An answer that is given up ends within one token, so that it takes little longer.
+        """
         with self._change:
             self._closing = True
             self._change.notify()
@@ -225,15 +186,17 @@ class Engine:
                 self._drop_given_up()
                 free = self.max_concurrent - len(self._rows)
                 new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+                self._beginning = len(new)
             for request in new:
                 self._guarded(request, self._begin)
+                with self._change:
+                    self._beginning -= 1
             if self._rows:
                 self._step()
 
     def _drop_given_up(self) -> None:
         """Take those out of the queue that nobody waits for any more; holding the lock."""
-        now = time.monotonic()
-        for request in [r for r in self._waiting if r.cancelled or (r.deadline and r.deadline < now)]:
+        for request in [request for request in self._waiting if request.given_up]:
             self._waiting.remove(request)
             self._finish(request, "cancelled")
 
@@ -320,8 +283,7 @@ class Engine:
 
     @staticmethod
     def _given_up(row: _Row) -> bool:
-        deadline = row.request.deadline
-        if not row.request.cancelled and not (deadline and time.monotonic() > deadline):
+        if not row.request.given_up:
             return False
         row.request.answer.finish_reason = "cancelled"
         return True
@@ -367,10 +329,14 @@ class Engine:
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             suppress_tokens=never_said(self.model),
+            stopping_criteria=StoppingCriteriaList([GivenUp(request)]),
             **self._picture_inputs(request.pictures),
             **options,
             **stops(self.model, self.processor, self.template),
         )[0].tolist()
+        if request.given_up:
+            self._finish(request, "cancelled")
+            return
         writer = AnswerWriter(self.processor.tokenizer, request.stop_strings)
         said = output[len(request.ids) :]
         for token in said:

@@ -14,7 +14,8 @@ from minigpt4.serving.openai_errors import ApiError, as_api_error, error_body
 
 if TYPE_CHECKING:  # they load torch
     from minigpt4.chat import Answer
-    from minigpt4.serving.engine import Engine, Event, Request
+    from minigpt4.serving.engine import Engine
+from minigpt4.serving.request import Event, Request
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 

@@ -11,7 +11,8 @@ from PIL import Image
 from minigpt4.chat import ChatSession
 from minigpt4.errors import ContextOverflowError, MiniGPT4Error, ServerBusyError, UsageError
 from minigpt4.processing.pictures import content_hash
-from minigpt4.serving.engine import Engine, Event, Request
+from minigpt4.serving.engine import Engine
+from minigpt4.serving.request import Event, Request
 from tests import tiny_chat
 
 NEW = 12
@@ -216,3 +217,14 @@ def test_closing_finishes_what_is_accepted_and_takes_nothing_more() -> None:
     assert engine.counts.completed == 5
     with pytest.raises(ServerBusyError, match="closing"):
         ask(engine, [said("go")])
+
+
+def test_a_search_with_beams_is_given_up_too(engine: Engine) -> None:
+    request, heard = ask(engine, [said("go", picture(1))], max_new_tokens=900, num_beams=4)
+    while request.state == "waiting":
+        time.sleep(0.001)
+    started = time.monotonic()
+    request.cancel()
+    heard.text()
+    assert time.monotonic() - started < 3
+    assert (request.answer.finish_reason, engine.counts.cancelled) == ("cancelled", 1)
