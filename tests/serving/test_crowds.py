@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from minigpt4.serving import desk, listening
 from minigpt4.serving.engine import Engine
@@ -119,7 +120,16 @@ def test_clients_that_leave_free_their_place_within_a_token(one_place: Live, mon
     assert (counts.accepted, counts.cancelled, counts.answering, counts.waiting) == (20, 20, 0, 0)
 
 
-def test_a_client_that_leaves_while_it_waits_is_never_answered(one_place: Live) -> None:
+def test_a_client_that_leaves_while_it_waits_is_never_answered(
+    one_place: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = one_place.engine._batch.step
+
+    def slow_step(tokens: list[int]) -> torch.Tensor:
+        time.sleep(0.01)  # else the first answer may end before its client leaves
+        return step(tokens)
+
+    monkeypatch.setattr(one_place.engine._batch, "step", slow_step)
     first = occupy(one_place)
     second = one_place.connect()
     second.sendall(request_bytes(LONG))
