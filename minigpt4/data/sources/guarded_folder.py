@@ -100,7 +100,7 @@ def _read(path: Path, key: str, limit: int, too_large: str, *, may_be_empty: boo
         descriptor = os.open(path, flags)
     except OSError as error:
         raise BadRecordError(MISSING_PICTURE, f"{key}: {path} cannot be opened: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise BadRecordError(MISSING_PICTURE, f"{key}: {path} is not a file")
@@ -110,10 +110,14 @@ def _read(path: Path, key: str, limit: int, too_large: str, *, may_be_empty: boo
             )
         if not status.st_size and not may_be_empty:
             raise BadRecordError(NO_PICTURE, f"{key}: {path.name} is empty")
-        try:
-            return file.read(limit + 1)[: limit + 1]
-        except OSError as error:
-            raise BadRecordError(MISSING_PICTURE, f"{key}: {path} cannot be read: {error.strerror}") from error
+        parts: list[bytes] = []
+        while part := os.read(descriptor, status.st_size - sum(len(known) for known in parts)):
+            parts.append(part)
+        return b"".join(parts)
+    except OSError as error:
+        raise BadRecordError(MISSING_PICTURE, f"{key}: {path} cannot be read: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
 
 
 def files_in(folder: Path) -> Iterator[tuple[str, int]]:

@@ -1,0 +1,90 @@
+"""A look through a source counts what is there, what is broken and what repeats."""
+
+from pathlib import Path
+
+import pytest
+
+from minigpt4.data.sources import checking, open_source
+from minigpt4.data.sources.checking import Spread, check_source
+from tests.data.sources.source_files import picture, sample, samples, shard, write
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+def test_sizes_lengths_and_faults_are_counted(tmp_path: Path) -> None:
+    members = samples(5)
+    members |= {"x.jpg": b"GIF8 no", "x.txt": b"broken", "y.txt": b"alone", **sample("z", "</s>", 1)}
+    shard(tmp_path / "0.tar", members)
+
+    check = check_source(open_source(tmp_path), count_tokens=words, max_text_tokens=3)
+
+    assert (check.records, check.good, check.bad, check.sampled, check.seed) == (8, 6, 2, 8, None)
+    assert check.widths == Spread(8, 10, 12) and check.heights == Spread(8, 8, 8)
+    assert check.characters == Spread(4, 16, 16)
+    assert check.tokens == Spread(2, 4, 4) and check.cut == 5  # three words and the end
+    assert {kind: (fault.count, fault.examples) for kind, fault in check.faults.items()} == {
+        "picture that cannot be opened": (
+            1,
+            ["0.tar:x: the picture is not a picture file, expected JPEG, PNG, WebP, GIF or BMP"],
+        ),
+        "no picture": (1, ["0.tar:y has no picture"]),
+    }
+    assert check.as_dict()["faults"]["no picture"] == {"count": 1, "examples": ["0.tar:y has no picture"]}
+
+
+def test_first_three_of_a_fault_are_kept_and_the_most_frequent_come_first(tmp_path: Path) -> None:
+    shard(tmp_path / "0.tar", {"a.txt": b"x", **{f"{number}.jpg": b"x" for number in range(9)}})
+
+    check = check_source(open_source(tmp_path))
+
+    assert [(kind, fault.count, len(fault.examples)) for kind, fault in check.faults.items()] == [
+        ("no text", 9, 3), ("no picture", 1, 1),
+    ]  # fmt: skip
+    assert check.widths is None and check.samples == []
+
+
+def test_repeated_pictures_and_records_are_counted(tmp_path: Path) -> None:
+    shard(tmp_path / "0.tar", {**sample("a", "one"), **sample("b", "two"), **sample("c", "one"), **sample("d", "x", 1)})
+
+    check = check_source(open_source(tmp_path))
+
+    assert (check.same_picture, check.same_record) == (2, 1)
+
+
+def test_turns_and_text_alone_are_counted(tmp_path: Path) -> None:
+    turn = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a b"}]
+    write(tmp_path / "a.jpg", picture())
+    path = write(tmp_path / "x.json", [{"conversations": turn * 2}, {"image": "a.jpg", "conversations": turn}])
+
+    check = check_source(open_source(path), count_tokens=words)
+
+    assert check.turns == {1: 1, 2: 1} and check.text_only == 1 and check.samples == [1]
+    assert check.tokens == Spread(3, 6, 6) and check.cut is None
+
+
+def test_of_a_large_source_a_seeded_sample_and_every_known_fault_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checking, "ALL_UP_TO", 50)
+    monkeypatch.setattr(checking, "SAMPLE", 10)
+    members = {f"{number}.txt": b"alone" for number in range(7)}
+    shard(tmp_path / "0.tar", {**samples(60), **members})
+    source = open_source(tmp_path)
+    read: list[int] = []
+
+    check = check_source(source, seed=3, report=lambda what, done, total: read.append(total))
+
+    assert (check.records, check.sampled, check.seed, check.known_bad) == (67, 10, 3, 7)
+    assert check.faults["no picture"].count == 7
+    assert check.good == read[0] - 7 <= 10
+    assert check_source(source, seed=3) == check
+    assert check_source(source, seed=4).samples != check.samples
+    assert check_source(source, everything=True).good == 60
+
+
+def test_shown_records_are_spread_over_the_source(tmp_path: Path) -> None:
+    shard(tmp_path / "0.tar", samples(48))
+
+    assert check_source(open_source(tmp_path)).samples == list(range(0, 48, 4))

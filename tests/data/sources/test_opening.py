@@ -1,0 +1,124 @@
+"""What a path is, is told by what lies there; nothing runs and nothing is fetched because of a path."""
+
+from pathlib import Path
+
+import pytest
+
+from minigpt4.data.sources import open_source
+from minigpt4.data.sources.opening import recognise
+from minigpt4.errors import DataError
+from tests.data.sources.source_files import picture, samples, shard, write
+
+TALK = [{"image": "a.jpg", "conversations": []}]
+QUESTION = [{"image": "a.jpg", "question": "q", "answer": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"0.tar": b"", "0.parquet": b"", "captions.csv": b""}, ("shards", "")),
+        ({"filter_cap.json": b"{}", "image/1.jpg": b""}, ("alignment", "")),
+        ({"captions.jsonl": b"", "a.jpg": b""}, ("captions", "")),
+        ({"metadata.csv": b"", "a.jpg": b""}, ("captions", "")),
+        ({"a.jpg": b"", "a.txt": b""}, ("captions", "")),
+        ({"deep/a.jpg": b"", "deep/a.txt": b""}, ("captions", "")),
+        ({"mine.csv": b"", "a.jpg": b""}, ("captions", "mine.csv")),
+        ({"mine.json": [{"image": "a.jpg", "caption": "a"}]}, ("captions", "mine.json")),
+        ({"coco.json": {"images": [], "annotations": []}}, ("captions", "coco.json")),
+        ({"data/a.parquet": b""}, ("parquet", "")),
+        ({"data/0.tar": b"", "data/0.parquet": b""}, ("shards", "")),
+        ({"talk.json": TALK, "a.jpg": b""}, ("conversations", "talk.json")),
+        ({"vqa.json": QUESTION, "a.jpg": b""}, ("vqa", "vqa.json")),
+        ({"gqa.json": {"1": QUESTION[0]}}, ("vqa", "gqa.json")),
+        ({"train_questions.json": b"", "train_annotations.json": b""}, ("vqa", "")),
+    ],
+)
+def test_folder_is_recognised(files: dict[str, object], expected: tuple[str, str], tmp_path: Path) -> None:
+    for name, content in files.items():
+        write(tmp_path / name, content)
+
+    assert recognise(tmp_path) == (expected[0], tmp_path / expected[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("x.tar", b"", "shards"),
+        ("x.parquet", b"", "parquet"),
+        ("x.csv", b"", "captions"),
+        ("x.json", {"annotations": []}, "alignment"),
+        ("x.json", {"annotations": [], "images": []}, "captions"),
+        ("x.json", {"a.jpg": "a cat"}, "captions"),
+        ("x.json", {"questions": []}, "vqa"),
+        ("x.jsonl", '{"image": "a.jpg", "question": "q"}', "vqa"),
+        ("x.jsonl", '{"file_name": "a.jpg", "text": "q"}', "captions"),
+        ("x.json", TALK, "conversations"),
+    ],
+)
+def test_file_is_recognised(name: str, content: object, expected: str, tmp_path: Path) -> None:
+    assert recognise(write(tmp_path / name, content))[0] == expected
+
+
+@pytest.mark.parametrize(
+    "files", [{}, {"a.jpg": b""}, {"a.txt": b""}, {"x.json": [1]}, {"a.json": TALK, "b.json": TALK}]
+)
+def test_what_is_no_source_is_refused_with_what_was_looked_for(files: dict[str, object], tmp_path: Path) -> None:
+    for name, content in files.items():
+        write(tmp_path / name, content)
+
+    with pytest.raises(DataError, match=r"is not a source of examples, expected \*\.tar \(shards\), filter_cap\.json"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.json"])
+def test_file_that_is_no_source_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not a source of examples"):
+        open_source(write(tmp_path / name, b"7"))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "pipe:curl -s http://x/{0..9}.tar",
+        "pipe:touch ran",
+        "http://x/0.tar",
+        "s3://bucket/x",
+        "gs:bucket",
+        "file:///x.tar",
+    ],
+)
+def test_commands_and_addresses_are_refused(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for format in ("auto", "shards"):
+        with pytest.raises(DataError, match="is an address or a command"):
+            open_source(path, format=format)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["auto", "shards", "captions", "alignment", "conversations", "vqa", "parquet"])
+def test_missing_path_is_refused(format: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"does not exist|is not a file or folder"):
+        open_source(tmp_path / "gone", format=format)
+
+
+def test_unknown_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the format 'tarball' is not known, expected auto, shards, captions"):
+        open_source(tmp_path, format="tarball")
+
+
+def test_named_format_is_taken_where_several_lie(tmp_path: Path) -> None:
+    shard(tmp_path / "0.tar", samples(1))
+    write(tmp_path / "captions.csv", "file,caption\na.jpg,a cat\n")
+    write(tmp_path / "a.jpg", picture())
+
+    assert open_source(tmp_path, format="captions").read(0).key == "a.jpg"
+    assert open_source(tmp_path).read(0).key == "0.tar:000000000"
+
+
+def test_path_with_a_colon_that_exists_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("set:one") / "a.jpg", picture())
+    write(Path("set:one") / "a.txt", "a cat")
+
+    assert open_source("set:one").read(0).turns == (("", "a cat"),)
