@@ -156,14 +156,14 @@ def read_index(folder: Path) -> ShardIndex:
             shards=tuple(Shard(str(name), int(size), int(time)) for name, size, time in header["shards"]),
             rows=rows,
             caption_key=str(header["caption_key"]),
-            skipped=dict(header["skipped"]),
-            damage=dict(header["damage"]),
+            skipped={str(what): int(count) for what, count in header["skipped"].items()},
+            damage={str(name): str(what) for name, what in header["damage"].items()},
             identity=str(header["identity"]),
             file=path,
         )
     except OSError as error:
         raise DataError(f"the index {path} cannot be read: {error.strerror}", _again(folder)) from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is not an index of this version, or it is damaged", _again(folder)) from error
 
 

@@ -30,6 +30,7 @@ from minigpt4.data.sources.shard_contents import (
 from minigpt4.data.sources.shard_index import (
     INDEX_NAME,
     Report,
+    Shard,
     ShardIndex,
     check_fresh,
     make_index,
@@ -94,7 +95,7 @@ class ShardSource:
 
     def group(self, number: int) -> str:
         """Return the name of a record's shard."""
-        return self.index.shards[int(self.index.rows[number]["shard"])].name
+        return self._shard(self.index.rows[number]).name
 
     def known_bad(self) -> list[int]:
         """Return the numbers of the records that are bad without being read."""
@@ -108,15 +109,23 @@ class ShardSource:
             DataError: The shard cannot be read, or is not the one that was indexed.
         """
         row = self.index.rows[number]
-        shard = self.index.shards[int(row["shard"])]
+        shard = self._shard(row)
         if row["fault"] == FAULT_DAMAGE:
-            raise BadRecordError(DAMAGED, self.index.damage[shard.name])
+            raise BadRecordError(DAMAGED, self.index.damage.get(shard.name, f"{shard.name} is damaged"))
         path = self.index.folder / shard.name
         try:
             with path.open("rb") as file:
                 return self._read(file, row, shard.name, shard.size)
         except OSError as error:
             raise DataError(f"shard {path} cannot be read: {error.strerror}", "check the path and the disk") from error
+
+    def _shard(self, row: np.void) -> Shard:
+        if (number := int(row["shard"])) >= len(self.index.shards):
+            raise DataError(
+                f"the index of {self.name} speaks of shard {number}, it has {len(self.index.shards):,}",
+                f"minigpt4 data index {self.index.folder}",
+            )
+        return self.index.shards[number]
 
     def _read(self, file: BinaryIO, row: np.void, shard: str, end: int) -> Record:
         picture, text = (

@@ -63,12 +63,14 @@ def test_files_follow_each_other_and_those_for_testing_are_left_out(tmp_path: Pa
 
 def test_one_row_group_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(table(tmp_path / "x.parquet", image=PICTURES, caption=CAPTIONS))
+    assert isinstance(source, parquet.ParquetSource)
     opened: list[Path] = []
     plain = parquet._opened
     monkeypatch.setattr(parquet, "_opened", lambda path: opened.append(path) or plain(path))
 
     for number in range(7):
         source.read(number)
+        assert len(source._held) == 1
 
     assert len(opened) == 4  # groups of two
 

@@ -301,9 +301,10 @@ def test_damaged_index_is_refused(content: bytes, folder: Path) -> None:
     assert told.value.hint == f"minigpt4 data index {folder}"
 
 
-def test_index_that_is_cut_short_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize("change", [lambda content: content[:-1], lambda content: content + b"x"])
+def test_index_of_another_length_is_refused(change: Callable[[bytes], bytes], folder: Path) -> None:
     path, _ = index_folder(str(folder))
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(change(path.read_bytes()))
 
     with pytest.raises(DataError, match="is not an index"):
         opened(folder)
@@ -317,6 +318,26 @@ def test_shard_that_changes_behind_an_open_index_is_noticed(folder: Path) -> Non
     with pytest.raises(DataError):
         for number in range(3):
             assert source.read(number).key == f"00000.tar:{number:09d}"
+
+
+def test_picture_of_another_size_than_indexed_is_noticed(folder: Path) -> None:
+    source = opened(folder)
+    shard(folder / "00000.tar", {"000000000.jpg": picture(0) + b"x", "000000000.json": b"{}", **samples(2, first=1)})
+
+    with pytest.raises(DataError, match=r"00000\.tar:000000000 is not what the index says"):
+        source.read(0)
+
+
+def test_index_that_points_beyond_its_shards_is_an_error_of_ours(folder: Path) -> None:
+    path, index = index_folder(str(folder))
+    rows = np.array(index.rows)
+    rows["shard"] = 99
+    path.write_bytes(path.read_bytes()[: -rows.nbytes] + rows.tobytes())
+    source = opened(folder)
+
+    for look in (source.read, source.group):
+        with pytest.raises(DataError, match="speaks of shard 99, it has 3"):
+            look(0)
 
 
 def test_one_shard_or_a_pattern_takes_its_part_of_the_index(folder: Path) -> None:

@@ -83,6 +83,14 @@ def test_what_is_no_file_is_named_and_has_no_content(type_: bytes, kind: str, tm
     assert (first.kind, first.size, second.kind, second.name) == (kind, 0, FILE, "b.jpg")
 
 
+def test_size_of_what_is_no_file_is_not_believed() -> None:
+    archive = header(b"a", b"2", b"00000077777") + header(b"b", b"0", b"00000000001") + padded(b"x") + END
+
+    assert [(member.name, member.kind, member.size) for member in read(archive)] == [
+        ("a", "symbolic link", 0), ("b", FILE, 1),
+    ]  # fmt: skip
+
+
 def test_sparse_files_are_not_taken_for_files() -> None:
     sparse = bytearray(header(b"a", b"S", b"00000000003"))
     sparse[482] = 1  # the map goes on in another block

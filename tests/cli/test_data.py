@@ -1,0 +1,149 @@
+"""`minigpt4 data check` and `minigpt4 data index` as a user meets them."""
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from minigpt4 import cli
+from minigpt4.data.sources import open_source
+from tests import tiny_chat
+from tests.data.sources.source_files import picture, samples, shard, write
+
+
+@dataclass
+class Result:
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs a command in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def result(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["minigpt4", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b""), encoding="utf-8"))
+        capfd.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as error:
+            status = int(error.code or 0)
+        return Result(status, *capfd.readouterr())
+
+    return result
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pics"
+    for number in range(3):
+        write(folder / f"{number}.jpg", picture(number))
+        write(folder / f"{number}.txt", f"picture number {number}")
+    write(folder / "lost.txt", "a text without its picture")
+    return folder
+
+
+def test_check_says_what_is_there_and_what_is_broken(run: Run, pictures: Path) -> None:
+    result = run("data", "check", "pics")
+
+    assert result.status == 0 and result.err == ""
+    assert result.out.splitlines() == [
+        "pics: 4 records",
+        "  looked at   every record, every picture was decoded",
+        "  sound       3, 0 of them without a picture",
+        "  pictures    8 to 10 (median 9) pixels wide, 8 to 8 (median 8) high",
+        "  text        16 to 16 (median 16) characters",
+        "  repeated    0 pictures stand in an earlier record, 0 with the same words",
+        "  bad         1, 25.00% of those looked at",
+        "              1 x no picture",
+        "                  lost.txt has no picture of its name",
+    ]
+
+
+def test_check_as_json_and_with_a_contact_sheet(run: Run, pictures: Path) -> None:
+    result = run("data", "check", "pics", "--json", "--contact-sheet", "sheet.png")
+
+    seen = json.loads(result.out)
+    assert (seen["records"], seen["good"], seen["bad"], seen["samples"]) == (4, 3, 1, [0, 1, 2])
+    assert seen["identity"] == open_source(pictures).identity
+    with Image.open("sheet.png") as page:
+        assert page.width > 1000
+
+
+def test_check_counts_a_models_tokens(run: Run, pictures: Path) -> None:
+    tiny_chat.saved(Path("model"))
+
+    result = run("data", "check", "pics", "-m", "model", "--max-text-tokens", "5")
+
+    assert "\n  tokens      " in result.out
+    assert "\n  cut off     3 answers of more than 5 tokens\n" in result.out
+
+
+def test_check_takes_format_images_and_text(run: Run, pictures: Path) -> None:
+    write(Path("list.data.csv"), "file,words\n0.jpg,a cat\n1.jpg,a dog\n")
+
+    result = run(
+        "data", "check", "list.data.csv", "--format", "captions", "--images", "pics", "--text", "words", "--json"
+    )
+
+    assert json.loads(result.out)["good"] == 2
+
+
+def test_index_is_written_and_used(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    shard(tmp_path / "tars" / "0.tar", {**samples(3), "x.jpg": b"x", "y.cls": b"0"})
+    shard(tmp_path / "tars" / "1.tar", samples(2)).write_bytes(b"")
+
+    result = run("data", "index", "tars")
+
+    assert (result.status, result.out) == (0, "tars/minigpt4.index\n")
+    assert result.err.splitlines() == [
+        "5 records in 2 shards, 2 of them bad",
+        "damaged: 1.tar: the file is empty, expected a tar archive",
+        "passed over: 1 x file of kind .cls",
+    ]
+    checked = run("data", "check", "tars").out
+    assert "\n  passed over 1 x file of kind .cls\n" in checked
+    assert "\n              1 x damaged file\n" in checked
+
+
+def test_all_bad_is_no_crash_and_no_sheet(run: Run, tmp_path: Path) -> None:
+    shard(tmp_path / "0.tar", {f"{number}.jpg": b"x" for number in range(300)})
+
+    result = run("data", "check", "0.tar", "--contact-sheet", "sheet.png")
+
+    assert result.status == 0
+    assert "300, 100.00% of those looked at" in result.out and "not written" in result.out
+    assert not Path("sheet.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["check", "gone"], "gone does not exist"),
+        (["check", "pics", "--format", "tarball"], "the format 'tarball' is not known"),
+        (["check", "pics", "--contact-sheet", "sheet.jpg"], "sheet.jpg is no name for a contact sheet"),
+        (["check", "pipe:touch ran"], "is an address or a command"),
+        (["check", "hub:cats"], "is no id of a hub"),
+        (["index", "pics"], "no tar shards in pics"),
+        (["index", "gone"], "gone is not a file or folder"),
+    ],
+)
+def test_mistake_is_one_sentence(arguments: list[str], words: str, run: Run, pictures: Path) -> None:
+    result = run("data", *arguments)
+
+    assert result.status == 2 and result.out == ""
+    assert result.err.startswith("error: ") and words in result.err
+    assert len(result.err.splitlines()) <= 2
