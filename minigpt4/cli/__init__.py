@@ -9,6 +9,7 @@ from minigpt4.cli import (  # each registers its commands
     checking,
     data,
     delta,
+    demo,
     features,
     original,
     serving,
@@ -16,4 +17,4 @@ from minigpt4.cli import (  # each registers its commands
 )
 from minigpt4.cli.running import main
 
-__all__ = ["asking", "checking", "data", "delta", "features", "main", "original", "serving", "training"]
+__all__ = ["asking", "checking", "data", "delta", "demo", "features", "main", "original", "serving", "training"]

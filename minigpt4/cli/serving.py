@@ -86,8 +86,8 @@ def run_server(
 ) -> None:
     """Serve until a signal; what is wrong is told before the model loads. See `serve` for the arguments."""
     check_placement(device, dtype, quantize)
-    from minigpt4.serving.remote_addresses import allowed_host
-    from minigpt4.serving.security import check_exposure, is_loopback, known_hosts, read_key
+    from minigpt4.serving.http.security import check_exposure, is_loopback, known_hosts, read_key
+    from minigpt4.serving.pictures.addresses import allowed_host
     from minigpt4.serving.settings import Settings
 
     api_key = read_key(api_key_file)

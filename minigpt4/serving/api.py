@@ -9,14 +9,17 @@ from fastapi.openapi.utils import get_openapi
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from minigpt4 import __version__
-from minigpt4.serving import openai_errors
-from minigpt4.serving.bodies import ChatRequest
-from minigpt4.serving.completions import ChatCompletion, ErrorBody, ModelCard, ModelList
-from minigpt4.serving.desk import Desk
-from minigpt4.serving.docs_page import docs_page
-from minigpt4.serving.edge import Edge
-from minigpt4.serving.openai_errors import ApiError
-from minigpt4.serving.security import Gate
+from minigpt4.serving.http import openai_errors
+from minigpt4.serving.http.attention_route import AttentionRequest, add_attention
+from minigpt4.serving.http.bodies import ChatRequest
+from minigpt4.serving.http.completions import ChatCompletion, ErrorBody, ModelCard, ModelList
+from minigpt4.serving.http.desk import Desk
+from minigpt4.serving.http.docs_page import docs_page
+from minigpt4.serving.http.doorman import COMPLETIONS, Doorman
+from minigpt4.serving.http.edge import Edge
+from minigpt4.serving.http.openai_errors import ApiError
+from minigpt4.serving.http.security import Gate
+from minigpt4.serving.page import page_policy
 from minigpt4.serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -71,9 +74,11 @@ def make_app(engine: "Engine | None", settings: Settings, page: str | None = Non
     )  # fmt: skip
     app.state.desk = desk
     openai_errors.install(app)
+    app.add_middleware(Doorman, desk=desk)
     app.add_middleware(Gate, settings=settings)
     app.add_middleware(Edge, metrics=desk.metrics, max_bytes=settings.limits.max_header_bytes)
     _add_completions(app, desk)
+    add_attention(app, desk, _only(400, 401, 403, 404, 408, 413, 415, 429, 500, 503))
     _add_models(app, desk)
     _add_state(app, desk)
     _add_descriptions(app, page)
@@ -84,7 +89,7 @@ def _add_completions(app: FastAPI, desk: Desk) -> None:
     schema = {"$ref": "#/components/schemas/ChatRequest"}
 
     @app.post(
-        "/v1/chat/completions",
+        COMPLETIONS,
         response_model=ChatCompletion,
         responses=_ERRORS | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
         openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
@@ -100,7 +105,12 @@ def _add_models(app: FastAPI, desk: Desk) -> None:
             return ModelCard(id=desk.settings.model_id, created=desk.started)
         text_config = desk.engine.model.config.get_text_config()
         length = getattr(text_config, "max_position_embeddings", None)
-        return ModelCard(id=desk.settings.model_id, created=desk.started, max_model_len=length)
+        return ModelCard(
+            id=desk.settings.model_id,
+            created=desk.started,
+            max_model_len=length,
+            attention_maps=desk.engine.model.config.qformer_config is not None,
+        )
 
     @app.get("/v1/models", responses=_only(401))
     async def list_models() -> ModelList:
@@ -147,7 +157,9 @@ def _add_descriptions(app: FastAPI, page: str | None) -> None:
         if app.openapi_schema is None:
             made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             asked = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+            looked = AttentionRequest.model_json_schema(ref_template="#/components/schemas/{model}")
             made["components"]["schemas"] |= asked.pop("$defs", {}) | {"ChatRequest": asked}
+            made["components"]["schemas"] |= looked.pop("$defs", {}) | {"AttentionRequest": looked}
             made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             made["security"] = [{"key": []}]
             made["paths"]["/health"]["get"]["security"] = []
@@ -165,10 +177,11 @@ def _add_descriptions(app: FastAPI, page: str | None) -> None:
         return HTMLResponse(docs_page(app.openapi()), headers={"Content-Security-Policy": PAGE_POLICY})
 
     if page is not None:
+        policy = page_policy(page)
 
         @app.get("/", include_in_schema=False)
         async def index() -> HTMLResponse:
-            return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"})
+            return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Cache-Control": "no-cache"})
 
 
 def _only(*statuses: int) -> dict[int | str, dict[str, Any]]:

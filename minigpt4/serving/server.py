@@ -9,9 +9,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from minigpt4.errors import UsageError
-from minigpt4.serving.desk import Desk
+from minigpt4.serving.http.desk import Desk
+from minigpt4.serving.http.slow_clients import protocol_with
 from minigpt4.serving.settings import Settings
-from minigpt4.serving.slow_clients import protocol_with
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -103,13 +103,15 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 @contextmanager
-def live(settings: Settings | None = None, page: str | None = None, **engine_options: Any) -> Iterator[Live]:
+def live(
+    settings: Settings | None = None, page: str | None = None, port: int = 0, **engine_options: Any
+) -> Iterator[Live]:
     """Serve until the context is left."""
     settings = settings or Settings(MODEL, decoders=1)
     engine = Engine(
         tiny_chat.model(), tiny_chat.processor(), **{"max_concurrent": 4, "max_queue": 64, **engine_options}
     )
-    listening = listen("127.0.0.1", 0)
+    listening = listen("127.0.0.1", port)
     server = Server(make_app(engine, settings, page), settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()

@@ -13,8 +13,8 @@ import psutil
 import pytest
 import torch
 
-from minigpt4.serving import desk, listening
 from minigpt4.serving.engine import Engine
+from minigpt4.serving.http import desk, listening
 from minigpt4.serving.request import Request
 from minigpt4.serving.settings import Limits, Settings
 from tests.serving.live import HELLO, MODEL, Live, live, picture_file, read_all, seeing

@@ -16,8 +16,8 @@ from PIL import Image
 
 from minigpt4.errors import ImageError
 from minigpt4.processing.pictures import ImageLimits, content_hash, open_image
-from minigpt4.serving.openai_errors import ApiError
-from minigpt4.serving.picture_pool import PicturePool, Target
+from minigpt4.serving.http.openai_errors import ApiError
+from minigpt4.serving.pictures.pool import PicturePool, Target
 from tests.serving.live import Live, data_url, large_picture, live, picture_file, seeing
 
 T = TypeVar("T")

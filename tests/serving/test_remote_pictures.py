@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 
 from minigpt4.errors import ImageError, UsageError
-from minigpt4.serving import remote_addresses
-from minigpt4.serving.remote_addresses import RemoteAddress, allowed_host, is_public
-from minigpt4.serving.remote_pictures import fetch_picture
+from minigpt4.serving.pictures import addresses
+from minigpt4.serving.pictures.addresses import RemoteAddress, allowed_host, is_public
+from minigpt4.serving.pictures.fetching import fetch_picture
 
 ALLOWED = frozenset({"pictures.example.org", "cdn.example.net", "odd.example.org:8443"})
 PUBLIC = "93.184.215.14"
@@ -352,4 +352,4 @@ def test_hosts_to_allow_are_names() -> None:
 
 def test_the_pattern_takes_no_time_on_long_addresses() -> None:
     for url in ("http://" + "a" * 5000, "http://" + "a-" * 1000 + "!", "http://" + "a." * 1000 + "!"):
-        assert remote_addresses.read_address(url, ALLOWED) is None
+        assert addresses.read_address(url, ALLOWED) is None

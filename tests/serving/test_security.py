@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from minigpt4.errors import UsageError
 from minigpt4.serving.api import make_app
-from minigpt4.serving.security import check_exposure, is_loopback, known_hosts, read_key
+from minigpt4.serving.http.security import check_exposure, is_loopback, known_hosts, read_key
 from minigpt4.serving.settings import Settings
 from tests.serving.live import HELLO, MODEL, Live, live
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from minigpt4.serving.openai_errors import ApiError
+from minigpt4.serving.http.openai_errors import ApiError
 
 # Fields of OpenAI's that change no answer; their values are not looked at.
 IGNORED = {

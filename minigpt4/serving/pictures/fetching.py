@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 import h11
 
 from minigpt4.errors import ImageError
-from minigpt4.serving.remote_addresses import RemoteAddress, is_public, read_address
+from minigpt4.serving.pictures.addresses import RemoteAddress, is_public, read_address
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 """The IP addresses of a name and port."""

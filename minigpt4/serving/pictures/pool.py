@@ -16,13 +16,13 @@ from PIL import Image
 
 from minigpt4.errors import ImageError
 from minigpt4.processing.pictures import ImageLimits
-from minigpt4.serving.openai_errors import ApiError
+from minigpt4.serving.http.openai_errors import ApiError
 
 MEMORY = 1024 * 2**20
 """Address space of a child: 40 million pixels with transparency need 500 MB of it, the interpreter 250 MB."""
 
 _HINT = "open it in a picture viewer and save it as JPEG or PNG"
-_PACKAGE = Path(__file__).resolve().parents[2]
+_PACKAGE = Path(__file__).resolve().parents[3]
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class PicturePool:
         with theirs:
             limits = json.dumps(dataclasses.asdict(self.limits))
             process = subprocess.Popen(
-                [sys.executable, "-m", "minigpt4.serving.picture_child", str(self.memory), limits],
+                [sys.executable, "-m", "minigpt4.serving.pictures.child", str(self.memory), limits],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

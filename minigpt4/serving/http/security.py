@@ -18,7 +18,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minigpt4.errors import UsageError
-from minigpt4.serving.openai_errors import ApiError, as_api_error, error_response
+from minigpt4.serving.http.openai_errors import ApiError, as_api_error, error_response
 from minigpt4.serving.settings import Settings
 
 OPEN_PATHS = frozenset({"/health"})

@@ -9,8 +9,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from minigpt4.serving.completions import Writer, event
-from minigpt4.serving.openai_errors import ApiError, as_api_error, error_body
+from minigpt4.serving.http.completions import Writer, event
+from minigpt4.serving.http.openai_errors import ApiError, as_api_error, error_body
 
 if TYPE_CHECKING:  # they load torch
     from minigpt4.chat import Answer

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from typing import Any, NoReturn
 
-from minigpt4.serving.openai_errors import ApiError
+from minigpt4.serving.http.openai_errors import ApiError
 from minigpt4.serving.settings import Limits
 
 

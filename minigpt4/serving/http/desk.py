@@ -13,16 +13,16 @@ from fastapi import Request
 from pydantic import ValidationError
 from starlette.responses import Response
 
-from minigpt4.serving.bodies import ChatRequest
-from minigpt4.serving.completions import Writer
-from minigpt4.serving.limits import BodyReader
-from minigpt4.serving.listening import AnswerStream, Listening, Mailbox, whole_answer
-from minigpt4.serving.metrics import Metrics
-from minigpt4.serving.openai_errors import ApiError, sentence_of
-from minigpt4.serving.picture_pool import PicturePool, Target
-from minigpt4.serving.pictures import check_amount, open_messages
+from minigpt4.serving.http.bodies import ChatRequest
+from minigpt4.serving.http.completions import Writer
+from minigpt4.serving.http.limits import BodyReader
+from minigpt4.serving.http.listening import AnswerStream, Listening, Mailbox, whole_answer
+from minigpt4.serving.http.metrics import Metrics
+from minigpt4.serving.http.openai_errors import ApiError, sentence_of
+from minigpt4.serving.http.strict_json import read_json
+from minigpt4.serving.pictures.opening import check_amount, open_messages
+from minigpt4.serving.pictures.pool import PicturePool, Target
 from minigpt4.serving.settings import Settings
-from minigpt4.serving.strict_json import read_json
 
 if TYPE_CHECKING:
     from minigpt4.serving.engine import Engine  # loads torch
@@ -78,16 +78,31 @@ class Desk:
             self._closed = asyncio.create_task(self._close())
         await asyncio.shield(self._closed)
 
+    def check_room(self) -> None:
+        """Refuse at once what would be refused in the end.
+
+        Raises:
+            ApiError: 429 without room, 503 while the model is loading.
+        """
+        counts = self.engine.counts
+        room = self.engine.max_queue + max(0, self.engine.max_concurrent - counts.answering)
+        if self.closing or counts.waiting + self._preparing >= room:
+            raise ApiError(
+                429,
+                "the server is closing" if self.closing else f"the server has {counts.waiting} requests waiting",
+                "wait a few seconds and ask again",
+                headers={"Retry-After": "2"},
+            )
+
     async def answer(self, http: Request) -> Response:
-        """Answer a chat completion.
+        """Answer a chat completion that `check_room` has let in.
 
         Raises:
             ApiError: With what is wrong, and where.
         """
-        self._check_room()
         async with self.bodies.read(http) as body:  # what is read is let go before the answer begins
             asked = await self._apart(partial(self._parsed, body))
-            self._check_room()
+            self.check_room()
             listening = await self._submitted(asked)
         options = asked.stream_options
         writer = Writer(self.settings.model_id, options is not None and options.include_usage)
@@ -112,18 +127,6 @@ class Desk:
                 await asyncio.wait_for(done.wait(), seconds + 0.5)
         self.pool.close()
         self._thread.shutdown(wait=False)
-
-    def _check_room(self) -> None:
-        """Refuse at once what would be refused in the end."""
-        counts = self.engine.counts
-        room = self.engine.max_queue + max(0, self.engine.max_concurrent - counts.answering)
-        if self.closing or counts.waiting + self._preparing >= room:
-            raise ApiError(
-                429,
-                "the server is closing" if self.closing else f"the server has {counts.waiting} requests waiting",
-                "wait a few seconds and ask again",
-                headers={"Retry-After": "2"},
-            )
 
     def _parsed(self, body: bytearray) -> ChatRequest:
         limits = self.settings.limits

@@ -3,8 +3,8 @@
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minigpt4.serving.metrics import Metrics
-from minigpt4.serving.openai_errors import ApiError, as_api_error, error_response
+from minigpt4.serving.http.metrics import Metrics
+from minigpt4.serving.http.openai_errors import ApiError, as_api_error, error_response
 
 HEADERS = {
     "X-Content-Type-Options": "nosniff",

@@ -80,6 +80,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: Literal["minigpt4"] = "minigpt4"
     max_model_len: int | None = None
+    attention_maps: bool | None = None
     input_modalities: list[str] = ["text", "image"]
     output_modalities: list[str] = ["text"]
 

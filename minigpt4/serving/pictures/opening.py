@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from minigpt4.errors import ImageError
-from minigpt4.serving.bodies import ImagePart, Message
-from minigpt4.serving.openai_errors import ApiError
-from minigpt4.serving.picture_pool import PicturePool, Target
-from minigpt4.serving.remote_pictures import fetch_picture
+from minigpt4.serving.http.bodies import ImagePart, Message
+from minigpt4.serving.http.openai_errors import ApiError
+from minigpt4.serving.pictures.fetching import fetch_picture
+from minigpt4.serving.pictures.pool import PicturePool, Target
 from minigpt4.serving.settings import Settings
 
 

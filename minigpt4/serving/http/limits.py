@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 from starlette.requests import Request
 
-from minigpt4.serving.openai_errors import ApiError
+from minigpt4.serving.http.openai_errors import ApiError
 from minigpt4.serving.settings import Limits
 
 
