@@ -1,13 +1,11 @@
 """Reading the records whose pictures are to be looked at, ahead of the one who looks; nothing is decoded twice."""
 
 import hashlib
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -15,6 +13,7 @@ from minigpt4.data.batches import SourceBatches
 from minigpt4.data.examples import pixel_values
 from minigpt4.errors import DataError, ImageError, PromptError
 from minigpt4.training.feature_store import FeatureStore
+from minigpt4.training.stopping import begin_reading
 
 CHUNK = 8
 """Neighbouring records are read by one worker: they often show the same picture, and lie together on the disk."""
@@ -97,7 +96,7 @@ def read_ahead(
         collate_fn=list,
         num_workers=workers,
         prefetch_factor=2 if workers else None,
-        worker_init_fn=_begin_reading,
+        worker_init_fn=begin_reading,
     )
     chunks = iter(loader)
     while True:
@@ -113,10 +112,3 @@ def read_ahead(
                 hint="it is often out of memory: fewer workers; what was computed is kept",
             ) from error
         yield from chunk
-
-
-def _begin_reading(worker: int) -> None:
-    """Leave the cores to who looks, and Ctrl-C as well."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

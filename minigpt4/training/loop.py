@@ -7,7 +7,6 @@ functions of seed, stage and step, and everything else is in the last checkpoint
 
 import itertools
 import resource
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ from minigpt4.training.processes import by_the_main_process, others_alive, sprea
 from minigpt4.training.recipe import Recipe, StageRecipe
 from minigpt4.training.run_folder import append_line, forget_lines_after, metrics_path
 from minigpt4.training.schedule import batches_before, learning_rate, num_batches
-from minigpt4.training.stopping import StopRequest, stop_requests
+from minigpt4.training.stopping import StopRequest, begin_reading, stop_requests
 from minigpt4.training.update import PRECISIONS, Figures, Updater, chosen_precision, make_optimizer
 
 Batches = Callable[[int, StageRecipe], Dataset[dict[str, Any]]]
@@ -265,7 +264,7 @@ def _loaded(data: Dataset[dict[str, Any]], workers: int) -> Iterator[dict[str, A
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         timeout=LOADER_TIMEOUT if workers else 0,
-        worker_init_fn=_begin_reading,
+        worker_init_fn=begin_reading,
     )
     yield from loader
 
@@ -292,13 +291,6 @@ def _groups(batches: Iterator[dict[str, Any]], stage: StageRecipe, first: int) -
     """Collect the batches of each update."""
     for step in range(first, stage.steps):
         yield list(itertools.islice(batches, num_batches(stage, step)))
-
-
-def _begin_reading(worker: int) -> None:
-    """Leave the cores to the trainer, and Ctrl-C as well: it is the trainer that ends the readers."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _as_it_is(batch: Any) -> Any:  # noqa: ANN401  (whatever a data set makes)

@@ -1,6 +1,7 @@
 """Being told to stop: the update that runs is finished and saved first.
 
-SIGTERM comes from schedulers, SIGINT from a person at the keyboard; a second one stops at once.
+SIGTERM comes from schedulers, SIGINT from a person at the keyboard; a second one stops at once. Schedulers and torchrun
+send it to the readers of examples as well, which the trainer still needs: they outlive the first one.
 """
 
 import signal
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
+
+import torch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -56,3 +59,19 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def begin_reading(worker: int) -> None:
+    """Begin a process that reads examples: leave the cores to the trainer, and the end as well.
+
+    Args:
+        worker: Its number, as `DataLoader` gives it.
+    """
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _outlive_once)
+
+
+def _outlive_once(number: int, frame: FrameType | None) -> None:
+    # The trainer ends its readers by a message; one that hangs gets a signal from `DataLoader` and one more at the end.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

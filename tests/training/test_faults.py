@@ -101,6 +101,38 @@ except DataError as error:
 """
 
 
+TOLD_GROUP = """
+import os, signal, sys
+from pathlib import Path
+from minigpt4.training.loop import train
+from minigpt4.training.processes import processes
+from tests.training import toy
+
+class Teller(toy.Watcher):
+    def update(self, progress):
+        super().update(progress)
+        if len(self.steps) == 2:
+            os.killpg(os.getpgid(0), signal.SIGTERM)
+
+recipe = toy.longer(Path(sys.argv[1]), "language", 12).model_copy(update={"workers": 2})
+train(recipe, toy.model(), toy.ToyBatches, Teller(), processes())
+"""
+
+
+def test_the_readers_outlive_a_signal_to_the_whole_group_so_that_the_trainer_can_save(tmp_path: Path) -> None:
+    """As schedulers and torchrun send it."""
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", TOLD_GROUP, str(tmp_path)],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120, start_new_session=True,
+    )  # fmt: skip
+
+    assert (done.returncode, done.stderr) == (143, "")
+    assert time.monotonic() - started < 60
+    found = last_checkpoint(tmp_path)
+    assert found is not None and found[1].step == 3
+
+
 def test_a_killed_reader_is_an_error_and_no_hang(tmp_path: Path) -> None:
     """In a program of its own: the library tells of a killed reader wherever the program happens to be."""
     started = time.monotonic()
