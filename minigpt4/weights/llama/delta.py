@@ -6,6 +6,7 @@ tensor. Interrupted, the same call goes on with the file it was at.
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -184,9 +185,10 @@ def combined(plan: Plan, entry: Entry) -> Iterator[Tensor]:
             yield piece if plan.operation == "add" else torch.zeros_like(piece)
         return
     other = plan.other.stored(entry.name)
-    base_pieces = base.pieces(step * base.dtype.itemsize)
-    for piece in other.pieces(step * other.dtype.itemsize):
-        first, second = _padded(next(base_pieces, None), piece, entry.dtype), piece.to(entry.dtype)
+    for left, right in _read_at_once(
+        base.pieces(step * base.dtype.itemsize), other.pieces(step * other.dtype.itemsize)
+    ):
+        first, second = _padded(left, right, entry.dtype), right.to(entry.dtype)
         result = first + second if plan.operation == "add" else second - first
         lowest, highest = result.aminmax()  # not a number, where one is
         if not (lowest.isfinite() and highest.isfinite()):
@@ -195,6 +197,18 @@ def combined(plan: Plan, entry: Entry) -> Iterator[Tensor]:
                 f"a file of {plan.base.path} or {plan.other.path} is damaged, or they do not belong together",
             )
         yield result
+
+
+def _read_at_once(first: Iterator[Tensor], second: Iterator[Tensor]) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """Pair the pieces of two files, each read and compared with its checksum beside the other; the first may end."""
+    with ThreadPoolExecutor(1) as thread:
+        while True:
+            left = thread.submit(next, first, None)
+            right = next(second, None)
+            if right is None:
+                left.result()
+                return
+            yield left.result(), right
 
 
 def _padded(piece: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
