@@ -88,7 +88,7 @@ def chosen(count: int, some: int | None) -> list[int]:
     return [1 + int((place + chance.random()) * count / some) for place in range(some)]
 
 
-@pytest.mark.parametrize("some", [SOME, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("some", [SOME, pytest.param(None, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 @pytest.mark.parametrize("file_format", ["safetensors", "bin"])
 def test_error_at_a_call_is_one_sentence_and_the_next_run_completes(
     file_format: str, some: int | None, tmp_path: Path
@@ -120,7 +120,7 @@ def die_at_calls(place: str, file_format: str, some: str) -> None:
     print(json.dumps(len(numbers)))
 
 
-@pytest.mark.parametrize("some", [SOME, pytest.param(MANY, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("some", [SOME, pytest.param(MANY, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 @pytest.mark.parametrize("file_format", ["safetensors", "bin"])
 def test_death_at_a_call_leaves_no_target_or_a_whole_one_and_the_next_run_completes(
     file_format: str, some: int, tmp_path: Path

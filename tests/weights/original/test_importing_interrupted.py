@@ -111,7 +111,7 @@ def test_killed_import_goes_on_with_the_files_it_had_and_makes_the_same_bytes(tm
     assert kept == list(range(1, len(kept) + 1))
 
 
-@pytest.mark.parametrize("some", [SOME, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("some", [SOME, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_error_of_the_disk_in_an_import_is_one_sentence_and_the_next_run_completes(some: int, tmp_path: Path) -> None:
     original_files.write(tmp_path)
     expected, count = whole(tmp_path)
