@@ -87,7 +87,7 @@ def _refuse_what_changes(recipe: Recipe, model: MiniGPT4ForConditionalGeneration
     if any(p.requires_grad for p in model.model.vision_model.parameters()):
         raise ConfigError(
             "features: cache keeps what the vision encoder sees, and the vision encoder learns",
-            hint="leave vision_layernorms out of trainable, or set features=compute",
+            hint="leave vision_model and vision_layernorms out of trainable, or set features=compute",
         )
     for stage in recipe.stages:
         data = recipe.data_of(stage)

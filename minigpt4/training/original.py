@@ -16,6 +16,7 @@ from minigpt4.weights.original.paths import candidates
 ITERS_PER_EPOCH = 10000
 """The original's own, where the YAML says nothing."""
 
+VISION = "vision_model"
 SCHEDULES = ("linear_warmup_cosine_lr", "linear_warmup_step_lr")
 
 _MODEL_KEYS = (
@@ -40,8 +41,6 @@ _IGNORED = {
     "a run is named by its folder": ("job_name",),
 }  # fmt: skip
 _IGNORED_OF_THE_MODEL = {
-    "the vision encoder is frozen and drops nothing": ("drop_path_rate",),
-    "frozen parts follow `precision`": ("vit_precision",),
     "each process has its own device": ("device_8bit",),
     "not used, nor was it in the original": ("prompt",),
     "not used; prompt_template says what stands round a prompt": ("chat_template",),
@@ -68,14 +67,16 @@ def recipe_from_original(
             that is not there.
     """
     keys = Keys(with_dataset_defaults(read))
+    folder, trainable = _model(keys, model), _trainable(keys)
+    vision_learns = VISION in trainable
     content: dict[str, Any] = {
-        "model": _model(keys, model),
+        "model": folder,
         "output": keys.text("run", "output_dir"),
         "seed": keys.whole("run", "seed", least=0),
-        "trainable": _trainable(keys),
+        "trainable": trainable,
         "precision": _precision(keys, cuda),
         "quantize": _quantize(keys),
-        "gradient_checkpointing": _gradient_checkpointing(keys),
+        "gradient_checkpointing": _gradient_checkpointing(keys, vision_learns=vision_learns),
         "compat": "original",
         "report_to": ["wandb"] if keys.flag("run", "wandb_log", default=False) else [],
         "workers": keys.whole("run", "num_workers", least=0),
@@ -89,6 +90,7 @@ def recipe_from_original(
     prompts, prompt_template = read_prompts(keys, check_files=check_files)
     content["data"]["prompts"] = prompts
     content["stages"] = [{"name": read.path.stem, **_stage(keys), **_texts(keys, prompt_template)}]
+    _vision(keys, learns=vision_learns)
     _rest(keys)
     notes = keys.finish((*_MODEL_KEYS, *_RUN_KEYS, *NAMES))
     return make_recipe(content, read.path), notes
@@ -126,16 +128,34 @@ def _model(keys: Keys, folder: str | None) -> str:
 
 
 def _trainable(keys: Keys) -> list[str]:
-    if not keys.flag("model", "freeze_vit", default=True):
-        keys.refuse(
-            ("model", "freeze_vit"), "is False, and the whole vision encoder cannot be trained",
-            "write True; a recipe can train its LayerNorms: trainable: [vision_layernorms, language_projection]",
-        )  # fmt: skip
+    vision = [] if keys.flag("model", "freeze_vit", default=True) else [VISION]
     frozen = keys.flag("model", "freeze_qformer", default=True)
     has_qformer = keys.read.value("has_qformer", True)
-    trainable = [*([] if frozen or not has_qformer else ["query_tokens", "qformer"]), "language_projection"]
-    keys.notes.append(f"model.freeze_vit, model.freeze_qformer: trainable is {', '.join(trainable)}")
+    trainable = [*vision, *([] if frozen or not has_qformer else ["query_tokens", "qformer"]), "language_projection"]
+    sentence = f"model.freeze_vit, model.freeze_qformer: trainable is {', '.join(trainable)}"
+    if vision:
+        sentence += "; vision_model is all of the vision encoder, with the norm after it (ln_vision)"
+    keys.notes.append(sentence)
     return trainable
+
+
+def _vision(keys: Keys, *, learns: bool) -> None:
+    """Take how the vision encoder computes, which only matters where it learns."""
+    dropped = keys.number("model", "drop_path_rate", default=0)
+    if not learns:
+        keys.ignore("the vision encoder is frozen and drops nothing", ("model", "drop_path_rate"))
+        keys.ignore("frozen parts follow `precision`", ("model", "vit_precision"))
+        return
+    if dropped > 0:
+        keys.refuse(
+            ("model", "drop_path_rate"), f"is {dropped:g}, and a vision encoder that learns leaves out no layers here",
+            "write 0, or freeze_vit: True",
+        )  # fmt: skip
+    keys.ignore("the vision encoder leaves out no layers", ("model", "drop_path_rate"))
+    keys.ignore(
+        "the vision encoder learns, so it is kept in float32 and computes as `precision` says; the original cannot "
+        "train it in fp16", ("model", "vit_precision"),
+    )  # fmt: skip
 
 
 def _precision(keys: Keys, cuda: bool | None) -> str:
@@ -166,11 +186,19 @@ def _quantize(keys: Keys) -> str:
     return "int8"
 
 
-def _gradient_checkpointing(keys: Keys) -> bool:
-    keys.ignore("the vision encoder is frozen, so nothing of it is kept", ("model", "use_grad_checkpoint"))
+def _gradient_checkpointing(keys: Keys, *, vision_learns: bool) -> bool:
+    """Take which activations are computed twice: in a recipe those of every part, which changes no number."""
     wanted = keys.flag("model", "use_grad_checkpoint_llm", default=False)
     keys.rename(("model.use_grad_checkpoint_llm", "gradient_checkpointing"))
-    return wanted
+    if not vision_learns:
+        keys.ignore("the vision encoder is frozen, so nothing of it is kept", ("model", "use_grad_checkpoint"))
+        return wanted
+    of_vision = keys.flag("model", "use_grad_checkpoint", default=False)
+    keys.ignore(
+        f"gradient_checkpointing is {of_vision or wanted}, for the vision encoder and the language model alike",
+        ("model", "use_grad_checkpoint"),
+    )
+    return of_vision or wanted
 
 
 def _stage(keys: Keys) -> dict[str, Any]:

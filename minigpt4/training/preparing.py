@@ -1,10 +1,13 @@
 """The model of a run: loaded or put together, on its device, and with the right parts learning."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
 
 from minigpt4.errors import ConfigError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
@@ -60,6 +63,9 @@ def prepare_model(recipe: Recipe, here: PartialState, report: Report | None = No
         origin_ = replace(origin_, lora=recipe.lora.model_dump())
         add_lora(model, origin_.lora)
     _let_learn(model, recipe)
+    if "vision_model" in model.config.trainable_parts:
+        _freeze_unread(model, processor)
+        _keep_key_biases(model)
     if recipe.joining_parts == "new" and not is_new:
         _begin_anew(model)
     if recipe.gradient_checkpointing:
@@ -111,8 +117,62 @@ def _let_learn(model: MiniGPT4ForConditionalGeneration, recipe: Recipe) -> None:
         if "lora" in recipe.trainable:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad or ".lora_" in name)
+    _refuse_batch_norms(model.model.vision_model)
     learning = [p for p in model.parameters() if p.requires_grad]
     if not learning:
         raise ConfigError("nothing learns in this model", hint="set trainable, for example to [language_projection]")
     for parameter in learning:
         parameter.data = parameter.data.to(torch.float32)
+
+
+def _refuse_batch_norms(vision_model: PreTrainedModel) -> None:
+    """Refuse to teach an encoder that counts as well as learns: neither checkpoints nor alignments hold the counts."""
+    counting = [name for name, module in vision_model.named_modules() if isinstance(module, _BatchNorm)]
+    if counting and any(p.requires_grad for p in vision_model.parameters()):
+        raise ConfigError(
+            f"the vision encoder cannot learn: its {counting[0]} is a batch norm, whose statistics no alignment holds",
+            hint="leave vision_model and vision_layernorms out of trainable",
+        )
+
+
+def _freeze_unread(model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor) -> None:
+    """Freeze what no word depends on, such as a pooler: `ddp` refuses a gradient that never comes.
+
+    An encoder without numbers (torch's device `meta`) tells, since gradients exist there, too.
+    """
+    vision_model, size = model.model.vision_model, processor.image_processor.size
+    with torch.device("meta"):
+        built: Any = type(vision_model)(vision_model.config)
+        seen = built(torch.zeros(1, 3, size["height"], size["width"]))
+    read = [seen.last_hidden_state.sum(), *(c.sum() for c in [getattr(seen, "concept_embeds", None)] if c is not None)]
+    names, tensors = zip(*built.named_parameters(), strict=True)
+    for name, gradient in zip(names, torch.autograd.grad(read, tensors, allow_unused=True), strict=True):
+        if gradient is None:
+            vision_model.get_parameter(name).requires_grad_(False)
+
+
+class _KeyBiasKept(nn.Linear):
+    """Queries, keys and values in one, `(..., width)` to `(..., 3 * width)`; the keys' third of the bias is kept."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As a linear layer; no gradient reaches the keys' bias."""
+        query, key, value = self.bias.chunk(3)
+        return nn.functional.linear(input, self.weight, torch.cat([query, key.detach(), value]))
+
+
+def _keep_key_biases(model: MiniGPT4ForConditionalGeneration) -> None:
+    """Keep the key biases of EVA-ViT what they are: zero.
+
+    The original has none: it joins a query bias, zeros and a value bias. A key bias moves all scores of a query alike
+    and changes no attention, so its gradient is nothing but rounding, of which Adam makes steps of full size; the
+    original would have no place for what comes of them. The gradient is cut off where the bias is read, since a hook on
+    the parameter is lost where `fsdp2` puts another in its place.
+    """
+    if model.config.vision_config.model_type != "blip_2_vision_model":
+        return
+    for layer in model.model.vision_model.encoder.layers:
+        fused = layer.self_attn.qkv
+        if fused.bias is not None:
+            kept = _KeyBiasKept(fused.in_features, fused.out_features, device="meta")
+            kept.weight, kept.bias = fused.weight, fused.bias
+            layer.self_attn.qkv = kept

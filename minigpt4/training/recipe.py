@@ -170,7 +170,9 @@ class StageRecipe(_Section):
         return self
 
 
-Trainable = Literal["language_projection", "query_tokens", "qformer", "vision_layernorms", "lora"]
+Trainable = Literal["language_projection", "query_tokens", "qformer", "vision_model", "vision_layernorms", "lora"]
+"""What can learn: `vision_model` is the vision encoder as a whole, with the norm after it (the original's
+`freeze_vit: False`); `vision_layernorms` its norms alone; `lora` adapters on the language model."""
 
 
 class Recipe(_Section):
@@ -181,14 +183,15 @@ class Recipe(_Section):
         joining_parts: Go on from the model's own projection and Q-Former, or begin with new ones.
         output: The run's folder.
         seed: Of everything drawn.
-        trainable: What learns. Left out: what the model's own configuration says.
+        trainable: What learns, see `Trainable`. Left out: what the model's own configuration says.
         lora: How, where `trainable` names it.
         precision: Of the computation: `auto` is `bf16` on an accelerator that has it, else `fp32`. What learns is
             float32 always.
         quantize: The frozen language model in fewer bits.
         gradient_checkpointing: Compute activations twice rather than keep them.
         parallel: With several processes: each holds the whole model (`ddp`), or a part of it (`fsdp2`).
-        features: `cache` keeps on disk what the frozen parts make of a picture, and needs uncropped pictures.
+        features: `cache` keeps on disk what the frozen parts make of a picture, and needs uncropped pictures and a
+            vision encoder of which nothing learns.
         compat: `original` sets `ORIGINAL` in every stage.
         report_to: Besides `metrics.jsonl`.
         data: Where the examples come from.

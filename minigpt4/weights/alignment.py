@@ -153,13 +153,22 @@ def save_alignment(
         description["lora"] = dict(origin.lora)
     if tensors is None:
         tensors = alignment_tensors(model, origin)
-    # nano's are many and bfloat16 is enough for them; a projection alone is kept as it was trained.
-    dtype = torch.bfloat16 if origin.frozen_parts == NANO else torch.float32
     with write_folder(target, overwrite=overwrite) as folder:
-        save_file({name: t.to(dtype).contiguous() for name, t in tensors.items()}, folder / TENSORS_FILE)
+        kept = {name: t.to(_kept_dtype(name, origin)).contiguous() for name, t in tensors.items()}
+        save_file(kept, folder / TENSORS_FILE)
         (folder / ALIGNMENT_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         for name, text in (files or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
+
+
+def _kept_dtype(name: str, origin: Origin) -> torch.dtype:
+    """Choose what a tensor is kept in: as it was trained, float32.
+
+    nano's joining parts are many and bfloat16 is enough for them. What was trained before, as its vision encoder was,
+    moves by less than bfloat16 can tell.
+    """
+    of_nano = origin.frozen_parts == NANO and name.partition(".")[0] in JOINING_PARTS
+    return torch.bfloat16 if of_nano else torch.float32
 
 
 def apply_alignment(

@@ -170,6 +170,41 @@ def test_trained_qformer_brings_its_queries(tree: Path) -> None:
     assert recipe.trainable == ["query_tokens", "qformer", "language_projection"]
 
 
+def test_trained_vision_encoder_brings_its_norm_and_says_what_becomes_of_its_keys(tree: Path) -> None:
+    recipe, notes = translated(STAGE_1_YAML, "model.freeze_vit=False", "model.vit_precision=fp32")
+    assert recipe.trainable == ["vision_model", "language_projection"]
+    assert "trainable is vision_model, language_projection; vision_model is all of the vision encoder" in notes
+    assert "model.vit_precision: the vision encoder learns, so it is kept in float32" in notes
+    assert "model.drop_path_rate: the vision encoder leaves out no layers" in notes
+    assert "frozen" not in notes
+    recipe, _ = translated(STAGE_1_YAML, "model.freeze_vit=False", "model.freeze_qformer=False")
+    assert recipe.trainable == ["vision_model", "query_tokens", "qformer", "language_projection"]
+
+
+@pytest.mark.parametrize(
+    ("options", "checkpointing", "sentence"),
+    [
+        (["model.use_grad_checkpoint=True"], False, "frozen, so nothing of it is kept"),
+        (["model.freeze_vit=False"], False, "gradient_checkpointing is False"),
+        (["model.freeze_vit=False", "model.use_grad_checkpoint=True"], True, "gradient_checkpointing is True"),
+        (["model.freeze_vit=False", "model.use_grad_checkpoint_llm=True"], True, "gradient_checkpointing is True"),
+    ],
+)
+def test_vision_encoders_activations_are_computed_twice_only_where_it_learns(
+    options: list[str], checkpointing: bool, sentence: str, tree: Path
+) -> None:
+    recipe, notes = translated(STAGE_1_YAML, *options)
+    assert recipe.gradient_checkpointing is checkpointing
+    assert sentence in notes
+
+
+def test_layers_are_left_out_only_of_a_frozen_encoder_which_leaves_out_none(tree: Path) -> None:
+    _, notes = translated(STAGE_1_YAML, "model.drop_path_rate=0.1")
+    assert "model.drop_path_rate: the vision encoder is frozen and drops nothing" in notes
+    with pytest.raises(ConfigError, match=r"`model\.drop_path_rate` is 0\.1, and a vision encoder that learns"):
+        translated(STAGE_1_YAML, "model.drop_path_rate=0.1", "model.freeze_vit=False")
+
+
 def test_other_choices_have_their_places(tree: Path) -> None:
     recipe, _ = translated(
         STAGE_1_YAML, "model.low_resource=True", "run.wandb_log=True", "model.use_grad_checkpoint_llm=True",
@@ -251,7 +286,6 @@ def test_shards_that_a_range_leaves_out_are_refused(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "blamed", "message"),
     [
-        ("  freeze_vit: True", "  freeze_vit: False", "freeze_vit", "the whole vision encoder cannot be trained"),
         ("  freeze_vit: True", "  freeze_vit: maybe", "freeze_vit", "expected True or False"),
         ("  laion:", "  laion2b:", 'name: "blip2_image_train"', "the data set `laion2b` is not one of MiniGPT-4's"),
         ("    sample_ratio: 115\n", "", "sample_ratio: 14", "is there, and laion has none"),

@@ -193,6 +193,7 @@ MARKS = {
     "language_projection": r"model\.language_projection\.",
     "query_tokens": r"model\.query_tokens$",
     "qformer": r"model\.qformer\.",
+    "vision_model": r"model\.vision_model\.",
     "vision_layernorms": r"model\.vision_model\..*(layer_norm1|layer_norm2|post_layernorm)\.",
     "lora": r"model\.language_model\..*\.lora_[AB]\.",
 }
@@ -201,7 +202,13 @@ MARKS = {
 
 @pytest.mark.parametrize(
     "trainable",
-    [["language_projection"], ["query_tokens", "qformer"], ["vision_layernorms"], ["language_projection", "lora"]],
+    [
+        ["language_projection"],
+        ["query_tokens", "qformer"],
+        ["vision_model"],
+        ["vision_layernorms"],
+        ["language_projection", "lora"],
+    ],
     ids="+".join,
 )
 def test_frozen_tensors_stay_as_they_are_to_the_bit(trainable: list[str], tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def export_original(
         model: A full model folder with EVA-ViT, a Q-Former or none, and a LLaMA; or an alignment over one.
         target: The folder to appear: `pretrained_minigpt4.pth` and, unless `only_checkpoint`, `eva_vit_g.pth`,
             `blip2_pretrained_flant5xxl.pth`, the language model's folder and an eval YAML that names them.
-        only_checkpoint: Write only what was trained, as the original's checkpoints do.
+        only_checkpoint: Write only what was trained, as the original's checkpoints do: what the model's configuration
+            lets learn, and whatever the alignment holds.
         overwrite: Replace an earlier export.
         report: Told how far the writing is.
 
@@ -75,8 +76,9 @@ def export_original(
     tensors = _tensors(frozen, alignment)
     names = list(tensors.names())
     trained = tuple(f"model.{part}" for part in config.trainable_parts)
+    learnt = {f"model.{name}" for name in open_tensors(alignment / TENSORS_FILE)} if alignment else set()
     groups: dict[str, tuple[Sequence[Pair], list[str]]] = {
-        CHECKPOINT_FILE: (STATE_DICT_NAMES, [name for name in names if name.startswith(trained)])
+        CHECKPOINT_FILE: (STATE_DICT_NAMES, [name for name in names if name.startswith(trained) or name in learnt])
     }
     if not only_checkpoint:
         groups |= _whole_set(names)
@@ -224,7 +226,7 @@ def _third(bias: Tensor, third: int, name: str) -> Tensor:
     if bias[size : 2 * size].any():
         raise WeightsError(
             f"tensor {name} has a key bias that is not zero, and the original has none",
-            "export a model whose vision encoder was not trained",
+            "export one whose vision encoder was trained by `minigpt4 train`, which leaves these biases zero",
         )
     return bias[third * size : (third + 1) * size].clone()
 

@@ -204,6 +204,33 @@ def test_alignment_over_a_model_is_exported_with_its_own_projection(
         assert (tmp_path / "out/eva_vit_g.pth").read_bytes() == (tmp_path / "frozen/eva_vit_g.pth").read_bytes()
 
 
+@pytest.mark.parametrize("only_checkpoint", [False, True])
+def test_what_learned_in_the_vision_encoder_is_exported(only_checkpoint: bool, model: Path, tmp_path: Path) -> None:
+    """In the checkpoint, as the original writes it, over the frozen encoder or its own."""
+    loaded, processor = minigpt4.load(model, device="cpu")
+    loaded.config.trainable_parts = ["vision_model", "language_projection"]
+    with torch.no_grad():
+        for name, parameter in loaded.freeze().model.vision_model.named_parameters():
+            fused = name.endswith("qkv.bias")
+            parameter.add_(torch.tensor([0.125, 0.0, 0.125]).repeat_interleave(len(parameter) // 3) if fused else 0.125)
+    save_alignment(tmp_path / "mine", loaded, processor, origin=Origin(str(model)))
+
+    export_original(tmp_path / "mine", tmp_path / "out", only_checkpoint=only_checkpoint)
+
+    content = torch.load(tmp_path / "out/pretrained_minigpt4.pth", weights_only=True)["model"]
+    assert {"visual_encoder.cls_token", "visual_encoder.blocks.1.attn.q_bias", "ln_vision.bias"} <= content.keys()
+    exported = tmp_path if only_checkpoint else tmp_path / "out"
+    again = OriginalFiles(
+        exported / "eva_vit_g.pth",
+        tmp_path / "vicuna",
+        exported / "blip2_pretrained_flant5xxl.pth",
+        tmp_path / "out/pretrained_minigpt4.pth",
+    )
+    import_original(tmp_path / "again", again, overrides=HEADS)
+    one, two = loaded.state_dict(), load_file(tmp_path / "again/model.safetensors")
+    assert all(torch.equal(one[name].float(), two[name].float()) for name in two)
+
+
 @pytest.mark.parametrize(
     ("description", "message"),
     [
