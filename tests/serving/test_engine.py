@@ -105,6 +105,37 @@ def test_a_second_question_reads_only_what_is_new(engine: Engine) -> None:
     assert second.answer.cached_tokens >= first.answer.prompt_tokens - 1 > 0
 
 
+def test_conversations_that_take_turns_each_go_on_from_their_own(engine: Engine) -> None:
+    conversations = [[said(f"{n} is the number of this one, what is it?", picture(n))] for n in range(4)]
+    before: list[list[int]] = [[] for _ in conversations]
+    for turn in range(3):
+        for number, conversation in enumerate(conversations):
+            request, heard = ask(engine, conversation)
+            conversation.append(answered(heard.text()))
+            assert request.answer.cached_tokens >= len(before[number]) - 1, (turn, number)
+            before[number] = request.ids
+            conversation.append(said("and now?"))
+
+
+def test_a_beginning_that_others_share_is_read_once_and_stays(engine: Engine) -> None:
+    instructions = {"role": "system", "content": [{"type": "text", "text": "Be brief and friendly, in one sentence."}]}
+    _, heard = ask(engine, [instructions, said("what is this?", picture(1))])
+    first = heard.text()
+    other, heard = ask(engine, [instructions, said("who goes there?", picture(2))])
+    heard.text()
+    again, heard = ask(engine, [instructions, said("what is this?", picture(1))])
+    assert heard.text() == first
+    assert other.answer.cached_tokens > 20
+    assert again.answer.cached_tokens == again.answer.prompt_tokens - 1
+
+
+def test_the_same_question_again_and_again_is_kept_once(engine: Engine) -> None:
+    for _ in range(5):
+        _, heard = ask(engine, [said("what is this?", picture(1))])
+        heard.text()
+    assert len(engine._memory) == 1
+
+
 def test_a_seed_draws_the_same_answer_whoever_else_is_answered(engine: Engine) -> None:
     options = {"temperature": 1.5, "seed": 5}
     _, heard = ask(engine, [said("draw", picture(1))], **options)
