@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from minigpt4.data.record import Record
     from minigpt4.data.sources.checking import SourceCheck, Spread
     from minigpt4.processing import MiniGPT4Processor
+
+SECONDS_A_LINE = 30.0
+"""Where there is no terminal, progress is told so often."""
 
 Text = Annotated[str | None, typer.Option(help="Column or key that holds the caption.", metavar="NAME")]
 Where = Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, a file, DIR/{00000..00099}.tar or hub:NAME.")]
@@ -62,7 +66,7 @@ def check(
 
     processor = _processor_of(model) if model else None
     count_tokens = _token_counter(processor) if processor else None
-    with _counting_bar() as report:
+    with counting_bar() as report:
         opened = open_source(source, format=kind, images=images, text=text, report=report)
         seen = check_source(
             opened,
@@ -91,7 +95,7 @@ def index(
     quiet()
     from minigpt4.data.sources.shards import index_folder
 
-    with _counting_bar() as report:
+    with counting_bar() as report:
         path, made = index_folder(folder, text=text, report=report)
     note(f"{len(made.rows):,} records in {len(made.shards):,} shards, {made.bad:,} of them bad")
     for damage in list(made.damage.values())[:10]:
@@ -102,10 +106,10 @@ def index(
 
 
 def _processor_of(model: str) -> "MiniGPT4Processor":
-    import minigpt4
+    from minigpt4.weights.folder import load_processor
 
     with parts_bar() as report:
-        return minigpt4.load(model, device="cpu", report=report)[1]
+        return load_processor(model, report=report)
 
 
 def _as_read(record: "Record", processor: Any, max_text_tokens: int) -> str:  # noqa: ANN401  (a processor)
@@ -168,20 +172,51 @@ def _spread(numbers: "Spread") -> str:
 
 
 @contextmanager
-def _counting_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Show on a terminal's standard error how much is done of what takes long; elsewhere nothing."""
+def counting_bar(unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
+    """Show on standard error how much is done of what takes long, how fast, and the time left.
+
+    On a terminal a bar, which goes when all is done, so that the terminal is free for others. Elsewhere a line now and
+    then: nothing of what is soon done, unless it is something that people count.
+
+    Args:
+        unit: What people count, such as pictures; empty where it is no matter.
+    """
+    begun: dict[str, float] = {}
+    told: dict[str, float] = {}
+    tasks: dict[str, Any] = {}
+    with ExitStack() as stack:
+        bar = _bar(unit) if sys.stderr.isatty() else None
+        if bar is not None:
+            stack.callback(bar.stop)
+
+        def report(what: str, done: int, total: int) -> None:
+            now = time.monotonic()
+            rate = done / max(now - begun.setdefault(what, now), 0.1)
+            if bar is not None:
+                if not tasks:
+                    bar.start()  # not before: the terminal belongs to others
+                if what not in tasks:
+                    tasks[what] = bar.add_task(what, total=total or None, rate=0.0)
+                bar.update(tasks[what], completed=done, total=total or None, rate=rate)
+                if done == total:
+                    bar.remove_task(tasks.pop(what))
+                if not tasks:
+                    bar.stop()
+            elif now - told.get(what, begun[what]) > SECONDS_A_LINE or (done == total and (unit or what in told)):
+                told[what] = now
+                left = "" if done >= total else f", {(total - done) / max(rate, 1e-9):.0f} s left"
+                note(f"{what}  {done:,} of {total:,}{f' {unit}' if unit else ''}  {rate:.1f} a second{left}")
+            if done == total:
+                begun.pop(what)
+                told.pop(what, None)
+
+        yield report
+
+
+def _bar(unit: str) -> Any:  # noqa: ANN401  (rich.progress.Progress, which loads here)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    tasks: dict[str, Any] = {}
-    with ExitStack() as stack:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-        stack.enter_context(bar)
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total or None)
-            bar.update(tasks[what], completed=done)
-
-        yield report
+    rate = TextColumn("{task.fields[rate]:.1f} " + (f"{unit}/s" if unit else "a second"))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)

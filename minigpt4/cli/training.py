@@ -8,6 +8,7 @@ import typer
 import yaml
 
 from minigpt4.cli.app import app, examples
+from minigpt4.cli.data import counting_bar
 from minigpt4.cli.features import features_bar
 from minigpt4.cli.original import Options
 from minigpt4.cli.progress import training_bar
@@ -62,8 +63,8 @@ def train(
     quiet(hub=_needs_the_hub(settings))
     from minigpt4.training.run import Reports, run
 
-    with training_bar() as update, parts_bar() as parts, features_bar() as features:
-        folder = run(settings, Reports(update, parts, features, note), force=force)
+    with training_bar() as update, parts_bar() as parts, features_bar() as features, counting_bar() as sources:
+        folder = run(settings, Reports(update, parts, features, sources, note), force=force)
     if _speaks():
         print(folder)
 

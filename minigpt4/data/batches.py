@@ -18,6 +18,7 @@ from minigpt4.data.caption_text import blip_caption
 from minigpt4.data.examples import Layout, TextExample, padded, pixel_values
 from minigpt4.data.order import Order, bucketed
 from minigpt4.data.record import Record, Source
+from minigpt4.data.sources.faults import kind_of
 from minigpt4.errors import DataError, ImageError, PromptError
 
 MAX_ATTEMPTS = 100
@@ -34,13 +35,15 @@ class BadSample:
         source: Its source's name.
         group: Its shard, or what else it came in.
         key: Its own name.
-        reason: Why.
+        reason: Why, in a sentence.
+        kind: Why, in a few words to count by, of `minigpt4.data.sources.faults`.
     """
 
     source: str
     group: str
     key: str
     reason: str
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,8 @@ class SourceBatches(Dataset[dict[str, Any]]):
                 picture = self._picture(record, place, attempt) if record.picture is not None else None
                 return text, picture, key, f"{source.name}: {source.group(number)}"
             except (DataError, ImageError, PromptError) as error:
-                bad.append(BadSample(source.name, f"{source.name}: {source.group(number)}", key, error.message))
+                group = f"{source.name}: {source.group(number)}"
+                bad.append(BadSample(source.name, group, key, error.message, kind_of(error)))
                 number = self.order.replacement(place, attempt)
         raise DataError(
             f"{MAX_ATTEMPTS} examples in a row of {source.name} are bad; the last: {bad[-1].key}: {bad[-1].reason}",

@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from minigpt4.training.feature_store import (
 from minigpt4.training.preparing import Prepared
 from minigpt4.training.processes import by_the_main_process, summed
 from minigpt4.training.recipe import Recipe, SourcesData
-from minigpt4.training.stage_data import source_batches
+from minigpt4.training.stage_data import RunSources, num_sample_places, source_batches, validation_batches
 from minigpt4.training.update import PRECISIONS
 from minigpt4.weights.folder import Report
 from minigpt4.weights.parts import home
@@ -108,6 +108,7 @@ def cached_pictures(
     prepared: Prepared,
     here: PartialState,
     report: Report | None = None,
+    opened: RunSources | None = None,
 ) -> CachedPictures:
     """Compute what is missing of the features that a run reads, in the main process, and open them in all.
 
@@ -116,6 +117,7 @@ def cached_pictures(
         prepared: Its model, not yet spread over processes.
         here: The processes.
         report: Told of the records looked at, in the main process.
+        opened: Opens the run's sources.
 
     Raises:
         ConfigError: Features cannot be kept: the pictures are cropped, or the vision encoder learns.
@@ -124,12 +126,15 @@ def cached_pictures(
     """
     fingerprint = fingerprint_of(recipe, prepared, here)
     folder = store_folder(fingerprint)
-    work = _compute(recipe, prepared, here, fingerprint, folder, report, Counts(), anew=False)
+    works = _works(recipe, prepared, here, opened or RunSources())
+    work = _compute(recipe, prepared, here, fingerprint, folder, report, Counts(), works, anew=False)
     _by_the_main_process_in_steps(work, here)
     return CachedPictures(FeatureStore.open(folder, fingerprint), fingerprint.kind)
 
 
-def compute_features(recipe: Recipe, prepared: Prepared, here: PartialState, report: Report) -> tuple[Path, Counts]:
+def compute_features(
+    recipe: Recipe, prepared: Prepared, here: PartialState, report: Report, opened: RunSources | None = None
+) -> tuple[Path, Counts]:
     """Look through all that a recipe's stages read, also what was looked through before, and compute what is missing.
 
     Returns:
@@ -142,7 +147,8 @@ def compute_features(recipe: Recipe, prepared: Prepared, here: PartialState, rep
     """
     fingerprint = fingerprint_of(recipe, prepared, here)
     folder, counts = store_folder(fingerprint), Counts()
-    work = _compute(recipe, prepared, here, fingerprint, folder, report, counts, anew=True)
+    works = _works(recipe, prepared, here, opened or RunSources())
+    work = _compute(recipe, prepared, here, fingerprint, folder, report, counts, works, anew=True)
     _by_the_main_process_in_steps(work, here)
     return folder, counts
 
@@ -175,6 +181,7 @@ def _compute(
     folder: Path,
     report: Report | None,
     counts: Counts,
+    works: Iterator[tuple[str, SourceBatches]],
     *,
     anew: bool,
 ) -> Iterator[None]:
@@ -188,6 +195,7 @@ def _compute(
         folder: Of the store.
         report: Told of the records looked at.
         counts: Told what there was to do.
+        works: What a person calls them, and the batches that will be read.
         anew: Look through what was looked through before as well.
     """
     create_store(folder, fingerprint)
@@ -196,23 +204,34 @@ def _compute(
             prepared.model.eval(), prepared.processor, fingerprint, here.device, FeatureStore.open(folder, fingerprint)
         )
         done = []
-        for number, stage in enumerate(recipe.stages):
-            data = recipe.data_of(stage)
-            if not isinstance(data, SourcesData):
-                raise TypeError("refused before")
-            process = Process(0, here.num_processes)
-            batches = source_batches(recipe, prepared.processor, number, stage, data, process)
+        for name, batches in works:
             work = _work_digest(batches)
-            if anew or not is_done(folder, work):
-                yield from maker.work(f"features of {stage.name}", batches, recipe.workers, report, counts)
+            if (anew or not is_done(folder, work)) and work not in done:
+                yield from maker.work(f"features of {name}", batches, recipe.workers, report, counts)
                 done.append(work)
         maker.writer.write()
         for work in done:
             note_done(folder, work)
 
 
+def _works(
+    recipe: Recipe, prepared: Prepared, here: PartialState, opened: RunSources
+) -> Iterator[tuple[str, SourceBatches]]:
+    """Name what a run reads: the batches of each stage, and those it is validated with."""
+    process = Process(0, here.num_processes)
+    for number, stage in enumerate(recipe.stages):
+        data = recipe.data_of(stage)
+        if not isinstance(data, SourcesData):
+            raise TypeError("refused before")
+        yield stage.name, source_batches(recipe, prepared.processor, number, stage, data, process, None, opened)
+        if recipe.validation:
+            batches = validation_batches(recipe.validation, prepared.processor, stage, process, opened)
+            samples = -(-num_sample_places(recipe.validation) // (batches.batch_size * process.world_size))
+            yield f"{stage.name}'s validation", replace(batches, length=max(batches.length, samples))
+
+
 def _work_digest(batches: SourceBatches) -> str:
-    """Return what identifies the pictures that a stage reads."""
+    """Return what identifies the pictures that batches are made of."""
     layout = {key: value for key, value in vars(batches.layout).items() if key != "processor"}
     content = [
         [source.identity for source in batches.sources], asdict(batches.order), num_places(batches), layout,

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from minigpt4.errors import MiniGPT4Error, StorageError
@@ -51,6 +52,38 @@ def _layers(module: nn.Module) -> list[nn.Module]:
     """Return the layers of all stacks of like layers: what a transformer's size consists of."""
     stacks = [child for child in module.modules() if isinstance(child, nn.ModuleList) and len(child) > 1]
     return [layer for stack in stacks for layer in stack if len({type(other) for other in stack}) == 1]
+
+
+def is_spread(module: nn.Module) -> bool:
+    """Whether each process has a part of the module only."""
+    return isinstance(module, FSDPModule)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Gather what of a spread module belongs to no layer, so that its inner modules can be called by themselves.
+
+    Layers gather themselves when they are called. All processes have to do this together.
+    """
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
+
+
+def gather_parameters(module: nn.Module) -> None:
+    """Put whole parameters in the places of those that are spread, for reading. All processes have to do this together.
+
+    Args:
+        module: A module without inner ones, of a model that is not trained any more.
+    """
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if isinstance(parameter, DTensor):
+            setattr(module, name, nn.Parameter(parameter.full_tensor(), requires_grad=parameter.requires_grad))
 
 
 def unsynchronised(module: nn.Module, last: bool) -> Any:  # noqa: ANN401  (a context)

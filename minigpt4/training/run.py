@@ -1,12 +1,14 @@
 """A whole training run, from recipe to alignment folder."""
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from minigpt4.data.batches import SourceBatches
 from minigpt4.errors import ConfigError
@@ -16,14 +18,14 @@ from minigpt4.training.loop import Batches, Progress, train
 from minigpt4.training.objectives import TrainingStep
 from minigpt4.training.plot import plot_metrics
 from minigpt4.training.preparing import Prepared, prepare_model
-from minigpt4.training.processes import by_the_main_process, processes
+from minigpt4.training.processes import by_the_main_process, gather_parameters, processes
 from minigpt4.training.recipe import Recipe, StageRecipe
 from minigpt4.training.run_folder import check_recipe, only_run
-from minigpt4.training.stage_data import stage_data
+from minigpt4.training.stage_data import RunSources, stage_data
 from minigpt4.training.text_statistics import text_statistics
 from minigpt4.training.trackers import Tracker, check_trackers, open_trackers
 from minigpt4.training.validation import Validation
-from minigpt4.weights.alignment import alignment_tensors, save_alignment
+from minigpt4.weights.alignment import ALIGNMENT_FILE, Origin, alignment_tensors, read_description, save_alignment
 from minigpt4.weights.folder import Report
 
 ALIGNMENT_FOLDER = "alignment"
@@ -41,12 +43,14 @@ class Reports:
         update: Of every update.
         parts: Of frozen parts being fetched and converted.
         features: Of pictures being looked at, with `features: cache`.
+        sources: Of shards without an index being read.
         say: Of anything else, a sentence at a time.
     """
 
     update: Callable[[Progress], None] = _nobody
     parts: Report = _nobody
     features: Report = _nobody
+    sources: Report = _nobody
     say: Callable[[str], None] = _nobody
 
 
@@ -101,9 +105,13 @@ def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) 
         by_the_main_process(lambda: check_recipe(recipe, here.num_processes, force=force), here)
         torch.manual_seed(recipe.seed)
         prepared = prepare_model(recipe, here, told.parts)
-        validation = Validation.of(recipe, prepared, here) if recipe.validation else None
-        kept = cached_pictures(recipe, prepared, here, told.features) if recipe.features == "cache" else None
-        batches = stage_data(recipe, prepared, here, kept)
+        sources = RunSources(told.sources)
+        kept = cached_pictures(recipe, prepared, here, told.features, sources) if recipe.features == "cache" else None
+        batches = stage_data(recipe, prepared, here, kept, sources)
+        validation = None
+        if recipe.validation:
+            sources.open(recipe.validation.sources)  # what is wrong with them is known before training
+            validation = Validation(recipe, recipe.validation, prepared, here, sources, kept)
         if here.is_main_process:
             _say_what_is_learnt(recipe, prepared, batches, told.say)
         trackers = _open_trackers(recipe) if here.is_main_process else []
@@ -115,18 +123,37 @@ def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) 
         finally:
             for tracker in trackers:
                 tracker.finish()
-        held = {name: whole(t) for name, t in alignment_tensors(prepared.model, prepared.origin).items()}
         target = recipe.output / ALIGNMENT_FOLDER
-
-        def save() -> None:
-            save_alignment(
-                target, prepared.model, prepared.processor, origin=prepared.origin, tensors=held, overwrite=True
-            )
-
-        by_the_main_process(save, here)
+        _save(target, recipe, prepared, here)
         if here.is_main_process:
             _draw(recipe.output, told.say)
     return target
+
+
+def _save(target: Path, recipe: Recipe, prepared: Prepared, here: PartialState) -> None:
+    """Write the alignment; gathering is the work of all processes, writing that of the main one."""
+    held = {name: whole(t) for name, t in alignment_tensors(prepared.model, prepared.origin).items()}
+    gather_parameters(prepared.model.get_input_embeddings())  # the language model is known by them
+
+    def save() -> None:
+        origin = _named_from(target, recipe, prepared.origin)
+        save_alignment(target, prepared.model, prepared.processor, origin=origin, tensors=held, overwrite=True)
+
+    by_the_main_process(save, here)
+
+
+def _named_from(target: Path, recipe: Recipe, origin: Origin) -> Origin:
+    """Name the frozen parts from the alignment's folder if the alignment that was gone on from names them from its own.
+
+    Such parts lie in a run's folder, which may be moved together with this one.
+    """
+    before = Path(recipe.model) if isinstance(recipe.model, str) else None
+    if before is None or not (before / ALIGNMENT_FILE).is_file():
+        return origin
+    named = str(read_description(before)["frozen_parts"])
+    if Path(named).is_absolute() or not (before / named).is_dir():  # nano, an id of a hub, a folder of its own place
+        return origin
+    return replace(origin, frozen_parts=os.path.relpath(origin.frozen_parts, target.resolve()))
 
 
 def _draw(output: Path, say: Callable[[str], None]) -> None:

@@ -17,6 +17,7 @@ from unicodedata import category
 import torch
 from PIL import Image
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from minigpt4.errors import DataError
 from minigpt4.generation import AnswerWriter
@@ -251,6 +252,9 @@ def answer_pictures(
     pictures: Sequence[PictureSource],
     question: str,
     max_new_tokens: int,
+    *,
+    features: BaseModelOutputWithPooling | None = None,
+    together: bool = False,
 ) -> list[str]:
     """Ask one question about each picture by itself, and return the likeliest answers, as `ask` would.
 
@@ -263,6 +267,8 @@ def answer_pictures(
         pictures: The pictures.
         question: The question.
         max_new_tokens: Longest answer.
+        features: What the model made of the pictures before, `pooler_output` a row a picture; None looks at them.
+        together: All processes of a run answer, since each has a part of the model only; none ends before the others.
 
     Raises:
         ImageError: A picture cannot be opened.
@@ -278,7 +284,8 @@ def answer_pictures(
         conversations, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
     )
     inputs = inputs.to(model.device)
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    pixels = inputs.pop("pixel_values").to(model.dtype)
+    inputs |= {"pixel_values": pixels} if features is None else {"mm_encoder_outputs": {"image": features}}
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -297,6 +304,7 @@ def answer_pictures(
             use_cache=True,
             logits_processor=LogitsProcessorList([penalty]),
             suppress_tokens=never_said(model),
+            synced_gpus=together,
             **stops(model, processor, processor.prompt_template),
         )
     finally:

@@ -1,4 +1,4 @@
-"""The examples of a stage: from a recipe's sections to a data set of batches."""
+"""The examples of a stage, and of its validation: from a recipe's sections to a data set of batches."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,22 +17,63 @@ from minigpt4.errors import ConfigError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing import MiniGPT4Processor
 from minigpt4.training.preparing import Prepared
-from minigpt4.training.recipe import NanoData, Recipe, SourceRecipe, SourcesData, StageRecipe
+from minigpt4.training.recipe import NanoData, Recipe, SourceRecipe, SourcesData, StageRecipe, ValidationRecipe
 from minigpt4.training.schedule import batches_before
 from minigpt4.weights import nano
+from minigpt4.weights.folder import Report
+
+VALIDATION_SEED = 0
+"""Validation has the same examples every time, whatever the run's seed."""
+
+
+SAMPLE_ATTEMPTS = 10
+"""So many times as many records as there are sample answers are looked at, for pictures that can be opened."""
+
+
+class RunSources:
+    """Opens the sources of a run, each once: lists, and shards that have no index, are read whole for it.
+
+    Args:
+        report: Told what takes long.
+    """
+
+    def __init__(self, report: Report | None = None) -> None:
+        self._report = report
+        self._opened: dict[tuple[object, ...], Source] = {}
+
+    def open(self, wanted: Sequence[SourceRecipe]) -> list[Source]:
+        """Return the sources that sections of a recipe name.
+
+        Raises:
+            DataError: One is not there, or cannot be read.
+        """
+        return [self._open(source) for source in wanted]
+
+    def _open(self, wanted: SourceRecipe) -> Source:
+        key = (wanted.path, wanted.format, wanted.images, wanted.text)
+        if key not in self._opened:
+            self._opened[key] = open_source(
+                wanted.path, format=wanted.format, images=wanted.images, text=wanted.text, report=self._report
+            )
+        return self._opened[key]
 
 
 def stage_data(
-    recipe: Recipe, prepared: Prepared, here: PartialState, kept: KeptPictures | None = None
+    recipe: Recipe,
+    prepared: Prepared,
+    here: PartialState,
+    kept: KeptPictures | None = None,
+    sources: RunSources | None = None,
 ) -> Callable[[int, StageRecipe], Dataset[dict[str, Any]]]:
     """Return what makes a stage's batches, for this process; `kept` gives the pictures where they are cached."""
+    opened = sources or RunSources()
 
     def of_stage(number: int, stage: StageRecipe) -> Dataset[dict[str, Any]]:
         data = recipe.data_of(stage)
         if isinstance(data, NanoData):
             return nano_batches(recipe, prepared.model, prepared.processor, number, stage, data)
         process = Process(here.process_index, here.num_processes)
-        return source_batches(recipe, prepared.processor, number, stage, data, process, kept)
+        return source_batches(recipe, prepared.processor, number, stage, data, process, kept, opened)
 
     return of_stage
 
@@ -69,6 +110,7 @@ def source_batches(
     data: SourcesData,
     process: Process,
     kept: KeptPictures | None = None,
+    opened: RunSources | None = None,
 ) -> SourceBatches:
     """Return a process's batches of a stage over sources of examples."""
     if stage.objective != "language":
@@ -76,7 +118,7 @@ def source_batches(
             f"stage {stage.name} has the objective {stage.objective}, which only nano's own data has examples for",
             hint="objective: language",
         )
-    sources = open_sources(data.sources)
+    sources = (opened or RunSources()).open(data.sources)
     order = Order(
         sizes=tuple(len(source) for source in sources),
         shares=tuple(source.share for source in data.sources),
@@ -100,9 +142,38 @@ def source_batches(
     )
 
 
-def open_sources(sources: Sequence[SourceRecipe]) -> list[Source]:
-    """Open the sources of a recipe."""
-    return [open_source(s.path, format=s.format, images=s.images, text=s.text) for s in sources]
+def num_sample_places(settings: ValidationRecipe) -> int:
+    """Return in how many of validation's first places pictures for sample answers are looked for."""
+    return SAMPLE_ATTEMPTS * settings.pictures
+
+
+def validation_batches(
+    settings: ValidationRecipe,
+    processor: MiniGPT4Processor,
+    stage: StageRecipe,
+    process: Process,
+    opened: RunSources,
+    kept: KeptPictures | None = None,
+) -> SourceBatches:
+    """Return the batches that a stage is validated with, for one process: whole pictures, the same every time."""
+    sources = opened.open(settings.sources)
+    order = Order(
+        sizes=tuple(len(source) for source in sources),
+        shares=tuple(source.share for source in settings.sources),
+        seed=VALIDATION_SEED,
+        stage=0,
+    )
+    return SourceBatches(
+        sources=sources,
+        order=order,
+        layout=layout_of(stage, processor),
+        prompts=[] if stage.layout == "original" else DEFAULT_PROMPTS,
+        length=settings.batches,
+        batch_size=stage.batch_size,
+        process=process,
+        crop=False,
+        kept=kept,
+    )
 
 
 def layout_of(stage: StageRecipe, processor: MiniGPT4Processor) -> Layout:

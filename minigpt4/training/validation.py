@@ -1,29 +1,22 @@
 """What a run looks at besides its loss: the same loss on pictures it does not learn from, and sample answers."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import PartialState
 
-from minigpt4.data.batches import Process, SourceBatches
-from minigpt4.data.examples import DEFAULT_PROMPTS
-from minigpt4.data.order import Order
+from minigpt4.data.batches import KeptPictures, Process, SourceBatches
 from minigpt4.data.record import Record
 from minigpt4.errors import DataError, ImageError
 from minigpt4.processing.pictures import open_image
-from minigpt4.training.objectives import TrainingStep, num_targets
+from minigpt4.training.objectives import TrainingStep, image_features, num_targets
 from minigpt4.training.preparing import Prepared
-from minigpt4.training.processes import by_the_main_process, summed
+from minigpt4.training.processes import by_the_main_process, gathered, is_spread, summed
 from minigpt4.training.recipe import Recipe, StageRecipe, ValidationRecipe
 from minigpt4.training.samples import add_round, answer_pictures, make_round
-from minigpt4.training.stage_data import layout_of, open_sources
+from minigpt4.training.stage_data import RunSources, num_sample_places, validation_batches
 from minigpt4.training.update import PRECISIONS, chosen_precision, to_device
-
-MANY = 10
-"""So many times as many records are looked at for pictures that can be opened."""
-
-FIXED_SEED = 0
-"""The same examples every time, whatever the run's seed."""
 
 
 @dataclass
@@ -35,19 +28,16 @@ class Validation:
         settings: Its section `validation`.
         prepared: The model and its processor.
         processes: The processes of the run; each looks at its own part.
+        opened: Opens the sources.
+        kept: Gives the pictures where they are cached; None looks at them.
     """
 
     recipe: Recipe
     settings: ValidationRecipe
     prepared: Prepared
     processes: PartialState
-
-    @classmethod
-    def of(cls, recipe: Recipe, prepared: Prepared, processes: PartialState) -> "Validation":
-        """Make the validation that a recipe asks for."""
-        if recipe.validation is None:
-            raise ValueError("the recipe has no validation")
-        return cls(recipe, recipe.validation, prepared, processes)
+    opened: RunSources
+    kept: KeptPictures | None = None
 
     @torch.no_grad()
     def loss(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
@@ -59,58 +49,75 @@ class Validation:
             return None
         if stage.objective != "language":
             return None
-        device = self.processes.device
-        precision = PRECISIONS[chosen_precision(self.recipe, device)]
+        batches = self._batches(stage)
         was_training = module.training
         module.eval()
         total, count = 0.0, 0
-        for number in range(self.settings.batches):
-            batch = self._batches(stage)[number]
-            with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
-                total += module(to_device(batch, device)).loss.item()
+        for number in range(len(batches)):
+            batch = batches[number]
+            with self._computing():
+                total += module(to_device(batch, self.processes.device)).loss.item()
             count += num_targets(batch)
         module.train(was_training)
         loss, targets = summed([total, count], self.processes)
-        if self.processes.num_processes == 1 or self.recipe.parallel == "ddp":  # else no process has the whole model
-            by_the_main_process(lambda: self._add_samples(stage, step), self.processes)
+        self._add_samples(module, stage, step, batches)
         return loss / max(targets, 1)
 
-    def _add_samples(self, stage: StageRecipe, step: int) -> None:
+    def _add_samples(self, module: TrainingStep, stage: StageRecipe, step: int, batches: SourceBatches) -> None:
         """Ask about the first pictures, and add the answers to the run's page."""
-        batches = self._batches(stage)
+        if not is_spread(module):
+            by_the_main_process(lambda: self._write(stage, step, *self._answered(stage, batches)), self.processes)
+            return
+        with gathered(module):  # each process has a part of the model, so all of them answer
+            records, answers = self._answered(stage, batches, together=True)
+        by_the_main_process(lambda: self._write(stage, step, records, answers), self.processes)
+
+    def _answered(
+        self, stage: StageRecipe, batches: SourceBatches, *, together: bool = False
+    ) -> tuple[list[Record], list[str]]:
+        """Return the first records with pictures that can be used, and what the model answers about each."""
         records: list[Record] = []
-        for place in range(MANY * self.settings.pictures):
+        seen: list[Any] = []
+        for place in range(num_sample_places(self.settings)):
             if len(records) == self.settings.pictures:
                 break
             try:
                 record = batches.record(*batches.order.pick(place))
                 open_image(record.picture or b"")
+                seen += [self.kept.picture(record)] if self.kept else []
             except (DataError, ImageError):
                 continue  # as the loss, which takes another in its place
             records.append(record)
         if not records:
+            return [], []
+        model, processor = self.prepared.model, self.prepared.processor
+        with self._computing():
+            answers = answer_pictures(
+                model,
+                processor,
+                [record.picture or b"" for record in records],
+                self.settings.question,
+                stage.max_text_tokens,
+                features=image_features(model, to_device(self.kept.batch(seen), self.processes.device))
+                if self.kept
+                else None,
+                together=together,
+            )
+        return records, answers
+
+    def _write(self, stage: StageRecipe, step: int, records: list[Record], answers: list[str]) -> None:
+        if not records:
             return
         pictures = [record.picture or b"" for record in records]
-        model, processor = self.prepared.model, self.prepared.processor
-        device = self.processes.device
-        precision = PRECISIONS[chosen_precision(self.recipe, device)]
-        with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
-            answers = answer_pictures(model, processor, pictures, self.settings.question, stage.max_text_tokens)
         references = [record.turns[0][1] for record in records]
         title = f"Sample answers of {self.recipe.output.name}: {self.settings.question}"
         add_round(self.recipe.output, title, make_round(stage.name, step, pictures, references, answers))
 
     def _batches(self, stage: StageRecipe) -> SourceBatches:
-        sources = open_sources(self.settings.sources)
-        shares = tuple(source.share for source in self.settings.sources)
-        order = Order(tuple(len(source) for source in sources), shares, FIXED_SEED, 0)
-        return SourceBatches(
-            sources=sources,
-            order=order,
-            layout=layout_of(stage, self.prepared.processor),
-            prompts=[] if stage.layout == "original" else DEFAULT_PROMPTS,
-            length=self.settings.batches,
-            batch_size=stage.batch_size,
-            process=Process(self.processes.process_index, self.processes.num_processes),
-            crop=False,
-        )
+        process = Process(self.processes.process_index, self.processes.num_processes)
+        return validation_batches(self.settings, self.prepared.processor, stage, process, self.opened, self.kept)
+
+    def _computing(self) -> Any:  # noqa: ANN401  (a context)
+        device = self.processes.device
+        precision = PRECISIONS[chosen_precision(self.recipe, device)]
+        return torch.autocast(device.type, dtype=precision, enabled=precision is not None)

@@ -43,6 +43,9 @@ from minigpt4.weights.parts import home
 Report = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and of how much; bytes, or 0 of 0 where it cannot be known."""
 
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, SafetensorError)
+"""What the library raises of files that are missing or damaged."""
+
 _CASTS = "MatMul8bitLt: inputs will be cast"
 """What bitsandbytes says of every layer at every token; it is how its 8-bit weights work."""
 
@@ -96,11 +99,8 @@ def load(
             # The library would go on with random numbers in their places.
             unfit = sorted([*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])])
         processor = MiniGPT4Processor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise WeightsError(
-            f"{folder} is not a complete model folder: {_first_line(error)}",
-            hint="write it again, or name another folder",
-        ) from error
+    except _UNREADABLE as error:
+        raise _incomplete(folder, error) from error
     if unfit:
         raise WeightsError(
             f"{folder} is not a complete model folder: tensor {unfit[0]} is missing or of another shape",
@@ -109,6 +109,28 @@ def load(
     if quantize == "none":
         model.to(chosen_device)  # a quantized model was placed while it was loaded
     return model.eval(), processor
+
+
+def load_processor(name_or_path: str | Path = "nano", *, report: Report | None = None) -> MiniGPT4Processor:
+    """Load the processor of a model without the model, whose tensors are not read.
+
+    Args:
+        name_or_path: As for `load`. An alignment has the processor of the model that it lies over.
+        report: Told of fetching and converting, which happen on first use.
+
+    Raises:
+        WeightsError: There is no such model, or files of the processor are missing or damaged.
+        DownloadError: A frozen part, or a model of the hub, is not here and cannot be fetched.
+    """
+    name = str(name_or_path)
+    path = hub_folder(name, report) if is_on_hub(name) else Path(name)
+    if name != NANO and (path / ALIGNMENT_FILE).is_file():
+        return load_processor(frozen_parts_of(path), report=report)
+    folder = _folder_of(name, report, None)
+    try:
+        return MiniGPT4Processor.from_pretrained(folder, local_files_only=True)
+    except _UNREADABLE as error:
+        raise _incomplete(folder, error) from error
 
 
 def placement(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -179,6 +201,11 @@ def _folder_of(name: str, report: Report | None, language_model: Path | None) ->
         raise WeightsError(
             f"{name} is not a model folder: it has neither config.json nor {ALIGNMENT_FILE}",
             hint="name one that was written by save_pretrained or by minigpt4 train",
+        )
+    if (path.parent / "checkpoints").is_dir():
+        raise WeightsError(
+            f"there is no model {name!r}, the training in {path.parent} has not ended",
+            hint="`minigpt4 train` with the same recipe goes on; the alignment comes at its end",
         )
     raise WeightsError(f"there is no model {name!r}", hint="run `minigpt4 models` to see what is here")
 
@@ -269,6 +296,12 @@ def built_folder(alignment: Path, report: Report | None, language_model: Path | 
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     return target
+
+
+def _incomplete(folder: Path, error: Exception) -> WeightsError:
+    return WeightsError(
+        f"{folder} is not a complete model folder: {_first_line(error)}", hint="write it again, or name another folder"
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from minigpt4 import cli
+from minigpt4.cli.data import counting_bar
 from minigpt4.data.sources import open_source
 from tests import tiny_chat
 from tests.data.sources.source_files import picture, samples, shard, write
@@ -147,3 +149,35 @@ def test_mistake_is_one_sentence(arguments: list[str], words: str, run: Run, pic
     assert result.status == 2 and result.out == ""
     assert result.err.startswith("error: ") and words in result.err
     assert len(result.err.splitlines()) <= 2
+
+
+def test_what_takes_long_is_told_where_there_is_no_terminal_and_the_rest_is_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with counting_bar() as report:
+        report("soon done", 10, 10)
+        for done in range(0, 101, 25):
+            report("reading shards", done, 100)
+            now += 20.0
+    assert capsys.readouterr().err.splitlines() == [
+        "reading shards  50 of 100  1.2 a second, 40 s left",
+        "reading shards  100 of 100  1.2 a second",
+    ]
+
+
+def test_a_bar_on_a_terminal_is_gone_when_all_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with counting_bar("pictures") as report:
+        assert terminal.getvalue() == ""
+        report("reading shards", 1, 3)
+        report("reading shards", 3, 3)
+        shown = terminal.getvalue()
+        assert "reading shards" in shown and shown.endswith("\r\x1b[2K\x1b[?25h\r")  # wiped, the cursor back

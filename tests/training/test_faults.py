@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from minigpt4.data.batches import BadSample
+from minigpt4.data.sources.faults import NO_PICTURE
 from minigpt4.errors import ConfigError, DataError, StorageError
 from minigpt4.training import checkpoint as checkpoints
 from minigpt4.training.checkpoint import FOLDER, last_checkpoint
@@ -262,7 +263,10 @@ def with_bad(bad: dict[int, int]) -> Callable[[int, StageRecipe], toy.ToyBatches
             batch["keys"] = [f"{item}.{row}" for row in range(toy.NUM_EXAMPLES)]
             batch["groups"] = ["photos: 0.tar"] * toy.NUM_EXAMPLES
             count = bad.get(item, 0) if self.number == 0 else 0
-            batch["bad"] = [BadSample("photos", "photos: 1.tar", f"bad {item}.{n}", "no picture") for n in range(count)]
+            batch["bad"] = [
+                BadSample("photos", "photos: 1.tar", f"bad {item}.{n}", "it has no picture", NO_PICTURE)
+                for n in range(count)
+            ]
             return batch
 
     return WithBad
@@ -278,10 +282,10 @@ def test_bad_examples_are_listed_once_also_after_a_resume(tmp_path: Path) -> Non
     train(recipe, toy.model(), data, toy.Watcher(), processes())
 
     lines = [json.loads(line) for line in (tmp_path / BAD_SAMPLES_FILE).read_text().splitlines()]
-    assert [(line["step"], line["key"], line["reason"]) for line in lines] == [
-        (1, "bad 0.0", "no picture"),
-        (1, "bad 0.1", "no picture"),
-        (3, "bad 2.0", "no picture"),
+    assert [(line["step"], line["key"], line["reason"], line["kind"]) for line in lines] == [
+        (1, "bad 0.0", "it has no picture", NO_PICTURE),
+        (1, "bad 0.1", "it has no picture", NO_PICTURE),
+        (3, "bad 2.0", "it has no picture", NO_PICTURE),
     ]
 
 

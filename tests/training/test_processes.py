@@ -10,16 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from minigpt4.training.samples import read_rounds
+from tests import tiny_chat
+
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = ["-m", "tests.training.toy_process"]
+TOY = ["-m", "tests.training.toy_process"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
 TORCHRUN += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 
 
 def start(output: Path, *options: str, processes: int = 2) -> "subprocess.CompletedProcess[str]":
-    command = [*(TORCHRUN if processes == 2 else [sys.executable]), *PROGRAM, str(output), *options]
+    return launch([*TOY, str(output), *options], processes)
+
+
+def launch(program: list[str], processes: int) -> "subprocess.CompletedProcess[str]":
+    command = [*(TORCHRUN if processes == 2 else [sys.executable]), *program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
 
@@ -76,6 +84,51 @@ def test_the_second_process_killed_in_the_forward_pass_ends_the_first(tmp_path: 
 
     assert killed.returncode != 0
     assert not (tmp_path / "final.safetensors").exists()
+
+
+def validated_run(folder: Path, name: str, processes: int, **changes: Any) -> Path:
+    """Train on some pictures and validate on others, as `minigpt4 train` does; returns the run's folder."""
+    content = {
+        "model": str(folder / "model"),
+        "output": str(folder / name),
+        "trainable": ["language_projection"],
+        "data": {"sources": [{"path": str(folder / "pictures")}], "crop": False},
+        "validation": {"sources": [{"path": str(folder / "pictures")}], "every_steps": 1, "batches": 2, "pictures": 3},
+        "stages": [{"name": "only", "steps": 2, "batch_size": 4 // processes, "learning_rate": 0.01, "threads": 1}],
+        "precision": "fp32",
+        "workers": 0,
+        **changes,
+    }
+    recipe = folder / f"{name}.yaml"
+    recipe.write_text(yaml.safe_dump(content))
+    done = launch(["-m", "minigpt4", "train", str(recipe)], processes)
+    assert done.returncode == 0, done.stderr
+    return folder / name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("features", ["compute", "cache"])
+def test_processes_that_have_a_part_of_the_model_each_validate_as_one_does(features: str, tmp_path: Path) -> None:
+    tiny_chat.saved(tmp_path / "model")
+    (tmp_path / "pictures").mkdir()
+    for number in range(6):
+        tiny_chat.picture(number).save(tmp_path / f"pictures/{number}.png")
+        (tmp_path / f"pictures/{number}.txt").write_text(f"picture {number}")
+
+    one = validated_run(tmp_path, "one", 1)
+    two = validated_run(tmp_path, "two", 2, parallel="fsdp2", features=features)
+
+    assert validation_losses(two) == pytest.approx(validation_losses(one), rel=1e-5)
+    assert len(validation_losses(two)) == 2
+    rounds = [[sample.answer for sample in entry.samples] for entry in read_rounds(two)]
+    assert rounds == [[sample.answer for sample in entry.samples] for entry in read_rounds(one)]
+    assert [len(answers) for answers in rounds] == [3, 3]
+
+
+def validation_losses(output: Path) -> list[float]:
+    lines: list[dict[str, Any]] = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["validation_loss"] for line in lines if "validation_loss" in line]
 
 
 def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:

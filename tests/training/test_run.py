@@ -9,13 +9,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import Blip2VisionModel
 
 import minigpt4
 from minigpt4.errors import ConfigError
 from minigpt4.training.recipe import Recipe, make_recipe
 from minigpt4.training.run import Reports, run
 from minigpt4.training.samples import read_rounds
+from minigpt4.weights.files.atomic import write_folder
 from tests import tiny_chat
+from tests.data.sources.source_files import samples, shard
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 
@@ -87,6 +90,30 @@ def test_a_second_stage_goes_on_from_the_first_ones_alignment(
     assert one.keys() == two.keys()
     assert torch.equal(one["query_tokens"], two["query_tokens"])  # kept, though it did not learn any more
     assert not torch.equal(one["language_projection.weight"], two["language_projection.weight"])
+
+
+def test_runs_one_after_another_over_composed_parts_can_be_moved_together(
+    model_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """As where the first run's model is put together in its own folder, and its alignment names it from there."""
+    first = run(recipe(model_folder, pictures, tmp_path / "runs/one"))
+    model_folder.rename(tmp_path / "runs/one/model")
+    description = json.loads((first / "alignment.json").read_text())
+    content = (first / "alignment.safetensors").read_bytes()
+    with write_folder(first, overwrite=True) as folder:
+        (folder / "alignment.json").write_text(json.dumps({**description, "frozen_parts": "../model"}))
+        (folder / "alignment.safetensors").write_bytes(content)
+
+    second = run(recipe(first, pictures, tmp_path / "runs/two"))
+    third = run(recipe(second, pictures, tmp_path / "runs/later/three"))
+
+    assert json.loads((second / "alignment.json").read_text())["frozen_parts"] == "../../one/model"
+    assert json.loads((third / "alignment.json").read_text())["frozen_parts"] == "../../../one/model"
+    expected = [minigpt4.load(folder, device="cpu")[0].state_dict() for folder in (second, third)]
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    for name, tensors in zip(("two", "later/three"), expected, strict=True):
+        moved = minigpt4.load(tmp_path / "moved" / name / "alignment", device="cpu")[0].state_dict()
+        assert all(torch.equal(moved[key], tensor) for key, tensor in tensors.items())
 
 
 def test_adapters_are_part_of_the_alignment(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
@@ -195,3 +222,57 @@ def test_figures_go_to_tensorboard_too(model_folder: Path, pictures: Path, tmp_p
     run(recipe(model_folder, pictures, output, report_to=["tensorboard"]))
 
     assert [path for path in output.rglob("events.out.tfevents.*") if path.stat().st_size > 0]
+
+
+def test_validation_reads_cached_features_with_the_same_loss_and_answers(
+    model_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vision encoder sees each picture once, as the features are made, and never in a step or a validation."""
+    others = tmp_path / "others"
+    others.mkdir()
+    for number in range(7):
+        tiny_chat.picture(number).save(others / f"{number}.png")
+        (others / f"{number}.txt").write_text(f"picture {number}")
+    (others / "broken.png").write_bytes(b"no picture")
+    (others / "broken.txt").write_text("nothing")
+    seen: list[int] = []
+    forward = Blip2VisionModel.forward
+
+    def counting(self: Blip2VisionModel, pixel_values: torch.Tensor, **options: object) -> object:
+        seen.append(len(pixel_values))
+        return forward(self, pixel_values, **options)
+
+    monkeypatch.setattr(Blip2VisionModel, "forward", counting)
+    validation = {"sources": [{"path": str(others)}], "every_steps": 1, "batches": 2, "pictures": 5}
+    data = {"sources": [{"path": str(pictures)}], "crop": False}
+
+    def figures(name: str, **changes: Any) -> tuple[list[float], list[list[str]], int]:
+        seen.clear()
+        run(recipe(model_folder, pictures, tmp_path / name, data=data, validation=validation, **changes))
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        answers = [[sample.answer for sample in one.samples] for one in read_rounds(tmp_path / name)]
+        return [line["validation_loss"] for line in lines if "validation_loss" in line], answers, sum(seen)
+
+    losses, answers, looked = figures("computed")
+    kept_losses, kept_answers, kept_looked = figures("kept", features="cache")
+
+    assert looked > 4 * (len(COLOURS) + 5)
+    assert kept_looked == len(COLOURS) + 7
+    assert len(losses) == 4 and kept_losses == pytest.approx(losses, rel=1e-5)  # sums of other batches of pictures
+    assert kept_answers == answers and all(len(one) == 5 for one in answers)
+
+
+def test_shards_without_an_index_are_read_once_and_it_is_told(model_folder: Path, tmp_path: Path) -> None:
+    for name in ("train", "look"):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            shard(tmp_path / name / f"{number}.tar", samples(4, first=4 * number))
+    told: list[tuple[str, int, int]] = []
+    validation = {"sources": [{"path": str(tmp_path / "look")}], "every_steps": 2, "batches": 2, "pictures": 1}
+
+    run(
+        recipe(model_folder, tmp_path / "train", tmp_path / "run", validation=validation),
+        Reports(sources=lambda *what: told.append(what)),
+    )
+
+    assert told == 2 * [("reading shards", 1, 2), ("reading shards", 2, 2)]

@@ -16,9 +16,11 @@ from torch import Tensor
 from minigpt4 import ChatSession, load
 from minigpt4.errors import ConfigError, WeightsError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
-from minigpt4.weights.alignment import TENSORS_FILE, apply_alignment, save_alignment
+from minigpt4.weights import folder as folder_module
+from minigpt4.weights import nano
+from minigpt4.weights.alignment import TENSORS_FILE, Origin, apply_alignment, save_alignment
 from minigpt4.weights.files.atomic import write_folder
-from minigpt4.weights.folder import placement, quantization
+from minigpt4.weights.folder import load_processor, placement, quantization
 from tests import tiny_chat
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -209,6 +211,15 @@ def test_unknown_name_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.
         load(name)
 
 
+def test_alignment_of_a_training_that_was_stopped_is_refused_with_the_cure(tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+
+    with pytest.raises(WeightsError, match=r"the training in .*run has not ended") as told:
+        load(tmp_path / "run/alignment")
+
+    assert "`minigpt4 train` with the same recipe goes on" in told.value.hint
+
+
 def test_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.pth").write_bytes(b"")
 
@@ -341,3 +352,54 @@ print(minigpt4.MiniGPT4Processor is type(processor))
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
 
     assert result.stdout.split() == ["MiniGPT4Processor", "MiniGPT4ForConditionalGeneration", "True"], result.stderr
+
+
+@pytest.fixture
+def without_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing build a model."""
+    monkeypatch.setattr(
+        MiniGPT4ForConditionalGeneration, "__init__", lambda *_: pytest.fail("a model was built for its processor")
+    )
+
+
+def test_processor_comes_without_the_model(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    model, processor = tiny_chat.model(), tiny_chat.processor("vicuna-v0")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    save_alignment(tmp_path / "alignment", model, processor, origin=Origin(str(tmp_path / "model")))
+    save_alignment(tmp_path / "over", model, processor, origin=Origin("../alignment"))
+    (tmp_path / "model/model.safetensors").write_bytes(b"")
+    request.getfixturevalue("without_models")
+
+    for name in ("model", "alignment", "over"):
+        found = load_processor(tmp_path / name)
+        assert found.to_dict() == processor.to_dict()
+        assert found.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+
+
+def test_processor_of_any_alignment_of_nano_is_that_of_nano(
+    alignment: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, without_models: None
+) -> None:
+    tiny_chat.processor().save_pretrained(tmp_path / "built")
+    asked: list[Path] = []
+
+    def built(alignment: Path, *_: object) -> Path:
+        asked.append(alignment)
+        return tmp_path / "built"
+
+    monkeypatch.setattr(folder_module, "built_folder", built)
+
+    for name in ("nano", alignment):
+        assert load_processor(name).to_dict() == tiny_chat.processor().to_dict()
+    assert asked == 2 * [nano.ALIGNMENT_DIR]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "processor_config.json"])
+def test_folder_without_a_file_of_its_processor_is_refused(name: str, tmp_path: Path) -> None:
+    tiny_chat.saved(tmp_path / "model")
+    (tmp_path / "model" / name).unlink()
+
+    with pytest.raises(WeightsError, match="is not a complete model folder"):
+        load_processor(tmp_path / "model")
+    with pytest.raises(WeightsError, match="there is no model"):
+        load_processor(tmp_path / "gone")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from minigpt4.data.record import Record
-from minigpt4.data.sources.faults import UNREADABLE, BadRecordError
+from minigpt4.data.sources.faults import kind_of
 from minigpt4.data.sources.opening import CheckableSource
 from minigpt4.data.sources.shard_index import Report
 from minigpt4.errors import DataError, ImageError
@@ -171,13 +171,9 @@ def check_source(
 
 def _note(check: SourceCheck, error: DataError | ImageError, source: CheckableSource, number: int) -> None:
     message = error.message
-    if isinstance(error, BadRecordError):
-        kind = error.kind
-    elif isinstance(error, ImageError):
-        kind, message = UNREADABLE, f"{source.read(number).key}: {message.replace('the given data', 'the picture')}"
-    else:
-        kind = "file that cannot be read"
-    fault = check.faults.setdefault(kind, Fault())
+    if isinstance(error, ImageError):
+        message = f"{source.read(number).key}: {message.replace('the given data', 'the picture')}"
+    fault = check.faults.setdefault(kind_of(error), Fault())
     fault.count += 1
     if len(fault.examples) < EXAMPLES:
         fault.examples.append(message)

@@ -5,7 +5,7 @@ Knows no file format and no folder.
 
 from typing import Any
 
-from minigpt4.errors import DataError
+from minigpt4.errors import DataError, ImageError, MiniGPT4Error, PromptError
 
 MAX_TEXT_BYTES = 256 * 1024
 """Of all that is said about one picture; a model's context ends long before."""
@@ -20,6 +20,8 @@ WRONG_TEXT = "text of another kind"
 DOUBLED = "name that stands twice"
 DAMAGED = "damaged file"
 UNREADABLE = "picture that cannot be opened"
+NO_PROMPT = "text that cannot be a prompt"
+OTHER = "record that cannot be used"
 
 
 class BadRecordError(DataError):
@@ -38,6 +40,15 @@ class BadRecordError(DataError):
     def __reduce__(self) -> tuple[Any, ...]:
         """Keep kind and hint when the error crosses a process border."""
         return type(self), (self.kind, self.message, self.hint)
+
+
+def kind_of(error: MiniGPT4Error) -> str:
+    """Return the kind of what was wrong with a record, whichever error told of it."""
+    if isinstance(error, BadRecordError):
+        return error.kind
+    if isinstance(error, PromptError):
+        return NO_PROMPT
+    return UNREADABLE if isinstance(error, ImageError) else OTHER
 
 
 def text_bytes(text: str) -> int:
