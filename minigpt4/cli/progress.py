@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 WINDOW = 50
 """Rates are those of so many last steps."""
 
-LINE_STEPS = 100
+LINE_SECONDS = 60.0
 
 
 @contextmanager
-def training_bar(line_steps: int = LINE_STEPS) -> "Iterator[Callable[[Progress], None]]":
+def training_bar(line_seconds: float = LINE_SECONDS) -> "Iterator[Callable[[Progress], None]]":
     """Show a run's progress on standard error: a bar a stage on a terminal, else lines.
 
     Args:
-        line_steps: Without a terminal, a line for each so many steps, and for the first and the last one of a stage.
+        line_seconds: Without a terminal, a line after so many seconds of steps, and for a stage's first and last step.
 
     Yields:
         To be told of every step.
@@ -35,7 +35,7 @@ def training_bar(line_steps: int = LINE_STEPS) -> "Iterator[Callable[[Progress],
 
         def report(progress: "Progress") -> None:
             if not shown:  # not before the first step: until then the terminal belongs to what loads
-                shown.append(stack.enter_context(_bars()) if sys.stderr.isatty() else _lines(line_steps))
+                shown.append(stack.enter_context(_bars()) if sys.stderr.isatty() else _lines(line_seconds))
             if recent and recent[-1].stage != progress.stage:
                 recent.clear()
             recent.append(progress)
@@ -71,13 +71,14 @@ def _three_digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _lines(line_steps: int) -> "Show":
-    started: set[str] = set()
+def _lines(line_seconds: float) -> "Show":
+    silent: dict[str, float] = {}  # seconds of each stage since its last line
 
     def show(progress: "Progress", left: str, shown: list[str]) -> None:
-        first = progress.stage not in started  # the first of this start of the run
-        started.add(progress.stage)
-        if first or progress.step % line_steps == 0 or progress.step == progress.steps:
+        first = progress.stage not in silent  # the first of this start of the run
+        silent[progress.stage] = silent.get(progress.stage, 0.0) + progress.seconds
+        if first or silent[progress.stage] >= line_seconds or progress.step == progress.steps:
+            silent[progress.stage] = 0.0
             note(", ".join([f"{progress.stage} {progress.step:,} of {progress.steps:,}", *shown, left]))
 
     return show

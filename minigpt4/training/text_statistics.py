@@ -34,8 +34,8 @@ class TextStatistics:
             return f"stage {stage}: none of the first {LOOKED_AT} examples can be used"
         middle, high = (quantiles([*self.lengths, self.lengths[0]], n=20)[at] for at in (9, 18))
         line = (
-            f"stage {stage}: answers of {min(self.lengths)} to {max(self.lengths)} tokens, half below {middle:.0f}, "
-            f"95 % below {high:.0f} ({len(self.lengths)} examples looked at)"
+            f"stage {stage}: answers of {min(self.lengths)} to {max(self.lengths)} tokens, "
+            f"half of them at most {middle:.0f}, 95 % at most {high:.0f} ({len(self.lengths)} examples looked at)"
         )
         share = self.cut / len(self.lengths)
         if share <= WORTH_A_WARNING:

@@ -38,8 +38,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def reported(steps: list[Progress], line_steps: int = 100) -> None:
-    with training_bar(line_steps) as report:
+def reported(steps: list[Progress], line_seconds: float = 200) -> None:
+    with training_bar(line_seconds) as report:
         for step in steps:
             report(step)
 
@@ -54,7 +54,7 @@ def test_without_a_terminal_lines_come_at_intervals(capsys: pytest.CaptureFixtur
     out, err = capsys.readouterr()
     assert out == ""
     assert [line.split(",")[0] for line in err.splitlines()] == [
-        f"{stage} {n} of 250" for stage in ("words", "chat") for n in (1, 100, 200, 250)
+        f"{stage} {n} of 250" for stage in ("words", "chat") for n in (1, 101, 201, 250)
     ]
 
 
