@@ -53,6 +53,8 @@ def train(
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: train_with_trainer.py PICTURES_FOLDER OUTPUT")
     folder, output = map(Path, sys.argv[1:])
     captions = sorted(folder.glob("*.txt"))
     pictures = {path.stem: path for path in folder.iterdir() if path.suffix != ".txt"}

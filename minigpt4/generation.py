@@ -38,6 +38,12 @@ def generation_options(options: dict[str, Any], spelled: Callable[[str], str] = 
     """
     options = {name: _checked(name, value, spelled) for name, value in options.items() if value is not None}
     generation = {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS, "num_beams": 1, "seed": None, **options}
+    if (generation.get("min_length") or 0) > generation["max_new_tokens"]:
+        raise UsageError(
+            f"{spelled('min_length')} is {generation['min_length']}, above {spelled('max_new_tokens')}, which is "
+            f"{generation['max_new_tokens']}",
+            hint="lower the first or raise the second",
+        )
     generation["min_new_tokens"] = generation.pop("min_length", None)
     if generation.pop("temperature", 0) > 0:
         generation |= {"do_sample": True, "temperature": options["temperature"]}

@@ -74,3 +74,8 @@ def test_option_is_named_as_the_person_spells_it(name: str) -> None:
         generation_options({name: 2})
     with pytest.raises(UsageError, match=f" <{name}>$|^<{name}> is 2"):
         generation_options({name: 2}, lambda option: f"<{option}>")
+
+
+def test_a_shortest_answer_above_the_longest_is_refused() -> None:
+    with pytest.raises(UsageError, match="--min-length is 50, above --max-new-tokens, which is 10"):
+        generation_options({"min_length": 50, "max_new_tokens": 10}, lambda name: f"--{name.replace('_', '-')}")

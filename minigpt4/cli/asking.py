@@ -226,6 +226,8 @@ def stream(chat: "ChatSession", question: str, options: dict[str, Any], show: bo
         note("stopped")
     elif chat.answer.finish_reason == "length":
         note(f"the answer reached {options['max_new_tokens']} tokens and was cut; --max-new-tokens raises it")
+    elif show and not chat.answer.text.strip():
+        note("the model said nothing; ask in other words")
 
 
 def _as_json(chat: "ChatSession", model: str, loaded: float) -> dict[str, Any]:

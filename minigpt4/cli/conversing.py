@@ -28,16 +28,21 @@ def carry_out(session: "ChatSession", line: str) -> bool:
     """Carry out a line that begins with a slash; False ends the conversation."""
     name, _, argument = line[1:].strip().partition(" ")
     argument = argument.strip()
+    if len(argument) > 1 and argument[0] == argument[-1] and argument[0] in "'\"":
+        argument = argument[1:-1]  # a file that is dragged into a terminal comes quoted
     match name:
         case "image" if argument:
             session.add_image(open_all([os.path.expanduser(argument)], stdin_taken=True)[0])
             note(f"{argument} belongs to the next question")
         case "undo":
+            pictures = _pictures(session)
             session.undo()
-            note("the last question is taken back")
+            gone = pictures > _pictures(session)
+            note(f"the last question is taken back{', its picture too; /image adds one' if gone else ''}")
         case "reset":
+            pictures = _pictures(session)
             session.reset()
-            note("a new conversation")
+            note(f"a new conversation{' without pictures; /image adds one' if pictures else ''}")
         case "save" if argument:
             _save(session, Path(argument).expanduser())
             note(f"saved as {argument}")
@@ -50,6 +55,10 @@ def carry_out(session: "ChatSession", line: str) -> bool:
         case _:
             raise UsageError(f"there is no command /{name}", hint="/help lists the commands")
     return True
+
+
+def _pictures(session: "ChatSession") -> int:
+    return sum(part["type"] == "image" for message in session.messages for part in message["content"])
 
 
 def _save(session: "ChatSession", path: Path) -> None:

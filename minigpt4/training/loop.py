@@ -88,6 +88,9 @@ class Observer(Protocol):
     def validation_loss(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
         """Asked after every update, in all processes: the validation loss where it is time for it, else None."""
 
+    def told_to_stop(self) -> None:
+        """Told of the signal that asks to stop, in the process that got it."""
+
 
 @dataclass
 class _Run:
@@ -131,7 +134,7 @@ def train(
     by_the_main_process(lambda: forget_lines_after(recipe, state.stage, state.step), processes)
     step = TrainingStep(model)
     model.train()
-    with stop_requests() as stop, others_alive(processes), _readers_alive():
+    with stop_requests(observer.told_to_stop) as stop, others_alive(processes), _readers_alive():
         run = _Run(recipe, model, step, spread(step, recipe.parallel, processes), processes, observer, stop, state)
         for number in range(state.stage, len(recipe.stages)):
             _train_stage(run, number, batches, found[0] if found and state.step else None)

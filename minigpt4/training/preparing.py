@@ -15,6 +15,7 @@ from minigpt4.model.configuration_minigpt4 import PARTS
 from minigpt4.processing import MiniGPT4Processor
 from minigpt4.training.processes import by_the_main_process
 from minigpt4.training.recipe import PartsRecipe, Recipe
+from minigpt4.training.run_folder import COMPOSED_FOLDER
 from minigpt4.training.update import chosen_precision
 from minigpt4.weights import nano
 from minigpt4.weights.alignment import Origin, add_lora
@@ -22,9 +23,6 @@ from minigpt4.weights.compose import compose
 from minigpt4.weights.folder import Report, load, origin
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-COMPOSED_FOLDER = "model"
-"""In a run's folder, beside the alignment: the full model that a recipe of parts begins with."""
 
 
 @dataclass(frozen=True)

@@ -147,4 +147,4 @@ def by_the_main_process(work: Callable[[], None], state: PartialState) -> None:
     if failure is not None:
         raise failure
     if failed:
-        raise StorageError("the main process could not write to the run's folder", hint="its own message says more")
+        raise StorageError("the main process could not go on", hint="its own message says more")

@@ -68,6 +68,9 @@ class _Watcher:
         figures = {key: value for key, value in asdict(progress).items() if isinstance(value, int | float)}
         self._track(progress.stage, progress.step, figures)
 
+    def told_to_stop(self) -> None:
+        self.reports.say("finishing this update, then saving; a second signal stops at once")
+
     def validation_loss(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
         loss = self.validation.loss(module, stage, step) if self.validation else None
         if loss is not None:

@@ -20,6 +20,8 @@ METRICS_FILE = "metrics.jsonl"
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 RECIPE_FILE = "recipe.json"
 LOCK_FILE = ".run.lock"
+COMPOSED_FOLDER = "model"
+"""Beside the alignment: the full model that a recipe of parts begins with."""
 
 CHANGEABLE = (
     "output", "workers", "checkpoint_steps", "keep_checkpoints", "report_to", "validation", "max_bad_fraction",
@@ -74,7 +76,9 @@ def check_recipe(recipe: Recipe, processes: int, *, force: bool) -> None:
     """
     path = recipe.output / RECIPE_FILE
     now = {**_flat(recipe.model_dump(mode="json")), "processes": processes}
-    if path.exists() and not force:
+    # Before its first update a run holds nothing of its recipe but the model that was put together.
+    begun = path.exists() and any((recipe.output / name).exists() for name in (METRICS_FILE, COMPOSED_FOLDER))
+    if begun and not force:
         before = json.loads(path.read_text(encoding="utf-8"))
         differing = sorted(
             key for key in now.keys() | before.keys() if now.get(key) != before.get(key) and not _may_change(key)

@@ -6,7 +6,7 @@ send it to the readers of examples as well, which the trainer still needs: they 
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -17,10 +17,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether this process was told to stop, and by which signal."""
+    """Whether this process was told to stop, and by which signal.
 
-    def __init__(self) -> None:
+    Args:
+        told: Called at the first signal: an update may take minutes.
+    """
+
+    def __init__(self, told: Callable[[], None] = lambda: None) -> None:
         self.signal: int | None = None
+        self.told = told
 
     @property
     def asked(self) -> bool:
@@ -32,6 +37,7 @@ class StopRequest:
         if self.signal is not None:
             self.obey()
         self.signal = number
+        self.told()
 
     def obey(self) -> NoReturn:
         """Stop.
@@ -46,9 +52,9 @@ class StopRequest:
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
+def stop_requests(told: Callable[[], None] = lambda: None) -> Iterator[StopRequest]:
     """Collect the signals that ask to stop; elsewhere than in the main thread none come."""
-    request = StopRequest()
+    request = StopRequest(told)
     try:
         before = {number: signal.signal(number, request.receive) for number in SIGNALS}
     except ValueError:  # not the main thread

@@ -24,7 +24,7 @@ from minigpt4.training.checkpoint import FOLDER, last_checkpoint
 from minigpt4.training.loop import Progress, train
 from minigpt4.training.processes import processes
 from minigpt4.training.recipe import StageRecipe
-from minigpt4.training.run_folder import BAD_SAMPLES_FILE, check_recipe, only_run
+from minigpt4.training.run_folder import BAD_SAMPLES_FILE, check_recipe, metrics_path, only_run
 from tests.training import toy
 from tests.training.test_loop import same, tensors, trained
 
@@ -210,6 +210,9 @@ def test_the_folder_of_a_run_belongs_to_it_alone(tmp_path: Path) -> None:
 def test_a_changed_recipe_is_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path)
     check_recipe(recipe, 1, force=False)
+    check_recipe(recipe.model_copy(update={"seed": 8}), 1, force=False)  # nothing is learnt yet: a typo, mended
+    check_recipe(recipe, 1, force=False)
+    metrics_path(tmp_path).touch()
     stages = [stage.model_copy(update={"learning_rate": 0.5}) for stage in recipe.stages]
     changed = recipe.model_copy(update={"seed": 9, "stages": stages, "workers": 2})
 

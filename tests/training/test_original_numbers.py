@@ -72,6 +72,9 @@ class Watcher:
         self.steps.append(progress)
         self.after.append((self.projection.weight.detach().clone(), self.projection.bias.detach().clone()))
 
+    def told_to_stop(self) -> None:
+        pass
+
     def validation_loss(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
         return None
 

@@ -133,11 +133,12 @@ def validation_losses(output: Path) -> list[float]:
 
 def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
     from minigpt4.errors import ConfigError
-    from minigpt4.training.run_folder import check_recipe
+    from minigpt4.training.run_folder import check_recipe, metrics_path
     from tests.training import toy
 
     recipe = toy.recipe(tmp_path)
     check_recipe(recipe, 2, force=False)
+    metrics_path(tmp_path).touch()
 
     with pytest.raises(ConfigError, match=r"processes \(2, now 1\)"):
         check_recipe(recipe, 1, force=False)

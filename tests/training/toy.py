@@ -74,6 +74,9 @@ class Watcher:
         if len(self.steps) == self.stop_after:
             raise PowerFailureError
 
+    def told_to_stop(self) -> None:
+        pass
+
     def validation_loss(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
         return self.losses.pop(0) if self.losses else None
 
