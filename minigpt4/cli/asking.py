@@ -18,7 +18,7 @@ from minigpt4.cli.app import AsJson, app, examples
 from minigpt4.cli.conversing import carry_out, lines
 from minigpt4.cli.original import CfgPath, GpuId, Options, from_the_original
 from minigpt4.cli.pictures import QUESTION_HINT, open_all
-from minigpt4.cli.terminal import complain, note, parts_bar, quiet
+from minigpt4.cli.terminal import complain, note, parts_bar, patience, quiet
 from minigpt4.errors import MiniGPT4Error, UsageError
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def quiet_for(model: str) -> None:
 
 
 def _session(model: str, options: dict[str, Any], **placement: Any) -> "ChatSession":
-    with parts_bar() as report, _no_collection():
+    with parts_bar() as report, _no_collection(), patience(f"loading {model}"):
         from minigpt4.chat import ChatSession
         from minigpt4.generation import generation_options
         from minigpt4.weights import load

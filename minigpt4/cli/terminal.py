@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -41,6 +42,18 @@ def forgiving_streams() -> None:
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)
+
+
+@contextmanager
+def patience(what: str, seconds: float = 3.0) -> Iterator[None]:
+    """Say on a terminal what takes long, once it has taken so many seconds."""
+    timer = threading.Timer(seconds, note, [what])
+    if sys.stderr is not None and sys.stderr.isatty():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

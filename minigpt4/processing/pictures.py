@@ -16,6 +16,7 @@ import io
 import os
 import re
 import stat
+import string
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ _SHOWN_NAME_LENGTH = 80
 _OPAQUE_MODES = frozenset(["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"])
 _ALPHA_MODES = frozenset(["LA", "PA", "RGBA", "RGBa"])
 _16_BIT_MODES = frozenset(["I;16", "I;16L", "I;16B", "I;16N"])
+_STRIP = 2**19
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -210,7 +212,7 @@ def _read_data_url(url: str, name: str, max_bytes: int) -> bytes:
     payload = url[header_end + 1 :]
     _check_length(len(payload) // 2, name, max_bytes)  # a coarse bound, before anything is copied
     try:
-        data = base64.b64decode("".join(payload.split()), validate=True)
+        data = base64.b64decode(payload.encode("ascii").translate(None, string.whitespace.encode()), validate=True)
     except ValueError as error:
         raise ImageError(f"{name} is not valid base64", "use the standard alphabet, with padding") from error
     _check_length(len(data), name, max_bytes)
@@ -294,10 +296,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode in _16_BIT_MODES:
         return _rgb_from_16_bit(image)
     if image.mode in _ALPHA_MODES or (image.mode in _OPAQUE_MODES and "transparency" in image.info):
-        rgba = image.convert("RGBA")
-        page = Image.new("RGB", image.size, "white")
-        page.paste(rgba, mask=rgba.getchannel("A"))
-        return page
+        return _on_white(image)
     if image.mode in _OPAQUE_MODES:
         return image.convert("RGB")
     # Modes I and F say nothing about which number is white.
@@ -306,9 +305,28 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     )
 
 
+def _on_white(image: Image.Image) -> Image.Image:
+    """Compose on white, strip by strip: whole, a large picture would be copied three times over."""
+    page = Image.new("RGB", image.size, "white")
+    for strip, top in _strips(image):
+        rgba = strip if strip.mode == "RGBA" else strip.convert("RGBA")
+        page.paste(rgba, (0, top), rgba)
+    return page
+
+
 def _rgb_from_16_bit(image: Image.Image) -> Image.Image:
     """Scale 0..65535 to 0..255, where Pillow's `convert` would clip."""
-    grey = np.asarray(image).astype(np.uint32)
-    if "transparency" in image.info:
-        grey[grey == image.info["transparency"]] = 65535
-    return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    page = Image.new("RGB", image.size)
+    for strip, top in _strips(image):
+        grey = np.asarray(strip).astype(np.uint32)
+        if "transparency" in image.info:
+            grey[grey == image.info["transparency"]] = 65535
+        page.paste(Image.fromarray(((grey + 128) // 257).astype(np.uint8)), (0, top))
+    return page
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[Image.Image, int]]:
+    """Cut a picture into strips of about `_STRIP` pixels; yields each and its upper edge."""
+    height = max(1, _STRIP // image.width)
+    for top in range(0, image.height, height):
+        yield image.crop((0, top, image.width, min(image.height, top + height))), top

@@ -81,7 +81,7 @@ def make_app(engine: "Engine | None", settings: Settings, page: str | None = Non
     add_attention(app, desk, _only(400, 401, 403, 404, 408, 413, 415, 429, 500, 503))
     _add_models(app, desk)
     _add_state(app, desk)
-    _add_descriptions(app, page)
+    _add_descriptions(app, page, has_key=settings.api_key is not None)
     return app
 
 
@@ -152,7 +152,7 @@ def _add_state(app: FastAPI, desk: Desk) -> None:
         return {"version": __version__, "model": desk.settings.model_id}
 
 
-def _add_descriptions(app: FastAPI, page: str | None) -> None:
+def _add_descriptions(app: FastAPI, page: str | None, *, has_key: bool) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
@@ -160,9 +160,10 @@ def _add_descriptions(app: FastAPI, page: str | None) -> None:
             looked = AttentionRequest.model_json_schema(ref_template="#/components/schemas/{model}")
             made["components"]["schemas"] |= asked.pop("$defs", {}) | {"ChatRequest": asked}
             made["components"]["schemas"] |= looked.pop("$defs", {}) | {"AttentionRequest": looked}
-            made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-            made["security"] = [{"key": []}]
-            made["paths"]["/health"]["get"]["security"] = []
+            if has_key:
+                made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+                made["security"] = [{"key": []}]
+                made["paths"]["/health"]["get"]["security"] = []
             app.openapi_schema = made
         return app.openapi_schema
 

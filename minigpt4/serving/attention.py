@@ -99,6 +99,7 @@ class AttentionMaps:
         """Weigh what was read by how much likelier it made the ids at the chosen places: `(tokens,)`."""
         with torch.no_grad():
             seen = self._see(pictures)
+        seen.last_hidden_state.requires_grad_()  # the Q-Former may be frozen as a whole
         with torch.enable_grad():
             features = self._features(seen)
             logits = self.model(
@@ -140,22 +141,24 @@ class AttentionMaps:
         start = end
         while start > 0 and mask[start - 1]:
             start -= 1
-        ends, text = text_ends(tokenizer, ids[start:end])
+        # No further than may be looked at, and one more to tell: the time of it grows with the square.
+        ends, text = text_ends(tokenizer, ids[start : min(end, MAX_TOKENS + 1)])
         first, last = span or (0, len(text))
         begins = [0, *ends[:-1]]
         chosen = [
             start + number
             for number, (begin, stop) in enumerate(zip(begins, ends, strict=True))
-            if begin < min(last, stop) and stop > first
+            if first < last and begin < min(last, stop) and stop > first
         ]
-        if not chosen:
+        if not chosen and end <= MAX_TOKENS + 1:
             raise PromptError(
                 f"the answer has {len(text)} characters, and none from {first} to {last}",
                 hint="choose words that it has",
             )
-        if chosen[-1] + 1 > MAX_TOKENS:
+        if not chosen or chosen[-1] + 1 > MAX_TOKENS:
             raise PromptError(
-                f"the conversation has {chosen[-1] + 1} tokens up to there, expected at most {MAX_TOKENS} for a map",
+                f"the conversation has more than {MAX_TOKENS} tokens up to there, "
+                f"expected at most {MAX_TOKENS} for a map",
                 hint="send its last turns only",
             )
         covered = text[begins[chosen[0] - start] : ends[chosen[-1] - start]].strip()

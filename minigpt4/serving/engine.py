@@ -152,10 +152,12 @@ class Engine:
         with self._change:
             return self._waiting.index(request) + 1 if request in self._waiting else 0
 
-    def close(self, seconds: float = 10.0) -> None:
+    def close(self, seconds: float = 10.0, *, patience: float = 10.0) -> None:
         """Take no more requests, finish those there are, and give up the rest after so many seconds.
 
-        An answer that is given up ends within one token, so that it takes little longer.
+        Args:
+            seconds: Until answers in progress are given up; they end within one token, so that it takes little longer.
+            patience: How long that is waited for.
         """
         with self._change:
             self._closing = True
@@ -165,7 +167,7 @@ class Engine:
             for request in (*self._waiting, *(row.request for row in self._rows)):
                 request.cancel()
             self._change.notify()
-        self._thread.join(seconds)
+        self._thread.join(patience)
 
     def _encode(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         return self.template.encode(

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import logging
 import socket
 from types import FrameType
 
@@ -25,7 +26,7 @@ def listen(host: str, port: int) -> socket.socket:
         UsageError: It cannot be had.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
     except OSError as error:
         raise UsageError(f"there is no address {host!r} on this machine", "127.0.0.1 is this machine alone") from error
@@ -60,6 +61,7 @@ class Server(uvicorn.Server):
             lifespan="on",
             loop="asyncio",
             log_config=None,
+            log_level="error",  # below it are lines that any stranger can cause
             access_log=False,
             proxy_headers=False,
             server_header=False,
@@ -75,9 +77,12 @@ class Server(uvicorn.Server):
         """Begin to end, or end."""
         if self.should_exit:
             self.force_exit = True
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # else a traceback for each cut answer
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End: no new connections, the engine's answers finished or given up, then the rest."""
         self._closing = asyncio.create_task(self.desk.close())  # beside the rest; its lifespan waits for it
         await super().shutdown(sockets)
+        if self.force_exit:
+            self.desk.give_up()

@@ -25,6 +25,7 @@ from tests.serving import test_bad_requests as bad
 from tests.serving.live import HELLO, MODEL, Live, data_url, live, picture_file, seeing
 from tests.serving.test_crowds import leave_in_the_middle, request_bytes
 from tests.serving.test_pictures import bombs, mutants
+from tests.serving.test_schema import keeps_its_description
 
 SCALE = float(os.environ.get("SOAK", "1"))
 pytestmark = pytest.mark.timeout(3600)
@@ -92,6 +93,11 @@ def test_generated_requests(caller: bad.Caller) -> None:
 
     run()
     print(f"\n{number} generated requests: 0 of 5xx")
+
+
+def test_requests_out_of_the_description() -> None:
+    with live(Settings(MODEL, decoders=2, limits=replace(Limits(), max_new_tokens=8))) as server:
+        print(f"\n{keeps_its_description(server, amount(500))} requests out of /openapi.json: every answer fits it")
 
 
 def test_crowd_on_one_place() -> None:

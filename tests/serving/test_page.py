@@ -198,3 +198,16 @@ def test_a_map_leaves_the_model_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     shared = zip(model.parameters(), maps.model.parameters(), strict=True)
     assert all(mine is theirs for mine, theirs in shared)
+
+
+def test_a_map_of_an_answer_where_the_qformer_learns_nothing() -> None:
+    """As in every imported original, of which the projection alone learns."""
+    from minigpt4.serving.attention import AttentionMaps
+
+    model = tiny_chat.model().requires_grad_(False)
+    message = {
+        "role": "user",
+        "content": [{"type": "image", "image": tiny_chat.picture()}, {"type": "text", "text": "?"}],
+    }
+    seen = AttentionMaps(model, tiny_chat.processor()).look([message, {"role": "assistant", "content": "Red."}])
+    assert max(map(max, seen.values)) == 1

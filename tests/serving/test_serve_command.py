@@ -139,5 +139,5 @@ def test_a_second_signal_ends_at_once(folder: Path) -> None:
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
         started = time.monotonic()
-        process.wait(20)
-        assert time.monotonic() - started < 5
+        assert process.wait(20) == 0  # not -6: the interpreter may not end while the engine computes
+        assert time.monotonic() - started < 8

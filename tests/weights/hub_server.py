@@ -1,5 +1,6 @@
 """A hub on this machine: the three answers that the hub's client asks of one, for one repository."""
 
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -55,7 +56,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.server.gated:
             self.answer(403, error="GatedRepo")
         elif path.startswith(prefix := f"/{REPOSITORY}/resolve/{COMMIT}/"):
-            self.answer(200, self.files()[path.removeprefix(prefix)].read_bytes(), etag=f'"{path}"')
+            content = self.files()[path.removeprefix(prefix)].read_bytes()
+            self.answer(200, content, etag=f'"{hashlib.sha256(content).hexdigest()}"')  # the client names files by it
         else:
             self.answer(404, error="RepoNotFound")
 

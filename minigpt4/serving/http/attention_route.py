@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minigpt4.serving.http.bodies import Message
-from minigpt4.serving.http.desk import Desk
+from minigpt4.serving.http.desk import Desk, target_of
 from minigpt4.serving.http.openai_errors import ApiError, sentence_of
 from minigpt4.serving.http.strict_json import read_json
 from minigpt4.serving.pictures.opening import check_amount, open_messages
@@ -84,6 +84,8 @@ def add_attention(app: FastAPI, desk: Desk, responses: dict[int | str, dict[str,
         from minigpt4.serving.attention import check_can_look
 
         check_can_look(desk.engine.model)
+        if desk.closing:
+            raise ApiError(503, "the server is closing")
         if waiting >= MAX_WAITING:
             raise ApiError(
                 429, f"{waiting} maps are being made already", "wait a few seconds", headers={"Retry-After": "5"}
@@ -92,7 +94,8 @@ def add_attention(app: FastAPI, desk: Desk, responses: dict[int | str, dict[str,
         try:
             async with desk.bodies.read(http) as body:
                 asked = await asyncio.to_thread(_parsed, body, desk)
-            messages = await open_messages(asked.messages, desk.settings, desk.pool, None)
+                body.clear()
+            messages = await open_messages(asked.messages, desk.settings, desk.pool, target_of(desk.engine))
             span = None if asked.span is None else (asked.span[0], asked.span[1])
             loop = asyncio.get_running_loop()
             seen = await loop.run_in_executor(thread, lambda: maps().look(messages, span))

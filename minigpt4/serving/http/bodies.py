@@ -1,6 +1,7 @@
 """What a chat completion may be asked with: OpenAI's fields, a few of our own, and every other one refused by name."""
 
 import difflib
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -15,8 +16,8 @@ IGNORED = {
 # Fields of OpenAI's that would change the answer: only the value that changes nothing is taken.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
+    "frequency_penalty": (0, 0.0),
+    "presence_penalty": (0, 0.0),
     "logit_bias": ({},),
     "logprobs": (False,),
     "top_logprobs": (0,),
@@ -39,6 +40,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 OPTIONS = ("num_beams", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "length_penalty", "seed")
 """Fields handed to the engine under their own names."""
+
+
+COLDEST = 1e-5
+"""Temperatures below it are 0: they draw the same token, and dividing by them would overflow."""
 
 
 class _Strict(BaseModel):
@@ -145,6 +150,8 @@ class ChatRequest(_Strict):
     def options(self) -> dict[str, Any]:
         """The generation options that were given, by the engine's names."""
         given = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None}
+        if self.temperature is not None and self.temperature < COLDEST:
+            given["temperature"] = 0.0
         longest = self.max_completion_tokens or self.max_tokens
         return given | ({"max_new_tokens": longest} if longest else {})
 
@@ -155,7 +162,7 @@ class ChatRequest(_Strict):
 
 
 def _refuse(name: str, neutral: tuple[Any, ...]) -> None:
-    only = " or ".join(repr(value) for value in neutral)
+    only = " or ".join(json.dumps(value) for n, value in enumerate(neutral) if value not in neutral[:n])
     raise ApiError(
         400,
         f"{name} is not supported here" + (f" with another value than {only}" if only else ""),

@@ -74,9 +74,15 @@ class Desk:
     async def close(self) -> None:
         """Take no more requests, finish or give up those there are, and end the children."""
         self.closing = True
+        self.bodies.close()
         if self._closed is None:
             self._closed = asyncio.create_task(self._close())
         await asyncio.shield(self._closed)
+
+    def give_up(self) -> None:
+        """Give up the answers in progress: an engine that computes while the interpreter ends would abort it."""
+        if self._engine is not None:
+            self._engine.close(0, patience=2)
 
     def check_room(self) -> None:
         """Refuse at once what would be refused in the end.
@@ -102,6 +108,7 @@ class Desk:
         """
         async with self.bodies.read(http) as body:  # what is read is let go before the answer begins
             asked = await self._apart(partial(self._parsed, body))
+            body.clear()  # its pictures are in memory a second time by now
             self.check_room()
             listening = await self._submitted(asked)
         options = asked.stream_options
@@ -157,7 +164,7 @@ class Desk:
         self._preparing += 1
         deaths = self.pool.deaths
         try:
-            messages = await open_messages(asked.messages, self.settings, self.pool, _target(engine))
+            messages = await open_messages(asked.messages, self.settings, self.pool, target_of(engine))
             mailbox = Mailbox()
             request = await self._apart(
                 lambda: engine.submit(
@@ -178,7 +185,7 @@ class Desk:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
-def _target(engine: "Engine") -> Target | None:
+def target_of(engine: "Engine") -> Target | None:
     """Return the size to which the model's processor would bring a picture, so that a decoder can do it."""
     processor = engine.processor.image_processor
     size = processor.size

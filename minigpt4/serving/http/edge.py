@@ -35,6 +35,9 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        if method == "HEAD":  # the protocol leaves the body out
+            scope = {**scope, "method": "GET"}
         started = False
 
         async def counted(message: Message) -> None:
@@ -44,7 +47,6 @@ class Edge:
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
-                method = scope["method"] if scope["method"] in _METHODS else "other"
                 self.metrics.requests.labels(method, str(message["status"])).inc()
             await send(message)
 
@@ -65,3 +67,7 @@ class Edge:
         length += sum(len(name) + len(value) for name, value in scope["headers"])
         if length > self.max_bytes or len(scope["headers"]) > MAX_HEADERS:
             raise ApiError(431, "the headers are too long or too many")
+        names = {name for name, _ in scope["headers"]}
+        if b"transfer-encoding" in names and (b"content-length" in names or scope["http_version"] == "1.0"):
+            # A proxy in front may have chosen the other of the two ends, and sent a stranger's request after it.
+            raise ApiError(400, "the body's length is told in two ways", headers={"Connection": "close"})

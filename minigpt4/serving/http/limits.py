@@ -20,20 +20,28 @@ class BodyReader:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.held = 0
+        self.closing = False
+        self._deadlines: set[asyncio.Timeout] = set()
+
+    def close(self) -> None:
+        """Give up the bodies that are still arriving: nobody will answer them."""
+        self.closing = True
+        for deadline in self._deadlines:
+            deadline.reschedule(asyncio.get_running_loop().time())
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytearray]:
         """Read the JSON body of a request, and count it as held until the context is left.
 
         Raises:
-            ApiError: 413, 415, 408 or 503.
+            ApiError: 413, 415, 408, or 503 with too much at once and at the end.
             ConnectionError: The client left.
         """
         self._check_headers(request)
         body = bytearray()
         taken = 0
         try:
-            async with asyncio.timeout(self.limits.body_seconds):
+            async with self._deadline():
                 while True:
                     message = await request.receive()
                     if message["type"] == "http.disconnect":
@@ -49,10 +57,21 @@ class BodyReader:
                         break
             yield body
         except TimeoutError as error:
+            if self.closing:
+                raise ApiError(503, "the server is closing", headers={"Connection": "close"}) from error
             said = f"the body did not arrive within {self.limits.body_seconds:g} s"
             raise ApiError(408, said, headers={"Connection": "close"}) from error
         finally:
             self.held -= taken
+
+    @asynccontextmanager
+    async def _deadline(self) -> AsyncIterator[None]:
+        async with asyncio.timeout(0 if self.closing else self.limits.body_seconds) as deadline:
+            self._deadlines.add(deadline)
+            try:
+                yield
+            finally:
+                self._deadlines.discard(deadline)
 
     def _check_headers(self, request: Request) -> None:
         headers = request.headers

@@ -20,6 +20,7 @@ from minigpt4.errors import ContextOverflowError, MiniGPT4Error, ServerBusyError
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE = 1000
+MAX_PLACE = 200
 
 _TYPES = {
     401: "authentication_error",
@@ -108,6 +109,8 @@ def sentence_of(error: ValidationError | RequestValidationError) -> ApiError:
     # Tags of unions are no part of where a field stands; they are written <so>.
     places = [place for place in first["loc"] if not str(place).startswith("<") and place != "body"]
     where = "".join(f"[{place}]" if isinstance(place, int) else f".{place}" for place in places).lstrip(".")
+    if len(where) > MAX_PLACE:  # its last part may be a client's own name, of any length
+        where = f"{where[:MAX_PLACE]}..."
     raised = first.get("ctx", {}).get("error")
     if isinstance(raised, MiniGPT4Error):
         return ApiError(400, raised.message, raised.hint, param=where or None)

@@ -73,7 +73,8 @@ def check_request(scope: Scope, settings: Settings) -> None:
     if settings.hosts is not None and match[1].lower() not in settings.hosts:
         raise ApiError(400, "this server does not go by that name", "see --allow-host", code="invalid_host")
     origins = headers.getlist("origin")
-    if origins and (len(origins) > 1 or origins[0].partition("://")[2].lower() != hosts[0].lower()):
+    own = {f"{scheme}://{hosts[0].lower()}" for scheme in ("http", "https")}  # https: a proxy in front
+    if origins and (len(origins) > 1 or origins[0].lower() not in own):
         raise ApiError(403, "requests out of another site's pages are not answered", code="foreign_origin")
 
 
@@ -166,6 +167,7 @@ def known_hosts(host: str, allowed: list[str], api_key: str | None) -> frozenset
             raise UsageError(f"--allow-host {name!r} is no host name, expected one without port or scheme")
     if not is_loopback(host) and api_key is not None and not allowed:
         return None
+    host = host.strip("[]")
     names = {"localhost", "127.0.0.1", "[::1]", *(name.lower() for name in allowed)}
     if host not in ("", "0.0.0.0", "::"):
         return frozenset(names | {f"[{host}]" if ":" in host else host.lower()})

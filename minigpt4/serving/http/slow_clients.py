@@ -103,6 +103,15 @@ class _BoundedProtocol(H11Protocol):
         self.loop.call_later(1, self._abort)
 
     def _refuse(self, error: ApiError) -> None:
+        """Answer what is no request and close; only close where an answer has begun, or may have no body."""
+        state = self.conn.our_state
+        asked = state is h11.SEND_RESPONSE
+        if asked:
+            self.cycle.disconnected = True  # the application has nobody to answer any more
+            self.cycle.message_event.set()
+        if not (asked or state is h11.IDLE) or (asked and self.scope["method"] == "HEAD"):
+            self.transport.close()
+            return
         body = json.dumps(error_body(error)).encode()
         headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
         response = h11.Response(status_code=error.http_status, headers=headers)

@@ -1,11 +1,14 @@
 """JSON of strangers: bounded before it is built, every name once, no numbers that are none, no half characters."""
 
 import json
+import re
 from collections import Counter
 from typing import Any, NoReturn
 
 from minigpt4.serving.http.openai_errors import ApiError
 from minigpt4.serving.settings import Limits
+
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def read_json(body: bytes | bytearray, limits: Limits) -> dict[str, Any]:
@@ -62,7 +65,7 @@ def _check_values(read: object, limits: Limits) -> None:
             raise _too_deep(limits)
         inside: list[Any] = []
         for value in level:
-            if isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            if isinstance(value, str) and not value.isascii() and _HALF_CHARACTER.search(value):
                 raise ApiError(400, "the body holds half a character (a lone surrogate)")
             if isinstance(value, dict):
                 inside += value

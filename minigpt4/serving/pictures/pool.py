@@ -85,6 +85,7 @@ class PicturePool:
         self.memory = memory
         self.renew = renew
         self.deaths = 0
+        self._closed = False
         self._all: set[_Child] = set()
         self._free: asyncio.LifoQueue[_Child | None] = asyncio.LifoQueue()
         for _ in range(children):
@@ -106,7 +107,7 @@ class PicturePool:
 
         Raises:
             ImageError: It is no acceptable picture, or decoding it took too much time or memory.
-            ApiError: 503, no child was free in time.
+            ApiError: 503, no child was free in time, or the pool is closed.
         """
         try:
             async with asyncio.timeout(self.wait):
@@ -115,6 +116,7 @@ class PicturePool:
             raise ApiError(503, "too many pictures are waiting to be decoded", headers={"Retry-After": "5"}) from error
         kept: _Child | None = None
         try:
+            self._check_open()
             child = child or await self._begin()
             async with asyncio.timeout(self.seconds):
                 decoded = await self._ask(child, source, target, max_pixels)
@@ -126,6 +128,7 @@ class PicturePool:
         except TimeoutError as error:
             raise ImageError(f"the picture took longer than {self.seconds:g} s to decode", _HINT) from error
         except (OSError, EOFError, ValueError) as error:
+            self._check_open()
             raise ImageError("the picture cannot be decoded", _HINT) from error
         finally:
             if child is not None and (kept is None or child.decoded >= self.renew):
@@ -135,7 +138,8 @@ class PicturePool:
             self._free.put_nowait(kept)
 
     def close(self) -> None:
-        """End the children."""
+        """End the children, and start no more."""
+        self._closed = True
         for child in list(self._all):
             self._end(child)
 
@@ -143,6 +147,10 @@ class PicturePool:
     def processes(self) -> list[int]:
         """The numbers of the children's processes."""
         return [child.process.pid for child in self._all]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ApiError(503, "the server is closing")
 
     async def _ask(self, child: _Child, source: str | bytes, target: Target | None, max_pixels: int) -> Decoded:
         data = source.encode() if isinstance(source, str) else source
