@@ -1,10 +1,11 @@
-"""What nano knows: naming photographs, colours, counting, second questions; each beside the same without a picture.
+"""What nano knows: naming photographs, colours, counting, second questions and pictures; each beside a blind figure.
 
     python benchmarks/nano_figures.py --photos DIR --imagenet DIR --sprites DIR --json figures.json
 
 `--photos` is a folder of tar shards whose records have `label` (and `held_out`), `--imagenet` one picture for each of
 the thousand classes, `nXXXXXXXX_name.JPEG` sorted in the order of the classes. Neither is needed by the package.
 An answer counts as right when it holds the name, or the name's last word (for "golden retriever": "retriever").
+Blind is the same question without a picture; in a conversation about two, without the second.
 """
 
 import argparse
@@ -22,14 +23,18 @@ import numpy as np
 from PIL import Image
 
 from minigpt4.chat import ChatSession
+from minigpt4.data.build.scene_record import Scene
+from minigpt4.data.build.scene_text import caption
 from minigpt4.data.build.scenes import draw_scene
 from minigpt4.data.build.sprites import Sprites
+from minigpt4.data.nano_mixture import with_article
 from minigpt4.data.shards import index_shards
 from minigpt4.weights import load
 from minigpt4.weights.nano import class_words
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 WHAT = "What is in this picture?"
+WHAT_NEXT = (WHAT, "And what is this?", "What is in the second picture?")
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,23 @@ class Item:
 
     picture: Image.Image
     questions: tuple[str, ...]
+    is_right: Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class SecondItem:
+    """A conversation that goes on with a second picture.
+
+    Args:
+        first: The first picture, the question about it and the right answer, which stand in the conversation.
+        picture: The second picture.
+        question: The question about it.
+        is_right: Judges the answer; the right one about the first picture would be wrong.
+    """
+
+    first: tuple[Image.Image, str, str]
+    picture: Image.Image
+    question: str
     is_right: Callable[[str], bool]
 
 
@@ -73,14 +95,56 @@ def photos(folder: Path, held_out: bool, count: int) -> Iterator[Item]:
         yield Item(picture, (WHAT,), names(record.get("coarse") or record["label"]))
 
 
-def scenes(task: str, count: int, sprites: Sprites | None) -> Iterator[Item]:
-    """Yield drawn scenes of one kind of thing, none of them seen in training."""
+def second_photos(folder: Path, count: int) -> Iterator[SecondItem]:
+    """Yield the photographs of `imagenet`, each after one of another class."""
+    files = sorted(folder.glob("*.JPEG"))
+    numbers = [int(number) for number in np.linspace(0, len(files) - 1, count)]
+    for at, number in enumerate(numbers):
+        is_right = names(class_words()[number])
+        others = [*numbers[at + count // 3 :], *numbers]
+        before = next(other for other in others if not is_right(class_words()[other]))
+        answer = f"The picture shows {with_article(class_words()[before])}."
+        first, second = (Image.open(files[n]).convert("RGB") for n in (before, number))
+        yield SecondItem((first, WHAT, answer), second, WHAT_NEXT[at % 3], is_right)
+
+
+def second_scenes(count: int) -> Iterator[SecondItem]:
+    """Yield drawings of one kind of shape, each after another: what it is, which colour, how many, in turn."""
+    drawn = drawings("second picture", None)
+    for at in range(count):
+        (first, old), (second, new) = next(drawn), next(drawn)
+        question, word = _about(new, at)
+        while _about(old, at)[1] == word:
+            first, old = next(drawn)
+        yield SecondItem((first, WHAT, f"The picture shows {caption(old)}."), second, question, names(word))
+
+
+def _about(scene: Scene, at: int) -> tuple[str, str]:
+    """Return a question about things of one kind, and the word that its answer has."""
+    thing, one = scene.objects[0], len(scene.objects) == 1
+    if at % 3 == 0:
+        return WHAT_NEXT[at // 3 % 3], thing.kind
+    if at % 3 == 1:
+        return f"What color {'is it' if one else 'are they'}?", str(thing.colour)
+    return f"How many {thing.plural} are there?", NUMBERS[len(scene.objects)]
+
+
+def drawings(task: str, sprites: Sprites | None) -> Iterator[tuple[Image.Image, Scene]]:
+    """Yield drawn scenes of one to three things of one kind and colour, none of them seen in training."""
     rng = np.random.default_rng([99, len(task)])
-    while count:
-        picture, scene = draw_scene(rng, sprites if task == "count drawings to three" else None)
+    while True:
+        picture, scene = draw_scene(rng, sprites)
+        if len({(thing.kind, thing.colour) for thing in scene.objects}) == 1 and len(scene.objects) <= 3:
+            yield picture, scene
+
+
+def scenes(task: str, count: int, sprites: Sprites | None) -> Iterator[Item]:
+    """Yield questions about drawn scenes."""
+    for picture, scene in drawings(task, sprites if task == "count drawings to three" else None):
+        if not count:
+            return
         things = scene.objects
-        one_kind = len({(thing.kind, thing.colour) for thing in things}) == 1
-        if not one_kind or len(things) > 3 or (task in ("colour", "shape", "second question") and len(things) > 1):
+        if task in ("colour", "shape", "second question") and len(things) > 1:
             continue
         count -= 1
         colour, kind = str(things[0].colour), things[0].kind
@@ -116,6 +180,35 @@ def measure(chat: ChatSession, items: Iterator[Item]) -> dict[str, Any]:
     return {"right": right, "blind": blind, "of": len(answers), "answers": answers}
 
 
+def continued(chat: ChatSession, item: SecondItem, picture: Image.Image | None) -> str:
+    """Return the answer about a second picture; the first turn is given, not generated."""
+    first, question, answer = item.first
+    second = [{"type": "image", "image": picture}] if picture is not None else []
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "image", "image": first}, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        {"role": "user", "content": [*second, {"type": "text", "text": item.question}]},
+    ]
+    inputs = chat.processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+    )
+    output = chat.model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    text: str = chat.processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text.strip()
+
+
+def measure_second(chat: ChatSession, items: Iterator[SecondItem]) -> dict[str, Any]:
+    """Ask about every second picture, with it and without."""
+    answers, blind_answers = [], []
+    right = blind = 0
+    for item in items:
+        answers.append(continued(chat, item, item.picture))
+        blind_answers.append(continued(chat, item, None))
+        right += item.is_right(answers[-1])
+        blind += item.is_right(blind_answers[-1])
+    return {"right": right, "blind": blind, "of": len(answers), "answers": answers, "blind_answers": blind_answers}
+
+
 def main() -> None:
     """Measure, print a table, write every answer."""
     parser = argparse.ArgumentParser()
@@ -138,13 +231,17 @@ def main() -> None:
     if arguments.sprites:
         sprites = Sprites(arguments.sprites, held_out=False)
         tasks["count drawings to three"] = scenes("count drawings to three", n, sprites)
+    second: dict[str, Iterator[SecondItem]] = {"second picture, drawings": second_scenes(n)}
+    if arguments.imagenet:
+        second["second picture, photos of classes no photo was trained of"] = second_photos(arguments.imagenet, n)
     chat = ChatSession(*load(arguments.model))
     results = {}
-    for task, items in tasks.items():
+    for task in [*tasks, *second]:
         if not any(part in task for part in arguments.only):
             continue
         started = time.monotonic()
-        results[task] = result = measure(chat, items)
+        result = measure(chat, tasks[task]) if task in tasks else measure_second(chat, second[task])
+        results[task] = result
         print(f"{task}: {result['right']} of {result['of']}, without the picture {result['blind']}", flush=True)
         print(f"  {time.monotonic() - started:.0f} s; {result['answers'][:6]}", file=sys.stderr)
     if arguments.json:

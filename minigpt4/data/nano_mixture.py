@@ -11,7 +11,7 @@ are to be believed, for all of its classes and not only for those that happen to
 import io
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -53,25 +53,61 @@ WHAT_IS_SHOWN = (
     "Could you describe the contents of this image for me?",
     "Tell me about this picture.",
 )
+WHAT_IS_NEXT = (
+    "And what is this?",
+    "And this?",
+    "What is this one?",
+    "And what is it now?",
+    "What about this one?",
+    "And what do we have here?",
+)
+WHAT_IS_SHOWN_NEXT = (
+    "And what is in this picture?",
+    "What is in the new picture?",
+    "And what does this picture show?",
+    "What do you see now?",
+    "What about this picture?",
+    "Now describe this picture.",
+    "And here, what can you see?",
+)
+WHAT_IS_IN_NUMBER = (
+    "What is in the {} picture?",
+    "What's in the {} image?",
+    "What does the {} picture show?",
+    "Describe the {} picture.",
+    "And what is in the {} picture?",
+)
+_NEXT_OPENING = 0.6
+"""So often the question about a second picture says that it is another one."""
+_BACK_SHARE = 0.15
+_LONGER_SHARE = 0.3
 _FRAME = re.compile(r"^(?:a photo of|a picture of|an image of|there is) | in (?:the|a) (?:photo|picture|image)$")
 _PLACE = re.compile(r" in a grocery store$")
+_SEVERAL = re.compile(r"^(?:two|three|four|five|six) | and ")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture and what is said about it.
+    """One picture and what is said about it, then perhaps the next.
 
     Args:
         picture: RGB, any size; None for nothing but words.
         imagined: Class numbers and probabilities that replace what the vision encoder would say; None to ask it.
         caption: A phrase without a full stop, lower case except names; empty where nothing certain can be said.
         turns: Questions and answers.
+        then: What the conversation goes on with: another picture, and what is said about that one.
     """
 
     picture: Image.Image | None
     imagined: tuple[tuple[int, float], ...] | None
     caption: str
     turns: Turns
+    then: "Example | None" = None
+
+    @property
+    def parts(self) -> list["Example"]:
+        """The pictures of the conversation, in order."""
+        return [self, *(self.then.parts if self.then else [])]
 
 
 def phrase(text: str) -> str:
@@ -105,6 +141,7 @@ class NanoMixture:
         share_photos: Of the examples, how many are photographs; the rest are drawn scenes.
         share_imagined: How many are imagined.
         share_unsure: How many show nothing clear, and are answered so.
+        share_second: Of the conversations, how many go on with a second picture, drawn in the same proportion.
     """
 
     photos: Path
@@ -115,6 +152,7 @@ class NanoMixture:
     share_photos: float = 0.4
     share_imagined: float = 0.2
     share_unsure: float = 0.04
+    share_second: float = 0.0
 
     def example(self, stage: int, step: int, row: int, turns: int) -> Example:
         """Return one example, the same for the same arguments.
@@ -123,9 +161,19 @@ class NanoMixture:
             stage: Number of the training stage.
             step: Step in that stage.
             row: Place in that step's batch.
-            turns: Questions wanted, 1 to 4; fewer where there is no more to ask.
+            turns: Questions wanted, 1 to 4; fewer where there is no more to ask. With a second picture there are one
+                or two about each.
         """
         rng = np.random.default_rng([self.seed, stage, step, row])
+        # Of its own, so that all else stays as it is without second pictures.
+        course = np.random.default_rng([self.seed, stage, step, row, 2])
+        if course.random() >= self.share_second:
+            return self._drawn(rng, turns)
+        first, second = (self._drawn(rng, 1 + (turns > 1 and course.random() < _LONGER_SHARE)) for _ in range(2))
+        return _joined(first, second, course)
+
+    def _drawn(self, rng: np.random.Generator, turns: int) -> Example:
+        """Draw a picture of one kind or another."""
         kinds: list[tuple[float, Callable[[np.random.Generator, int], Example]]] = [
             (self.share_photos, self._photo),
             (self.share_imagined, self._imagined),
@@ -185,6 +233,31 @@ class NanoMixture:
     @staticmethod
     def _choose(samples: list[Sample], rng: np.random.Generator) -> Sample:
         return samples[int(rng.integers(len(samples)))]
+
+
+def _joined(first: Example, second: Example, rng: np.random.Generator) -> Example:
+    """Let one conversation go on with another; perhaps its last question goes back to the first picture."""
+    turns = second.turns
+    if second.caption and rng.random() < _NEXT_OPENING:
+        turns = [_next_opening(second.caption, rng), *turns[1:]]
+    if first.caption and rng.random() < _BACK_SHARE:
+        turns = [*turns, _about(first.caption, "first", rng)]
+    return replace(first, then=replace(second, turns=turns))
+
+
+def _next_opening(caption: str, rng: np.random.Generator) -> tuple[str, str]:
+    """Ask what the second picture shows."""
+    kind = int(rng.integers(3))
+    if kind == 0:
+        return _about(caption, "second", rng)
+    if kind == 1 and not _SEVERAL.search(caption):
+        return str(rng.choice(WHAT_IS_NEXT)), f"This is {caption}."
+    return str(rng.choice(WHAT_IS_SHOWN_NEXT)), f"The picture shows {caption}."
+
+
+def _about(caption: str, ordinal: str, rng: np.random.Generator) -> tuple[str, str]:
+    """Ask about one of the pictures by its number."""
+    return str(rng.choice(WHAT_IS_IN_NUMBER)).format(ordinal), f"The {ordinal} picture shows {caption}."
 
 
 def _name_dialogue(thing: str, other: str, kind: str, turns: int, rng: np.random.Generator) -> Turns:

@@ -90,9 +90,7 @@ def _explained(error: Exception, name: str, repository: str, revision: str | Non
             hint = "try again later, check HF_TOKEN and HF_ENDPOINT, or name a folder"
             return DownloadError(f"the hub does not give model {name}: {_first_line(error)}", hint)
         case _ if isinstance(error, (_http_error(), ConnectionError, TimeoutError)):
-            hint = (
-                "connect to the network, check the proxy and HF_ENDPOINT; if a folder is meant, it is not there"
-            )
+            hint = "connect to the network, check the proxy and HF_ENDPOINT; if a folder is meant, it is not there"
             return DownloadError(f"model {name} is not here in full, and the hub cannot be reached", hint)
         case OSError(errno=int(), filename=place):
             hint = "free some space there or allow writing, or set HF_HOME to another folder"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minigpt4.data.collate import Batches
-from minigpt4.data.nano_mixture import Example, NanoMixture, phrase, with_article
+from minigpt4.data.nano_mixture import WHAT_IS_NEXT, Example, NanoMixture, phrase, with_article
 from tests import tiny_chat
 from tests.data.test_shards import shard
 
@@ -169,3 +169,50 @@ def test_photos_are_cropped_within_their_borders(photos: Path) -> None:
         assert picture is not None
         area = np.prod(picture.size) / (64 * 48)
         assert 0.55 <= area <= 1.0
+
+
+def test_a_second_picture_is_asked_about_and_the_first_part_stays_as_it_was(photos: Path) -> None:
+    data = mixture(photos, share_unsure=0.0, share_second=1.0)
+    alone = mixture(photos, share_unsure=0.0)
+    for step in range(40):
+        example = data.example(0, step, 0, turns=1)
+        first, second = example.parts
+
+        assert same(first, alone.example(0, step, 0, turns=1))
+        assert first.turns and second.turns
+        answers = [answer for question, answer in second.turns if "first" not in question]
+        assert len(answers) == 1
+        back = [answer for question, answer in second.turns if "first" in question]
+        assert back in ([], [f"The first picture shows {first.caption}."])
+
+
+def test_question_that_names_the_second_picture_is_answered_of_it(photos: Path) -> None:
+    data = mixture(photos, share_photos=1.0, share_second=1.0)
+    seconds = [data.example(0, step, 0, turns=1).parts[1] for step in range(60)]
+
+    asked = [second for second in seconds if "second" in second.turns[0][0]]
+
+    assert asked
+    assert all(second.turns[0][1] == f"The second picture shows {second.caption}." for second in asked)
+
+
+def test_several_things_are_not_called_this(photos: Path) -> None:
+    data = mixture(photos, share_photos=0.0, share_imagined=0.0, share_unsure=0.0, share_second=1.0)
+    for step in range(60):
+        _, second = data.example(0, step, 0, turns=1).parts
+        question, answer = second.turns[0]
+        if answer.startswith("This is"):
+            assert question in WHAT_IS_NEXT
+            assert second.caption.startswith(("a ", "an ")) and " and " not in second.caption
+
+
+def test_second_pictures_come_in_their_share_and_leave_the_other_examples_alone(photos: Path) -> None:
+    data, plain = mixture(photos, share_second=0.4), mixture(photos)
+    examples = [data.example(0, step, 0, turns=2) for step in range(200)]
+
+    share = sum(len(example.parts) == 2 for example in examples) / 200
+
+    assert share == pytest.approx(0.4, abs=0.14)  # four standard deviations
+    for step, example in enumerate(examples):
+        if example.then is None:
+            assert same(example, plain.example(0, step, 0, turns=2))
