@@ -62,12 +62,12 @@ class Batches(Dataset[dict[str, Any]]):
         """Make the batch of a step."""
         examples = [self._example(step, row) for row in range(self.batch_size)]
         if self.objective == "words":
-            examples = [example for example in examples if example.caption]
+            examples = [part for example in examples for part in example.parts if part.caption]
             if not examples:
                 raise DataError(f"no example of step {step} has a caption", hint="lower share_unsure for this stage")
-        batch: dict[str, Any] = {"vision_outputs": self._see(examples)}
-        batch |= self._words(examples) if self.objective == "words" else self._conversations(examples)
-        return batch
+            return {"vision_outputs": self._see(examples), **self._words(examples)}
+        pictures = [part for example in examples for part in example.parts]
+        return {"vision_outputs": self._see(pictures), **self._conversations(examples)}
 
     def _example(self, step: int, row: int) -> Example:
         turns = int(np.random.default_rng([self.mixture.seed, self.stage, step, row, 1]).integers(1, self.turns + 1))
@@ -113,10 +113,11 @@ class Batches(Dataset[dict[str, Any]]):
 
     def _conversation(self, example: Example) -> tuple[list[int], list[int]]:
         messages: list[dict[str, Any]] = []
-        for number, (question, answer) in enumerate(example.turns):
-            text = {"type": "text", "text": question}
-            messages.append({"role": "user", "content": [{"type": "image"}, text] if number == 0 else [text]})
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        for part in example.parts:
+            for number, (question, answer) in enumerate(part.turns):
+                text = {"type": "text", "text": question}
+                messages.append({"role": "user", "content": [{"type": "image"}, text] if number == 0 else [text]})
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         prompt = TEMPLATES["chatml"].encode(
             self.tokenizer,
             messages,

@@ -39,6 +39,7 @@ class NanoData(_Section):
     share_photos: float = Field(0.4, ge=0, le=1)
     share_imagined: float = Field(0.2, ge=0, le=1)
     share_unsure: float = Field(0.04, ge=0, le=1)
+    share_second: float = Field(0.0, ge=0, le=1)
 
 
 class SourceRecipe(_Section):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -216,3 +217,49 @@ def test_second_pictures_come_in_their_share_and_leave_the_other_examples_alone(
     for step, example in enumerate(examples):
         if example.then is None:
             assert same(example, plain.example(0, step, 0, turns=2))
+            # What the stages without second pictures were trained on: nothing is drawn before the example itself.
+            assert same(example, plain._drawn(np.random.default_rng([1, 0, step, 0]), 2))
+
+
+def second_pictures(photos: Path, objective: str) -> Batches:
+    model = tiny_chat.model(vision="efficientnet_lite")
+    return Batches(
+        mixture=mixture(photos, share_photos=1.0, share_second=1.0),
+        vision_model=model.model.vision_model,
+        tokenizer=tiny_chat.tokenizer(),
+        image_token_id=model.config.image_token_id,
+        stage=0,
+        steps=1,
+        batch_size=3,
+        turns=1,
+        objective=objective,
+        num_image_tokens=4,
+        num_word_places=2,
+    )
+
+
+def test_pictures_of_a_conversation_stand_before_their_questions(photos: Path) -> None:
+    batches = second_pictures(photos, "language")
+
+    batch = batches[0]
+
+    parts = [part for row in range(3) for part in batches._example(0, row).parts]
+    seen = batch["vision_outputs"].last_hidden_state
+    assert len(seen) == 6
+    for outputs, part in zip(seen, parts, strict=True):
+        assert torch.equal(outputs, batches._see([part]).last_hidden_state[0])
+    for row in range(3):
+        ids, labels = batch["input_ids"][row], batch["labels"][row]
+        runs = "".join(
+            "i" if i == batches.image_token_id else "a" if n != -100 else "q" for i, n in zip(ids, labels, strict=True)
+        )
+        assert re.fullmatch(r"q+i{4}q+a+q+i{4}q+a+[qa]*", runs)
+        said = batches.tokenizer.decode(labels[labels != -100])
+        turns = [turn for part in parts[2 * row : 2 * row + 2] for turn in part.turns]
+        assert said == "".join(f"{answer}<|im_end|>" for _, answer in turns)
+
+
+def test_words_are_taught_of_second_pictures_too(photos: Path) -> None:
+    batch = second_pictures(photos, "words")[0]
+
+    assert len(batch["word_ids"]) == len(batch["vision_outputs"].last_hidden_state) == 6
