@@ -218,7 +218,7 @@ def test_a_fault_inside_is_told_without_its_text_and_the_server_goes_on(
     server: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("a secret in /root/model at 0x7f0123456789")
+        raise RuntimeError("a secret in /srv/model at 0x7f0123456789")
 
     for place in ("minigpt4.serving.engine.Sampler.choose", "minigpt4.serving.engine.Engine._encode"):
         with monkeypatch.context() as patch:

@@ -236,7 +236,7 @@ def test_a_folder_comes_before_the_hub(tmp_path: Path) -> None:
         ("name", False),
         ("a/b/c", False),
         ("../name", False),
-        ("/root/name", False),
+        ("/owner/name", False),
         ("owner/name@", False),
         ("owner/name@-x", False),
         ("owner/name\n", False),

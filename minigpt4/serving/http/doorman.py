@@ -1,6 +1,6 @@
 """Says at once that there is no room, before anything else looks at a request.
 
-A full server has the least time, and then most are refused: this costs a third of what the route would.
+A full server has the least time, and then most are refused: neither the route nor the body is looked at.
 """
 
 from starlette.types import ASGIApp, Receive, Scope, Send
