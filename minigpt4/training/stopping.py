@@ -6,8 +6,10 @@ send it to the readers of examples as well, which the trainer still needs: they 
 
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from queue import SimpleQueue
 from types import FrameType
 from typing import NoReturn
 
@@ -17,15 +19,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether this process was told to stop, and by which signal.
+    """Whether this process was told to stop, and by which signal."""
 
-    Args:
-        told: Called at the first signal: an update may take minutes.
-    """
-
-    def __init__(self, told: Callable[[], None] = lambda: None) -> None:
+    def __init__(self) -> None:
         self.signal: int | None = None
-        self.told = told
+        self.heard: SimpleQueue[bool] = SimpleQueue()  # the one queue that a signal's handler may write to
 
     @property
     def asked(self) -> bool:
@@ -37,7 +35,7 @@ class StopRequest:
         if self.signal is not None:
             self.obey()
         self.signal = number
-        self.told()
+        self.heard.put(True)
 
     def obey(self) -> NoReturn:
         """Stop.
@@ -52,19 +50,31 @@ class StopRequest:
 
 
 @contextmanager
-def stop_requests(told: Callable[[], None] = lambda: None) -> Iterator[StopRequest]:
-    """Collect the signals that ask to stop; elsewhere than in the main thread none come."""
-    request = StopRequest(told)
+def stop_requests(told: Callable[[], None]) -> Iterator[StopRequest]:
+    """Collect the signals that ask to stop; elsewhere than in the main thread none come.
+
+    Args:
+        told: Called soon after the first signal, in another thread: an update may take minutes. A handler may come in
+            the middle of what the terminal is being told, and cannot tell it more.
+    """
+    request = StopRequest()
     try:
         before = {number: signal.signal(number, request.receive) for number in SIGNALS}
     except ValueError:  # not the main thread
         yield request
         return
     try:
+        threading.Thread(target=_tell, args=[request, told], daemon=True).start()
         yield request
     finally:
+        request.heard.put(False)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _tell(request: StopRequest, told: Callable[[], None]) -> None:
+    if request.heard.get():
+        told()
 
 
 def begin_reading(worker: int) -> None:

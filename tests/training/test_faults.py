@@ -73,6 +73,7 @@ def test_a_run_told_to_stop_finishes_its_update_saves_and_goes_on_later(
         train(recipe, toy.model(), toy.ToyBatches, watcher, processes())
 
     assert number == signal.SIGINT or told.value.code == 143  # type: ignore[attr-defined]
+    assert watcher.told == 1
     found = last_checkpoint(recipe.output)
     assert found is not None and found[1].step == 3  # told during the second, it stopped after the third
     resumed, rest = trained(recipe)

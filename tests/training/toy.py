@@ -68,6 +68,7 @@ class Watcher:
         self.steps: list[Progress] = []
         self.stop_after = stop_after
         self.losses = list(losses)
+        self.told = 0
 
     def update(self, progress: Progress) -> None:
         self.steps.append(progress)
@@ -75,7 +76,7 @@ class Watcher:
             raise PowerFailureError
 
     def told_to_stop(self) -> None:
-        pass
+        self.told += 1
 
     def validation_loss(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
         return self.losses.pop(0) if self.losses else None
