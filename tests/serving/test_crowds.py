@@ -56,7 +56,9 @@ def test_a_full_queue_answers_429_at_once_with_retry_after(one_place: Live) -> N
     for _ in range(4):
         held.append(one_place.connect())
         held[-1].sendall(request_bytes(LONG))
+    deadline = time.monotonic() + 30
     while one_place.engine.counts.waiting < 4:
+        assert time.monotonic() < deadline, one_place.engine.counts
         time.sleep(0.01)
     body = {"messages": [seeing("what?", *[picture_file(n) for n in range(8)])]}  # would have to be decoded
     took = []

@@ -26,6 +26,7 @@ from minigpt4.serving.settings import Settings
 
 if TYPE_CHECKING:
     from minigpt4.serving.engine import Engine  # loads torch
+    from minigpt4.serving.request import Request as EngineRequest
 
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ class Desk:
         self.started = int(time.time())
         self._engine: Engine | None = None
         self._closed: asyncio.Task[None] | None = None
-        self._preparing = 0
+        self._preparing: set[object] = set()  # requests that are not the engine's yet
         # One thread: what it does holds the interpreter anyway, and tokenizers are not for two at once.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="desk")
 
@@ -92,7 +93,7 @@ class Desk:
         """
         counts = self.engine.counts
         room = self.engine.max_queue + max(0, self.engine.max_concurrent - counts.answering)
-        if self.closing or counts.waiting + self._preparing >= room:
+        if self.closing or counts.waiting + len(self._preparing) >= room:
             raise ApiError(
                 429,
                 "the server is closing" if self.closing else f"the server has {counts.waiting} requests waiting",
@@ -161,22 +162,28 @@ class Desk:
 
     async def _submitted(self, asked: ChatRequest) -> Listening:
         engine = self.engine
-        self._preparing += 1
+        place = object()
+        self._preparing.add(place)
         deaths = self.pool.deaths
         try:
             messages = await open_messages(asked.messages, self.settings, self.pool, target_of(engine))
             mailbox = Mailbox()
-            request = await self._apart(
-                lambda: engine.submit(
+
+            def submit() -> "EngineRequest":
+                submitted = engine.submit(
                     messages,
                     asked.options,
                     mailbox,
                     stop=asked.stop_strings,
                     timeout=self.settings.limits.answer_seconds,
                 )
-            )
+                # Here, where it begins to count with the engine: counted twice, it would have another one refused.
+                self._preparing.discard(place)
+                return submitted
+
+            request = await self._apart(submit)
         finally:
-            self._preparing -= 1
+            self._preparing.discard(place)
             self.metrics.decoder_deaths.inc(self.pool.deaths - deaths)
         return Listening(engine, request, mailbox, self.metrics.answered)
 
