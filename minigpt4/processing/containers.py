@@ -21,10 +21,16 @@ from typing import Literal
 ACCEPTED = "JPEG, PNG, WebP, GIF or BMP"
 
 MAX_JPEG_SCANS = 50
-"""Scans of a progressive JPEG; encoders write about 10, and each costs a pass over all pixels."""
+"""Scans of a progressive JPEG of any size; encoders write about 10, and never more than 16."""
+
+MAX_SCANNED_PIXELS = 640_000_000
+"""Pixels times scans of a JPEG, since each scan is a pass over all pixels: 16 scans of 40 million."""
 
 MAX_PARTS = 20_000
-"""Segments of a JPEG or chunks of a PNG; a 20 MiB file of encoders' usual 8 KiB chunks has 2 560."""
+"""Segments of a JPEG, or chunks of a PNG or WebP; a 20 MiB file of encoders' usual 8 KiB chunks has 2 560."""
+
+MAX_GIF_BLOCKS = 200_000
+"""Blocks of a GIF up to the end of its first frame; a 20 MiB file of encoders' usual 255 bytes each has 82 000."""
 
 _ORIENTATION_TAG = 0x0112
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # neither escaped data, nor a restart, nor padding
@@ -123,6 +129,11 @@ def _read_jpeg(data: bytes) -> PictureFile:
             kept.append(segment)
     if not size or not scans:
         raise UnreadableFileError("is a JPEG file without a picture, or of a kind that is not accepted")
+    if scans * size[0] * size[1] > MAX_SCANNED_PIXELS:
+        most = MAX_SCANNED_PIXELS // (size[0] * size[1])
+        raise UnreadableFileError(
+            f"is a JPEG file of {scans} scans, expected at most {most} with {size[0]} x {size[1]} pixels"
+        )
     return PictureFile("JPEG", *size, orientation or 1, b"".join(kept))
 
 
@@ -170,16 +181,16 @@ def _read_png(data: bytes) -> PictureFile:
 def _read_gif(data: bytes) -> PictureFile:
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     position = 13 + _palette_length(flags)
-    header, control = data[:position], b""
+    header, control, blocks = data[:position], b"", 0
     while data[position] == 0x21:  # extensions: comments, the number of loops, and the one that counts
-        end = _after_sub_blocks(data, position + 2)
+        end, blocks = _after_sub_blocks(data, position + 2, blocks)
         if data[position + 1] == 0xF9:  # how to draw the next frame: its transparent colour
             control = data[position:end]
         position = end
     if data[position] != 0x2C:
         raise UnreadableFileError("is a GIF file without a picture")
     left, top, frame_width, frame_height, flags = struct.unpack_from("<HHHHB", data, position + 1)
-    end = _after_sub_blocks(data, position + 11 + _palette_length(flags))
+    end, _ = _after_sub_blocks(data, position + 11 + _palette_length(flags), blocks)
     size = max(width, left + frame_width), max(height, top + frame_height)
     return PictureFile("GIF", *size, 1, header + control + data[position:end] + b";")
 
@@ -188,15 +199,24 @@ def _palette_length(flags: int) -> int:
     return 3 * (2 << (flags & 7)) if flags & 0x80 else 0
 
 
-def _after_sub_blocks(data: bytes, position: int) -> int:
-    while length := data[position]:
+def _after_sub_blocks(data: bytes, position: int, blocks: int) -> tuple[int, int]:
+    """Return where a row of sub-blocks ends, and how many blocks there are by then."""
+    length = 1
+    while length:  # an empty one is the last
+        blocks += 1
+        if blocks > MAX_GIF_BLOCKS:
+            raise UnreadableFileError(f"is a GIF file of more than {MAX_GIF_BLOCKS} blocks")
+        length = data[position]
         position += 1 + length
-    return position + 1
+    return position, blocks
 
 
 def _read_webp(data: bytes) -> PictureFile:
-    size, orientation, position = None, None, 12
+    size, orientation, position, parts = None, None, 12, 0
     while position + 8 <= len(data):
+        parts += 1
+        if parts > MAX_PARTS:
+            raise UnreadableFileError(f"is a WebP file of more than {MAX_PARTS} chunks")
         kind, length = struct.unpack_from("<4sI", data, position)
         body = position + 8
         if size is None and kind == b"VP8X":

@@ -25,6 +25,15 @@ def png(width: int, height: int, depth: int, colour_type: int, rows: bytes, *ext
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
+def webp_chunk(kind: bytes, body: bytes) -> bytes:
+    return kind + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2)
+
+
+def webp(*chunks: bytes) -> bytes:
+    body = b"WEBP" + b"".join(chunks)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
 def exif(orientation: int, byteorder: str = ">") -> bytes:
     """An Exif block (without JPEG's prefix) that holds the orientation alone."""
     mark = b"MM" if byteorder == ">" else b"II"

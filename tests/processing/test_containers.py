@@ -7,7 +7,18 @@ from PIL import Image
 
 from minigpt4.processing import containers
 from minigpt4.processing.containers import UnreadableFileError, exif_orientation, inspect
-from tests.processing.picture_files import adobe_segment, exif, flat_jpeg, jpeg_segment, png, png_chunk, saved
+from minigpt4.processing.pictures import DEFAULT_LIMITS
+from tests.processing.picture_files import (
+    adobe_segment,
+    exif,
+    flat_jpeg,
+    jpeg_segment,
+    png,
+    png_chunk,
+    saved,
+    webp,
+    webp_chunk,
+)
 
 GREY = Image.new("L", (23, 11), 77)
 COLOUR = Image.new("RGB", (23, 11), (200, 100, 50))
@@ -119,7 +130,12 @@ def test_gif_loses_comments_and_later_frames() -> None:
 
 
 TINY = flat_jpeg((9,))
+WEBP_PICTURE = saved(COLOUR, "WEBP")
 TINY_PNG = png(1, 1, 8, 0, b"\0\0")
+GIF_START, GIF_FRAME = (
+    saved(GREY, "GIF").partition(b"\x2c\0\0\0\0")[0],
+    b"\x2c" + saved(GREY, "GIF").partition(b"\x2c")[2],
+)
 SECOND_FRAME = jpeg_segment(0xC0, b"\x08\0\x09\0\x09\1\1\x11\0")
 BROKEN = {
     "jpeg-two-sizes": (TINY.replace(b"\xff\xda", SECOND_FRAME + b"\xff\xda"), "two sizes"),
@@ -134,6 +150,10 @@ BROKEN = {
     "png-of-a-phone-app": (TINY_PNG.replace(b"IHDR", b"CgBI"), "header is missing"),
     "gif-empty": (b"GIF89a\1\0\1\0\0\0\0;", "without a picture"),
     "gif-cut": (saved(GREY, "GIF")[:-9], "damaged or cut short"),
+    "gif-extensions": (GIF_START + b"\x21\xfe\0" * (containers.MAX_GIF_BLOCKS + 1) + GIF_FRAME, "200000 blocks"),
+    "gif-comment": (GIF_START + b"\x21\xfe" + b"\1a" * containers.MAX_GIF_BLOCKS + b"\0" + GIF_FRAME, "200000 blocks"),
+    "gif-frame": (GIF_START + GIF_FRAME[:11] + b"\1a" * containers.MAX_GIF_BLOCKS + b"\0;", "200000 blocks"),
+    "webp-chunks": (webp(WEBP_PICTURE[12:], webp_chunk(b"none", b"") * containers.MAX_PARTS), "20000 chunks"),
     "webp-empty": (b"RIFF\x04\0\0\0WEBP", "without a picture"),
     "webp-cut": (saved(COLOUR, "WEBP")[:24], "damaged or cut short"),
     "bmp-compressed": (saved(GREY, "BMP")[:30] + b"\1" + saved(GREY, "BMP")[31:], "compressed BMP"),
@@ -145,6 +165,45 @@ BROKEN = {
 def test_broken_structure_is_told(data: bytes, complaint: str) -> None:
     with pytest.raises(UnreadableFileError, match=complaint):
         inspect(data)
+
+
+def scanned(scans: int, width: int, height: int) -> bytes:
+    """A JPEG that says it has so many scans and pixels."""
+    size = struct.pack(">HH", height, width)
+    return TINY.replace(b"\x08\0\x08\0\x08", b"\x08" + size).replace(
+        b"\xff\xda", b"\xff\xda\0\x02" * (scans - 1) + b"\xff\xda"
+    )
+
+
+@pytest.mark.parametrize(("scans", "width", "height"), [(16, 8000, 5000), (50, 4000, 3200), (50, 8, 8)])
+def test_jpeg_may_have_as_many_scans_as_its_size_allows(scans: int, width: int, height: int) -> None:
+    assert inspect(scanned(scans, width, height)).width == width
+
+
+@pytest.mark.parametrize(
+    ("scans", "width", "height", "most"), [(17, 8000, 5000, 16), (16, 8000, 5001, 15), (50, 4000, 3201, 49)]
+)
+def test_a_pass_over_all_pixels_too_many_is_told_with_both_numbers(
+    scans: int, width: int, height: int, most: int
+) -> None:
+    with pytest.raises(
+        UnreadableFileError, match=f"of {scans} scans, expected at most {most} with {width} x {height} "
+    ):
+        inspect(scanned(scans, width, height))
+
+
+def test_as_many_blocks_and_chunks_as_allowed_are_read() -> None:
+    frame_blocks = 2  # its bytes, and the empty block at its end
+    comments = b"\x21\xfe\0" * (containers.MAX_GIF_BLOCKS - frame_blocks)
+    assert inspect(GIF_START + comments + GIF_FRAME).width == 23
+    assert inspect(webp(WEBP_PICTURE[12:], webp_chunk(b"none", b"") * (containers.MAX_PARTS - 1))).width == 23
+
+
+def test_jpeg_of_an_encoder_with_its_usual_scans_is_far_from_the_limit() -> None:
+    scans = saved(Image.effect_noise((64, 64), 90).convert("RGB"), "JPEG", progressive=True).count(b"\xff\xda")
+
+    assert 8 <= scans <= 12
+    assert scans * DEFAULT_LIMITS.max_pixels <= 0.75 * containers.MAX_SCANNED_PIXELS
 
 
 @pytest.mark.parametrize(
