@@ -51,15 +51,19 @@ def occupy(server: Live) -> socket.socket:
     return connection
 
 
+def wait_until_full(server: Live) -> None:
+    deadline = time.monotonic() + 30
+    while server.engine.counts.waiting < 4:
+        assert time.monotonic() < deadline, server.engine.counts
+        time.sleep(0.01)
+
+
 def test_a_full_queue_answers_429_at_once_with_retry_after(one_place: Live) -> None:
     held = [occupy(one_place)]
     for _ in range(4):
         held.append(one_place.connect())
         held[-1].sendall(request_bytes(LONG))
-    deadline = time.monotonic() + 30
-    while one_place.engine.counts.waiting < 4:
-        assert time.monotonic() < deadline, one_place.engine.counts
-        time.sleep(0.01)
+    wait_until_full(one_place)
     body = {"messages": [seeing("what?", *[picture_file(n) for n in range(8)])]}  # would have to be decoded
     took = []
     for _ in range(20):
@@ -75,6 +79,31 @@ def test_a_full_queue_answers_429_at_once_with_retry_after(one_place: Live) -> N
         connection.close()
     one_place.wait_idle()
     assert one_place.chat(HELLO).status == 200
+
+
+def test_a_request_read_when_the_queue_is_full_is_refused_before_it_is_looked_at(one_place: Live) -> None:
+    late = one_place.connect()
+    whole = request_bytes(HELLO).replace(b'{"messages"', b"{]messages]")
+    late.sendall(whole[:-10])  # let in: there is room yet, and what it sends is not known
+    held = [occupy(one_place)]
+    for _ in range(4):
+        held.append(one_place.connect())
+        held[-1].sendall(request_bytes(LONG))
+    wait_until_full(one_place)
+    late.sendall(whole[-10:])
+    assert late.recv(65536).startswith(b"HTTP/1.1 429")
+    late.close()
+    for connection in held:
+        connection.close()
+    one_place.wait_idle()
+
+
+def test_refusals_start_no_threads(one_place: Live) -> None:
+    for _ in range(3):
+        assert one_place.ask("GET", "/nothing").status == 404
+        assert one_place.chat({"messages": []}).status == 400
+        assert one_place.chat(HELLO | {"n": 2}).status == 400
+    assert not [thread.name for thread in threading.enumerate() if "AnyIO" in thread.name]
 
 
 def test_who_waits_is_told_of_it_and_of_the_place(one_place: Live) -> None:

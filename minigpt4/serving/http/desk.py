@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -47,7 +47,7 @@ class Desk:
         self.started = int(time.time())
         self._engine: Engine | None = None
         self._closed: asyncio.Task[None] | None = None
-        self._preparing: set[object] = set()  # requests that are not the engine's yet
+        self._preparing: set[object] = set()  # requests that are read, and not the engine's yet
         # One thread: what it does holds the interpreter anyway, and tokenizers are not for two at once.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="desk")
 
@@ -108,16 +108,27 @@ class Desk:
             ApiError: With what is wrong, and where.
         """
         async with self.bodies.read(http) as body:  # what is read is let go before the answer begins
-            asked = await self._apart(partial(self._parsed, body))
-            body.clear()  # its pictures are in memory a second time by now
-            self.check_room()
-            listening = await self._submitted(asked)
+            with self._place() as place:  # not before: a client that sends slowly would keep others out
+                asked = await self._apart(partial(self._parsed, body))
+                body.clear()  # its pictures are in memory a second time by now
+                listening = await self._submitted(asked, place)
         options = asked.stream_options
         writer = Writer(self.settings.model_id, options is not None and options.include_usage)
         if asked.stream:
             return AnswerStream(listening, writer, self.settings.limits.ping_seconds)
         del asked, body  # hundreds of requests may wait, and their pictures are long
         return await whole_answer(listening, http, writer)
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[object]:
+        """Keep a place in the queue for a request until the engine has it."""
+        self.check_room()
+        place = object()
+        self._preparing.add(place)
+        try:
+            yield place
+        finally:
+            self._preparing.discard(place)
 
     async def _close(self) -> None:
         if self._engine is not None:
@@ -160,10 +171,8 @@ class Desk:
         check_amount(asked.messages, self.settings)
         return asked
 
-    async def _submitted(self, asked: ChatRequest) -> Listening:
+    async def _submitted(self, asked: ChatRequest, place: object) -> Listening:
         engine = self.engine
-        place = object()
-        self._preparing.add(place)
         deaths = self.pool.deaths
         try:
             messages = await open_messages(asked.messages, self.settings, self.pool, target_of(engine))
@@ -183,7 +192,6 @@ class Desk:
 
             request = await self._apart(submit)
         finally:
-            self._preparing.discard(place)
             self.metrics.decoder_deaths.inc(self.pool.deaths - deaths)
         return Listening(engine, request, mailbox, self.metrics.answered)
 

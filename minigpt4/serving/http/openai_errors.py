@@ -131,15 +131,16 @@ def sentence_of(error: ValidationError | RequestValidationError) -> ApiError:
 def install(app: FastAPI) -> None:
     """Let every error of an application take this form."""
 
-    def ours(request: Request, error: Exception) -> JSONResponse:
+    # Coroutines: for plain functions the framework starts threads, up to forty, just when a server has no time.
+    async def ours(request: Request, error: Exception) -> JSONResponse:
         return error_response(as_api_error(error))
 
-    def invalid(request: Request, error: Exception) -> JSONResponse:
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
         return error_response(sentence_of(error) if isinstance(error, RequestValidationError) else as_api_error(error))
 
-    def http(request: Request, error: Exception) -> JSONResponse:
+    async def http(request: Request, error: Exception) -> JSONResponse:
         if not isinstance(error, HTTPException):
-            return ours(request, error)
+            return await ours(request, error)
         said = {404: "there is nothing at this address", 405: "this address does not take this method"}
         message = said.get(error.status_code) or HTTPStatus(error.status_code).phrase
         return error_response(ApiError(error.status_code, message, headers=error.headers))
