@@ -141,6 +141,8 @@ BROKEN = {
     "jpeg-two-sizes": (TINY.replace(b"\xff\xda", SECOND_FRAME + b"\xff\xda"), "two sizes"),
     "jpeg-empty": (b"\xff\xd8\xff\xd9", "without a picture"),
     "jpeg-lossless": (TINY.replace(b"\xff\xc0", b"\xff\xc3"), "a kind that is not accepted"),
+    "jpeg-arithmetic": (TINY.replace(b"\xff\xc0", b"\xff\xc9"), "a kind that is not accepted"),
+    "jpeg-arithmetic-progressive": (TINY.replace(b"\xff\xc0", b"\xff\xca"), "a kind that is not accepted"),
     "jpeg-cut": (TINY[:30], "damaged or cut short"),
     "jpeg-scans": (TINY.replace(b"\xff\xda", b"\xff\xda\0\x02" * containers.MAX_JPEG_SCANS + b"\xff\xda"), "50 scans"),
     "jpeg-segments": (flat_jpeg((9,), b"\xff\xfe\0\2" * containers.MAX_PARTS), "20000 segments"),
