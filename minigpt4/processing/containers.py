@@ -34,7 +34,7 @@ MAX_GIF_BLOCKS = 200_000
 
 _ORIENTATION_TAG = 0x0112
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # neither escaped data, nor a restart, nor padding
-_JPEG_FRAMES = frozenset(b"\xc0\xc1\xc2")  # sequential and progressive; arithmetic coding, which no browser reads, is slow
+_JPEG_FRAMES = frozenset(b"\xc0\xc1\xc2")  # sequential and progressive; no browser reads arithmetic ones: slow
 _JPEG_METADATA = frozenset([*range(0xE0, 0xF0), 0xFE])
 _PNG_KEPT = frozenset([b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"])
 
