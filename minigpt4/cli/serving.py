@@ -128,8 +128,15 @@ def _serve(
     from minigpt4.serving.server import Server
 
     application = make_app(None, settings, page)
-    server = Server(application, settings)
     failure: list[BaseException] = []
+
+    def tell(answers: int) -> None:
+        seconds = settings.limits.drain_seconds
+        left = f"; answers in progress: {answers}, for {seconds:.0f} s at most; a second signal ends them at once"
+        if not failure:
+            note(f"stopping{left if answers else ''}")
+
+    server = Server(application, settings, tell)
 
     def load_and_open() -> None:
         try:

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import logging
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -50,9 +51,10 @@ class Server(uvicorn.Server):
     Args:
         app: Made by `make_app`.
         settings: The same.
+        on_closing: Told, at the first signal, how many answers are waited for.
     """
 
-    def __init__(self, app: FastAPI, settings: Settings) -> None:
+    def __init__(self, app: FastAPI, settings: Settings, on_closing: Callable[[int], None] = lambda _: None) -> None:
         limits = settings.limits
         config = uvicorn.Config(
             app,
@@ -71,6 +73,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self.desk: Desk = app.state.desk
+        self.on_closing = on_closing
         self._closing: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -82,6 +85,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End: no new connections, the engine's answers finished or given up, then the rest."""
+        self.on_closing(self.desk.unfinished)
         self._closing = asyncio.create_task(self.desk.close())  # beside the rest; its lifespan waits for it
         await super().shutdown(sockets)
         if self.force_exit:

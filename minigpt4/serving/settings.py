@@ -48,7 +48,7 @@ class Limits:
     write_seconds: float = 30.0
     answer_seconds: float = 600.0
     ping_seconds: float = 2.0
-    drain_seconds: float = 9.0
+    drain_seconds: float = 8.0
     image: ImageLimits = DEFAULT_LIMITS
 
 

@@ -125,6 +125,7 @@ def test_a_signal_lets_an_answer_finish_and_ends_with_0(folder: Path) -> None:
         assert process.wait(20) == 0
         assert time.monotonic() - started < 10
         assert process.stdout.read() == ""
+        assert "stopping; answers in progress: 1, for 8 s at most" in process.stderr.read()
 
 
 @pytest.mark.slow

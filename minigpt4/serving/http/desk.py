@@ -67,6 +67,14 @@ class Desk:
         """Whether requests are answered now."""
         return self._engine is not None and not self.closing
 
+    @property
+    def unfinished(self) -> int:
+        """How many requests have been taken and not answered yet."""
+        if self._engine is None:
+            return 0
+        counts = self._engine.counts
+        return len(self._preparing) + counts.waiting + counts.answering
+
     def open(self, engine: "Engine") -> None:
         """Answer requests with an engine from now on."""
         self.metrics.watch(engine)
