@@ -1,11 +1,12 @@
 """How an answer is generated and written: the options and their ranges, and ids to text as they come."""
 
 from collections.abc import Callable
-from typing import Any, cast
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, cast
 
 from minigpt4.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DEFAULT_MAX_NEW_TOKENS = 300
 """As the original's demo."""
@@ -40,9 +41,9 @@ def generation_options(options: dict[str, Any], spelled: Callable[[str], str] = 
     generation = {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS, "num_beams": 1, "seed": None, **options}
     if (generation.get("min_length") or 0) > generation["max_new_tokens"]:
         raise UsageError(
-            f"{spelled('min_length')} is {generation['min_length']}, above {spelled('max_new_tokens')}, which is "
-            f"{generation['max_new_tokens']}",
-            hint="lower the first or raise the second",
+            f"{spelled('min_length')} is {generation['min_length']}, and an answer has at most "
+            f"{generation['max_new_tokens']} tokens",
+            hint=f"lower it, or raise {spelled('max_new_tokens')}",
         )
     generation["min_new_tokens"] = generation.pop("min_length", None)
     if generation.pop("temperature", 0) > 0:
@@ -78,7 +79,7 @@ class AnswerWriter:
         stop_strings: The first of these to appear ends the answer; neither it nor its beginning is ever handed out.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop_strings: tuple[str, ...]) -> None:
         self.tokenizer = tokenizer
         self.stop_strings = stop_strings
         self.ids: list[int] = []

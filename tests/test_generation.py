@@ -77,5 +77,6 @@ def test_option_is_named_as_the_person_spells_it(name: str) -> None:
 
 
 def test_a_shortest_answer_above_the_longest_is_refused() -> None:
-    with pytest.raises(UsageError, match="--min-length is 50, above --max-new-tokens, which is 10"):
+    with pytest.raises(UsageError, match="--min-length is 50, and an answer has at most 10 tokens") as refused:
         generation_options({"min_length": 50, "max_new_tokens": 10}, lambda name: f"--{name.replace('_', '-')}")
+    assert refused.value.hint == "lower it, or raise --max-new-tokens"

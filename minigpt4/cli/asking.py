@@ -16,6 +16,18 @@ import typer
 
 from minigpt4.cli.app import AsJson, app, examples
 from minigpt4.cli.conversing import carry_out, lines
+from minigpt4.cli.generating import (
+    LengthPenalty,
+    MaxNewTokens,
+    MinLength,
+    NumBeams,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    TopP,
+    check_context,
+    checked_generation,
+)
 from minigpt4.cli.original import CfgPath, GpuId, Options, from_the_original
 from minigpt4.cli.pictures import QUESTION_HINT, open_all
 from minigpt4.cli.terminal import complain, note, parts_bar, patience, quiet
@@ -35,14 +47,6 @@ Quantize = Annotated[str, typer.Option(help="none, int8 or nf4: the language mod
 LanguageModel = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Another copy of nano's language model, such as one from a hub.")
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-NumBeams = Annotated[int, typer.Option(min=1, help="Answers followed at once; above 1 the text comes whole.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0: the likeliest answer; above: drawn.")]
-TopP = Annotated[float | None, typer.Option(min=0, max=1, help="Draw from the likeliest tokens of this total.")]
-RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 makes repetition less likely.")]
-LengthPenalty = Annotated[float | None, typer.Option(help="With beams: above 0 favours longer answers.")]
-MinLength = Annotated[int | None, typer.Option(min=0, help="Shortest answer, in tokens.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Makes drawn answers repeatable.")]
 
 
 @app.command(
@@ -73,7 +77,7 @@ def ask(
     as_json: AsJson = False,
 ) -> None:
     """Answer one question about pictures."""
-    generation = _generation(locals())
+    generation = checked_generation(locals())
     if not pictures or question == "-":  # standard input is a picture
         raise UsageError("ask needs a picture and a question", QUESTION_HINT)
     check_question(question)
@@ -86,7 +90,7 @@ def ask(
     model, device, quantize = from_the_original(
         cfg_path, options, gpu_id, model=model, device=device, quantize=quantize
     )
-    chat = _session(model, generation, device=device, dtype=dtype, quantize=quantize, language_model=language_model)
+    chat = _session(model, max_new_tokens, device=device, dtype=dtype, quantize=quantize, language_model=language_model)
     loaded = time.monotonic() - started
     for picture in opened:
         chat.add_image(picture)
@@ -125,7 +129,7 @@ def chat(
     gpu_id: GpuId = None,
 ) -> None:
     """Hold a conversation; /help in it says more."""
-    generation = _generation(locals())
+    generation = checked_generation(locals())
     if sys.stdin is None:
         raise UsageError("standard input is closed, and chat reads questions from it", "ask answers one question")
     check_placement(device, dtype, quantize)
@@ -134,7 +138,9 @@ def chat(
     model, device, quantize = from_the_original(
         cfg_path, options, gpu_id, model=model, device=device, quantize=quantize
     )
-    session = _session(model, generation, device=device, dtype=dtype, quantize=quantize, language_model=language_model)
+    session = _session(
+        model, max_new_tokens, device=device, dtype=dtype, quantize=quantize, language_model=language_model
+    )
     for picture in opened:
         session.add_image(picture)
     note(f"{model} is ready; /help lists the commands")
@@ -174,11 +180,6 @@ def check_placement(device: str, dtype: str, quantize: str) -> None:
         raise UsageError(f"there is no quantization {quantize!r}", f"expected one of {', '.join(QUANTIZATIONS)}")
 
 
-def _generation(arguments: dict[str, Any]) -> dict[str, Any]:
-    names = ("max_new_tokens", "num_beams", "temperature", "top_p", "repetition_penalty", "length_penalty")
-    return {name: arguments[name] for name in (*names, "min_length", "seed")}
-
-
 def quiet_for(model: str) -> None:
     """Keep the libraries quiet, and off the network unless the model comes from the hub."""
     from minigpt4.weights.hub import is_on_hub
@@ -186,18 +187,13 @@ def quiet_for(model: str) -> None:
     quiet(hub=is_on_hub(model))
 
 
-def _session(model: str, options: dict[str, Any], **placement: Any) -> "ChatSession":
+def _session(model: str, max_new_tokens: int, **placement: Any) -> "ChatSession":
+    check_context(model, max_new_tokens)
     with parts_bar() as report, _no_collection(), patience(f"loading {model}"):
         from minigpt4.chat import ChatSession
-        from minigpt4.generation import generation_options
         from minigpt4.weights import load
 
-        generation_options(options, _as_typed)  # a wrong option is told before the model loads
         return ChatSession(*load(model, report=report, **placement))
-
-
-def _as_typed(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 @contextmanager

@@ -141,11 +141,14 @@ def from_the_original(
         if gpu_id is None:
             return model, device, quantize
     quiet()
+    from minigpt4.weights.folder import placement, quantization
     from minigpt4.weights.original.run import chosen_device, prepare_original
 
     if cfg_path is None:
         device, notes = chosen_device(gpu_id, device)
     else:
+        if gpu_id is None:  # what cannot be had is told before an import of many gigabytes
+            quantization(quantize, placement(device, "auto")[0])
         with parts_bar() as report:
             found = prepare_original(cfg_path, options or [], gpu_id, device=device, report=report)
         model, device, notes = str(found.folder), found.device, found.notes

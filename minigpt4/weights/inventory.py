@@ -1,10 +1,10 @@
-"""What models are here, what each needs, and what is missing; opens no tensor file and needs no torch."""
+"""What models are here, what each needs and reads, and what is missing; opens no tensor file and needs no torch."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from minigpt4.weights.checking.needs import FLOAT32_PER_STORED_BYTE, LIBRARIES_BYTES, NANO_PEAK_BYTES
+from minigpt4.weights.checking.needs import FLOAT32_PER_STORED_BYTE, LIBRARIES_BYTES, NANO_CONTEXT, NANO_PEAK_BYTES
 from minigpt4.weights.files.disk import storing
 from minigpt4.weights.parts import EFFICIENTNET_LITE0, SMOLLM2, WheelFile, home, part_path
 
@@ -22,6 +22,23 @@ def list_models() -> list[dict[str, Any]]:
         StorageError: The folder of the models cannot be read.
     """
     return [_nano(), *_built()]
+
+
+def context_of(name: str) -> int | None:
+    """Return how many tokens a model's language model reads; None where only loading it tells.
+
+    Args:
+        name: What `--model` takes.
+    """
+    if name == "nano":
+        return NANO_CONTEXT
+    path = Path(name)
+    try:
+        if (path / "alignment.json").is_file():
+            return NANO_CONTEXT if _read(path / "alignment.json")["frozen_parts"] == "nano" else None
+        return int(_read(path / "config.json")["text_config"]["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # what is wrong with a folder is told by loading it
 
 
 def _nano() -> dict[str, Any]:
@@ -93,10 +110,14 @@ def _folder(path: Path) -> dict[str, Any] | None:
 def _model_type(path: Path) -> str | None:
     """Return what kind of model a folder's configuration names; None where there is no readable one."""
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = _read(path / "config.json")
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return config.get("model_type") if isinstance(config, dict) else None
+
+
+def _read(path: Path) -> Any:  # noqa: ANN401  (what JSON can hold)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _megabytes(folder: Path) -> float:

@@ -9,7 +9,7 @@ import pytest
 
 from minigpt4.errors import StorageError
 from minigpt4.weights.checking.needs import LIBRARIES_BYTES, NANO_PEAK_BYTES, Placement, need
-from minigpt4.weights.inventory import list_models
+from minigpt4.weights.inventory import context_of, list_models
 from minigpt4.weights.parts import SMOLLM2, part_path
 
 
@@ -102,3 +102,15 @@ def test_nanos_figure_is_near_what_is_worked_out_before_loading() -> None:
 
     assert list_models()[0]["memory_gigabytes"] == NANO_PEAK_BYTES / 1e9
     assert need(describe("nano").size, Placement(context=512)).total == pytest.approx(NANO_PEAK_BYTES, rel=0.25)
+
+
+def test_context_is_read_from_a_models_configuration(home: Path) -> None:
+    said = {"model_type": "minigpt4", "text_config": {"max_position_embeddings": 77}}
+    full = model_folder(home, "full", config=json.dumps(said))
+    over_nano = model_folder(home, "over_nano", alignment=json.dumps({"frozen_parts": "nano"}))
+    over_other = model_folder(home, "over_other", alignment=json.dumps({"frozen_parts": str(full)}))
+    damaged = model_folder(home, "damaged", config="{")
+
+    found = [context_of(str(name)) for name in ("nano", full, over_nano, over_other, damaged, "owner/name")]
+
+    assert found == [8192, 77, 8192, None, None, None]

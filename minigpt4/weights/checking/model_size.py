@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from minigpt4.errors import WeightsError
 from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from minigpt4.weights.alignment import ALIGNMENT_FILE
-from minigpt4.weights.checking.needs import LANGUAGE, PROJECTION, RESAMPLER, VISION, ModelSize
+from minigpt4.weights.checking.needs import LANGUAGE, NANO_CONTEXT, PROJECTION, RESAMPLER, VISION, ModelSize
 from minigpt4.weights.nano import nano_config
 
 SMOLLM2_SIZES: dict[str, Any] = {
@@ -25,7 +25,7 @@ SMOLLM2_SIZES: dict[str, Any] = {
     "num_hidden_layers": 30,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
+    "max_position_embeddings": NANO_CONTEXT,
     "tie_word_embeddings": True,
 }
 """Of nano's language model, which may not have been fetched yet."""

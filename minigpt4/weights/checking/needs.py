@@ -20,6 +20,9 @@ NANO_PEAK_BYTES = 1_300_000_000
 NANO_DISK_BYTES = 800_000_000
 """Measured: nano's two parts as they come, the language model converted, and the folder that joins them."""
 
+NANO_CONTEXT = 8192
+"""Tokens that nano's language model reads."""
+
 FLOAT32_PER_STORED_BYTE = 2
 """A CPU runs in float32 what is stored in 16 bits, the common case; stored float32 needs half of this."""
 
