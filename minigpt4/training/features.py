@@ -41,7 +41,7 @@ from minigpt4.training.feature_store import (
     note_done,
     only_writer,
 )
-from minigpt4.training.preparing import Prepared
+from minigpt4.training.preparing import Prepared, seeing_on
 from minigpt4.training.processes import by_the_main_process, summed
 from minigpt4.training.recipe import Recipe, SourcesData
 from minigpt4.training.stage_data import RunSources, num_sample_places, source_batches, validation_batches
@@ -199,7 +199,7 @@ def _compute(
         anew: Look through what was looked through before as well.
     """
     create_store(folder, fingerprint)
-    with only_writer(folder):
+    with only_writer(folder), seeing_on(prepared.model, here.device):
         maker = _Maker(
             prepared.model.eval(), prepared.processor, fingerprint, here.device, FeatureStore.open(folder, fingerprint)
         )

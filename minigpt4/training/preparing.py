@@ -1,5 +1,7 @@
-"""The model of a run: loaded or put together, on its device, and with the right parts learning."""
+"""The model of a run: loaded or put together, where it is to be, and with the right parts learning."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +15,7 @@ from minigpt4.errors import ConfigError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.model.configuration_minigpt4 import PARTS
 from minigpt4.processing import MiniGPT4Processor
-from minigpt4.training.processes import by_the_main_process
+from minigpt4.training.processes import by_the_main_process, waits_on_the_cpu
 from minigpt4.training.recipe import PartsRecipe, Recipe
 from minigpt4.training.run_folder import COMPOSED_FOLDER
 from minigpt4.training.update import chosen_precision
@@ -39,7 +41,7 @@ def prepare_model(recipe: Recipe, here: PartialState, report: Report | None = No
 
     Args:
         recipe: The recipe.
-        here: The processes; the model goes to this one's device.
+        here: The processes; the model goes to this one's device, or waits on the CPU for being spread.
         report: Told of frozen parts being fetched and converted.
 
     Raises:
@@ -54,7 +56,9 @@ def prepare_model(recipe: Recipe, here: PartialState, report: Report | None = No
         model, tokenizer = nano.assemble(*nano.frozen_parts(report))
         processor, is_new = nano.make_processor(model.config, tokenizer), True
     else:
-        model, processor = load(name, device="cpu", dtype=dtype, quantize=recipe.quantize, report=report)
+        # Fewer bits are made where the model is loaded, and it stays there.
+        device = "cpu" if recipe.quantize == "none" else str(here.device)
+        model, processor = load(name, device=device, dtype=dtype, quantize=recipe.quantize, report=report)
     # Named from the alignment's folder, so that the run's can be moved.
     origin_ = Origin(f"../{COMPOSED_FOLDER}") if isinstance(recipe.model, PartsRecipe) else origin(name)
     if "lora" in (recipe.trainable or []) and not origin_.lora:
@@ -70,9 +74,29 @@ def prepare_model(recipe: Recipe, here: PartialState, report: Report | None = No
         # The library renamed it after 5.19.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    if recipe.quantize == "none":
+    if recipe.quantize == "none" and not waits_on_the_cpu(recipe.parallel, here):
         model.to(here.device)
     return Prepared(model, processor, origin_)
+
+
+@contextmanager
+def seeing_on(model: MiniGPT4ForConditionalGeneration, device: torch.device) -> Iterator[None]:
+    """Keep all of a model but its language model on a device meanwhile, where the model waits on the CPU."""
+    seeing = [m for name, part in model.model.named_children() if name != "language_model" for m in part.modules()]
+    held = [
+        (module, name, tensor)
+        for module in (model.model, *seeing)
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    ]
+    try:
+        for module, name, tensor in held:
+            moved = tensor.detach().to(device)
+            is_weight = isinstance(tensor, nn.Parameter)
+            setattr(module, name, nn.Parameter(moved, tensor.requires_grad) if is_weight else moved)
+        yield
+    finally:
+        for module, name, tensor in held:
+            setattr(module, name, tensor)
 
 
 def _composed(parts: PartsRecipe, recipe: Recipe, here: PartialState, report: Report | None) -> str:

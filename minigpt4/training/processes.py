@@ -28,11 +28,19 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)
 
 
+def waits_on_the_cpu(parallel: Literal["ddp", "fsdp2"], state: PartialState) -> bool:
+    """Whether a model stays on the CPU until it is spread, since no device need have room for the whole of it."""
+    return parallel == "fsdp2" and state.num_processes > 1
+
+
 def spread(module: nn.Module, parallel: Literal["ddp", "fsdp2"], state: PartialState) -> nn.Module:
     """Wrap a module for the processes there are.
 
+    With `fsdp2` one layer after another goes to this process's device and is cut there, so that a device holds its part
+    of the layers before, one whole layer, and at last what belongs to no layer.
+
     Args:
-        module: On this process's device; its call is what all processes make together.
+        module: On this process's device, or on the CPU for `fsdp2`; its call is what all processes make together.
         parallel: `ddp` or `fsdp2`.
         state: The processes.
     """

@@ -240,6 +240,12 @@ class Recipe(_Section):
             content["stages"] = [{**ORIGINAL, **s} if isinstance(s, dict) else s for s in content["stages"]]
         return content
 
+    @model_validator(mode="after")
+    def _can_be_spread(self) -> "Recipe":
+        if self.parallel == "fsdp2" and self.quantize == "int8":
+            raise ValueError("quantize: int8 cannot be cut into parts (parallel: fsdp2); use nf4, or parallel: ddp")
+        return self
+
     @field_validator("stages")
     @classmethod
     def _have_names_of_their_own(cls, stages: list[StageRecipe]) -> list[StageRecipe]:

@@ -70,6 +70,11 @@ def test_wrong_value_is_refused_with_its_place(override: str, place: str, tmp_pa
         read_recipe(written(tmp_path), [override])
 
 
+def test_eight_bits_cannot_be_spread(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="int8 cannot be cut"):
+        read_recipe(written(tmp_path, parallel="fsdp2", quantize="int8"))
+
+
 def test_missing_key_is_refused_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.photos: Field required"):
         read_recipe(written(tmp_path, data={}))
