@@ -160,6 +160,7 @@ def _add_descriptions(app: FastAPI, page: str | None, *, has_key: bool) -> None:
             looked = AttentionRequest.model_json_schema(ref_template="#/components/schemas/{model}")
             made["components"]["schemas"] |= asked.pop("$defs", {}) | {"ChatRequest": asked}
             made["components"]["schemas"] |= looked.pop("$defs", {}) | {"AttentionRequest": looked}
+            _leave_out_422(made)
             if has_key:
                 made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
                 made["security"] = [{"key": []}]
@@ -183,6 +184,15 @@ def _add_descriptions(app: FastAPI, page: str | None, *, has_key: bool) -> None:
         @app.get("/", include_in_schema=False)
         async def index() -> HTMLResponse:
             return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Cache-Control": "no-cache"})
+
+
+def _leave_out_422(description: dict[str, Any]) -> None:
+    """Take out what the framework says of every parameter: here it is 400 with OpenAI's error object."""
+    for operations in description["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        description["components"]["schemas"].pop(name, None)
 
 
 def _only(*statuses: int) -> dict[int | str, dict[str, Any]]:

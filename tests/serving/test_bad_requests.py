@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.serving.bad_requests import bodies
+from tests.serving.bad_requests import USER, bodies
 from tests.serving.live import HELLO, MODEL, Live, Reply, live, read_all
 
 LEAKS = re.compile(rb"Traceback|0x[0-9a-f]{6,}|/root|/home|/work|/usr|site-packages|\.py\b|object at|pydantic|errors\.")
@@ -66,6 +66,68 @@ def test_hundreds_of_bad_requests_are_each_refused_in_a_sentence(caller: Caller)
         count += 1
     assert count >= 500
     print(f"{count} bad requests: 0 of 5xx")
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": 1}}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({}, "messages", 'messages is missing. For instance "messages": [{"role": "user", "content": "Hello"}].'),
+        ({"messages": "x"}, "messages", 'messages is "x", expected a list. For instance "messages": '),
+        ({"messages": []}, "messages", "messages is an empty list, expected a list of at least 1. For instance "),
+        ({"messages": [USER, 1]}, "messages[1]", 'messages[1] is 1, expected an object. For instance "messages": '),
+        (
+            {"messages": [{"role": "bot", "content": "x"}]},
+            "messages[0].role",
+            "messages[0].role is \"bot\", expected 'system', 'developer', 'user' or 'assistant'. For instance ",
+        ),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            "messages[0].content",
+            "messages[0].content is null, expected a string or a list of parts. For instance ",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, IMAGE]}]},
+            "messages[0].content[1].image_url.url",
+            'messages[0].content[1].image_url.url is 1, expected a string. For instance "url": "data:',
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "input_image"}]}]},
+            "messages[0].content[0].type",
+            "messages[0].content[0].type is \"input_image\", expected 'text' or 'image_url'. For instance ",
+        ),
+        (
+            {"messages": [{"role": "user", "content": ["x"]}]},
+            "messages[0].content[0]",
+            'messages[0].content[0] is "x", expected an object. For instance {"type": "text", ',
+        ),
+        ({"messages": [{**USER, "tool_calls": []}]}, "messages[0].tool_calls", "known here. Leave it out."),
+        ({"messages": [USER], "max_tokens": "5"}, "max_tokens", 'is "5", expected a whole number. Write it without '),
+        ({"messages": [USER], "stream": "true"}, "stream", 'is "true", expected true or false. Write it without '),
+        ({"messages": [USER], "temperature": -1}, "temperature", "is -1, expected at least 0. Leave it out for the "),
+        (
+            {"messages": [USER], "min_p": 1.5},
+            "min_p",
+            "min_p is 1.5, expected at most 1. Leave it out for the default.",
+        ),
+        ({"messages": [USER], "repetition_penalty": 0}, "repetition_penalty", "is 0, expected at least 0.01. Leave "),
+        ({"messages": [USER], "stop": ["a", 1]}, "stop[1]", "stop[1] is 1, expected a string."),
+        ({"messages": [USER], "stop": {}}, "stop", "stop is an object, expected a string or a list of up to 4. "),
+        ({"messages": [USER], "seed": 2**63}, "seed", "expected at most 9223372036854775807. "),
+        ({"messages": [USER], "model": [1, 2]}, "model", "model is a list of 2, expected a string. "),
+        ({"messages": [{"role": "user", "content": "x", "name": {}}]}, "messages[0].name", "is an object, expected a "),
+        ({"messages": [USER], "stop": "x" * 201}, "stop", "stop is a text of 201 characters, expected at most 200 "),
+    ],
+)
+def test_a_wrong_field_is_named_with_what_it_holds_what_is_expected_and_the_cure(
+    body: dict[str, Any], param: str, message: str, caller: Caller
+) -> None:
+    reply = caller.post(json.dumps(body).encode())
+    check(reply, body)
+    assert reply.error["param"] == param
+    assert message in reply.error["message"]
 
 
 JSON = st.recursive(
@@ -238,6 +300,7 @@ def test_the_description_has_every_field_and_a_page_that_loads_nothing(server: L
     assert {"messages", "num_beams", "stop", "stream_options"} <= set(fields)
     assert {"/v1/chat/completions", "/v1/models", "/health", "/ready", "/metrics"} <= set(description["paths"])
     page = server.ask("GET", "/docs").body.decode()
+    assert "422" not in page and "HTTPValidationError" not in page  # what is wrong is 400 everywhere
     assert "/v1/chat/completions" in page and not re.search(r"src=|https?://|<script", page)
 
 

@@ -113,6 +113,9 @@ def test_sampling_options_reach_the_model(client: openai.OpenAI) -> None:
     assert drawn(temperature=1.5, seed=5, top_p=0.9) == drawn(temperature=1.5, seed=5, top_p=0.9)
     assert len({drawn(temperature=1.5, seed=seed) for seed in range(4)}) > 1
     assert drawn(temperature=0) == drawn(temperature=0, seed=9)
+    assert drawn(temperature=1.5, seed=-5) == drawn(temperature=1.5, seed=-5)
+    assert drawn(temperature=1.5, seed=-1) == drawn(temperature=1.5, seed=2**63 - 1)
+    assert len({drawn(temperature=1.5, seed=seed) for seed in range(-4, 0)}) > 1
 
 
 def test_beams_are_the_sessions(client: openai.OpenAI) -> None:

@@ -71,9 +71,9 @@ class ImagePart(_Strict):
     image_url: ImageUrl
 
 
-def _kind_of_part(value: object) -> str:
+def _kind_of_part(value: object) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"<{str(kind)[:40]}>"
+    return f"<{kind}>" if isinstance(kind, str) and len(kind) <= 40 else None
 
 
 def _kind_of_content(value: object) -> str:
@@ -123,7 +123,7 @@ class ChatRequest(_Strict):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     stop: Stop | None = None
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     num_beams: Annotated[int, Field(ge=1, le=64)] | None = None
     top_k: Annotated[int, Field(ge=0, le=10**9)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -152,6 +152,8 @@ class ChatRequest(_Strict):
         given = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None}
         if self.temperature is not None and self.temperature < COLDEST:
             given["temperature"] = 0.0
+        if self.seed is not None:
+            given["seed"] = self.seed % 2**63  # the engine's are not negative
         longest = self.max_completion_tokens or self.max_tokens
         return given | ({"max_new_tokens": longest} if longest else {})
 

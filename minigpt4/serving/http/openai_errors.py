@@ -3,8 +3,8 @@
 What is told is a sentence that was written to be told; of anything else only its status leaves the server.
 """
 
+import json
 import logging
-import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 MAX_MESSAGE = 1000
 MAX_PLACE = 200
+MAX_SHOWN = 60
 
 _TYPES = {
     401: "authentication_error",
@@ -37,6 +38,41 @@ _CODES = {
     429: "queue_full",
     500: "internal_error",
     503: "unavailable",
+}
+
+# By pydantic's names of what is wrong, whose own sentences speak of inputs, or by a field's name where that says more.
+_EXPECTED = {
+    "string_type": "a string",
+    "list_type": "a list",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "dict_type": "an object",
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
+    "string_too_short": "at least {min_length} character",
+    "string_too_long": "at most {max_length} characters",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+    "literal_error": "{expected}",
+    "content": "a string or a list of parts",
+    "stop": "a string or a list of up to 4",
+    "type": "'text' or 'image_url'",
+}
+_UNQUOTED = frozenset({"bool_type", "int_type", "float_type"})
+_CURES = {
+    "messages": 'for instance "messages": [{"role": "user", "content": "Hello"}]',
+    "role": 'for instance {"role": "user", "content": "Hello"}',
+    "content": 'for instance {"role": "user", "content": "Hello"}',
+    "type": 'for instance {"type": "text", "text": "Hello"}'
+    ' or {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,..."}}',
+    "text": 'for instance {"type": "text", "text": "Hello"}',
+    "image_url": 'for instance "image_url": {"url": "data:image/jpeg;base64,..."}',
+    "url": 'for instance "url": "data:image/jpeg;base64,..."',
 }
 
 
@@ -104,7 +140,7 @@ def error_response(error: ApiError) -> JSONResponse:
 
 
 def sentence_of(error: ValidationError | RequestValidationError) -> ApiError:
-    """Name the first field that a request body got wrong."""
+    """Name the first field that a request body got wrong, what it holds, what was expected, and the cure."""
     first = error.errors()[0]
     # Tags of unions are no part of where a field stands; they are written <so>.
     places = [place for place in first["loc"] if not str(place).startswith("<") and place != "body"]
@@ -114,18 +150,42 @@ def sentence_of(error: ValidationError | RequestValidationError) -> ApiError:
     raised = first.get("ctx", {}).get("error")
     if isinstance(raised, MiniGPT4Error):
         return ApiError(400, raised.message, raised.hint, param=where or None)
-    if first["type"] == "missing":
-        return ApiError(400, f"{where} is missing", param=where)
-    if first["type"] == "union_tag_invalid":
-        found, expected = (
-            first["ctx"]["tag"].strip("<>"),
-            first["ctx"]["expected_tags"].replace("<", "").replace(">", ""),
-        )
-        return ApiError(400, f"{where}.type is {found!r}, expected one of {expected}", param=f"{where}.type")
-    said = str(first["msg"]).removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
-    said = re.sub(r"valid dictionary or instance of \w+", "JSON object", said[:1].lower() + said[1:])
-    said = said.replace(" after validation", "")
-    return ApiError(400, f"{where or 'the body'} is not acceptable: {said}", param=where or None)
+    kind, given, name = first["type"], first["input"], str(places[-1]) if places else ""
+    if kind.startswith("union_tag"):  # a part of a message: an object whose type says what else it has
+        part = isinstance(given, dict)
+        where, name, kind = (f"{where}.type" if part else where), "type", "literal_error" if part else "model_type"
+        if part and "type" not in given:
+            kind = "missing"
+        given = given.get("type") if part else given
+    if kind == "missing":
+        return ApiError(400, f"{where} is missing", _CURES.get(name, "add it"), param=where)
+    if kind == "extra_forbidden":
+        return ApiError(400, f"{where} is not known here", "leave it out", param=where, code="unknown_parameter")
+    if kind == "string_type" or (name == "type" and kind == "literal_error"):
+        kind = name if name in _EXPECTED else kind
+    bounds = {
+        bound: int(value) if value == int(value) else value
+        for bound, value in first.get("ctx", {}).items()
+        if isinstance(value, int | float)
+    }
+    expected = _EXPECTED.get(kind, str(first["msg"]).lower()).format_map(first.get("ctx", {}) | bounds)
+    named = next((str(place) for place in reversed(places) if isinstance(place, str)), "")
+    cure = _CURES.get("type" if name == "type" else named, "leave it out for the default" if len(places) == 1 else "")
+    if isinstance(given, str) and kind in _UNQUOTED:
+        cure = "write it without quotation marks"
+    return ApiError(400, f"{where or 'the body'} is {_shown(given)}, expected {expected}", cure, param=where or None)
+
+
+def _shown(given: object) -> str:
+    """Say what a field holds, in a few words."""
+    if isinstance(given, list):
+        return f"a list of {len(given)}" if given else "an empty list"
+    if isinstance(given, dict):
+        return "an object"
+    if isinstance(given, str) and len(given) > MAX_SHOWN:
+        return f"a text of {len(given)} characters"
+    said = json.dumps(given, ensure_ascii=False)
+    return said if len(said) <= MAX_SHOWN else f"{said[:MAX_SHOWN]}..."
 
 
 def install(app: FastAPI) -> None:
