@@ -24,17 +24,19 @@ def features(
     """Compute what a recipe with `features: cache` reads, and print where it is kept."""
     quiet()
     from minigpt4.training.features import compute_features
-    from minigpt4.training.preparing import prepare_model
+    from minigpt4.training.preparing import check_libraries, prepare_model
     from minigpt4.training.processes import processes
     from minigpt4.training.recipe import read_recipe
-    from minigpt4.training.stage_data import RunSources
+    from minigpt4.training.stage_data import RunSources, check_data
 
     settings = read_recipe(recipe, overrides)
     here = processes()
-    with parts_bar() as report_parts:
-        prepared = prepare_model(settings, here, report_parts)
+    check_libraries(settings)
     with features_bar() as report, counting_bar() as reading:
         sources = RunSources(reading if here.is_main_process else None)
+        check_data(settings, sources)
+        with parts_bar() as report_parts:
+            prepared = prepare_model(settings, here, report_parts)
         folder, counts = compute_features(settings, prepared, here, report, sources)
     if here.is_main_process:
         note(f"{counts.computed:,} pictures computed, {counts.known:,} records had theirs, {counts.bad:,} bad")

@@ -56,10 +56,19 @@ def index_shards(folder: Path) -> list[Sample]:
     Raises:
         DataError: No shards, or one that is damaged.
     """
+    return [sample for shard in shards_in(folder) for sample in index_shard(shard)]
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """Return the `*.tar` files in a folder, by name.
+
+    Raises:
+        DataError: There is none.
+    """
     shards = sorted(folder.glob("*.tar"))
     if not shards:
         raise DataError(f"no tar shards in {folder}", hint="name the folder that holds files like 00000.tar")
-    return [sample for shard in shards for sample in index_shard(shard)]
+    return shards
 
 
 def index_shard(shard: Path) -> list[Sample]:

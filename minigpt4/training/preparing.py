@@ -20,9 +20,9 @@ from minigpt4.training.recipe import PartsRecipe, Recipe
 from minigpt4.training.run_folder import COMPOSED_FOLDER
 from minigpt4.training.update import chosen_precision
 from minigpt4.weights import nano
-from minigpt4.weights.alignment import Origin, add_lora
+from minigpt4.weights.alignment import Origin, add_lora, require_peft
 from minigpt4.weights.compose import compose
-from minigpt4.weights.folder import Report, load, origin
+from minigpt4.weights.folder import Report, load, origin, quantization
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -34,6 +34,17 @@ class Prepared:
     model: MiniGPT4ForConditionalGeneration
     processor: MiniGPT4Processor
     origin: Origin
+
+
+def check_libraries(recipe: Recipe) -> None:
+    """Refuse what needs a library that is not installed, before anything is loaded.
+
+    Raises:
+        ConfigError: `lora` without peft, `quantize` without bitsandbytes.
+    """
+    quantization(recipe.quantize, torch.device("cpu"))
+    if "lora" in (recipe.trainable or []):
+        require_peft()
 
 
 def prepare_model(recipe: Recipe, here: PartialState, report: Report | None = None) -> Prepared:

@@ -17,11 +17,11 @@ from minigpt4.training.features import cached_pictures
 from minigpt4.training.loop import Batches, Progress, train
 from minigpt4.training.objectives import TrainingStep
 from minigpt4.training.plot import plot_metrics
-from minigpt4.training.preparing import Prepared, prepare_model
+from minigpt4.training.preparing import Prepared, check_libraries, prepare_model
 from minigpt4.training.processes import by_the_main_process, gather_parameters, processes
 from minigpt4.training.recipe import Recipe, StageRecipe
 from minigpt4.training.run_folder import check_recipe, only_run
-from minigpt4.training.stage_data import RunSources, stage_data
+from minigpt4.training.stage_data import RunSources, check_data, stage_data
 from minigpt4.training.text_statistics import text_statistics
 from minigpt4.training.trackers import Tracker, check_trackers, open_trackers
 from minigpt4.training.validation import Validation
@@ -102,18 +102,19 @@ def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) 
         WeightsError: The model, or a checkpoint, cannot be used.
     """
     check_trackers(recipe.report_to)
+    check_libraries(recipe)
     here = processes()
     told = reports if reports and here.is_main_process else Reports()
     with only_run(recipe.output) if here.is_main_process else nullcontext():
         by_the_main_process(lambda: check_recipe(recipe, here.num_processes, force=force), here)
+        sources = RunSources(told.sources)
+        check_data(recipe, sources)
         torch.manual_seed(recipe.seed)
         prepared = prepare_model(recipe, here, told.parts)
-        sources = RunSources(told.sources)
         kept = cached_pictures(recipe, prepared, here, told.features, sources) if recipe.features == "cache" else None
         batches = stage_data(recipe, prepared, here, kept, sources)
         validation = None
         if recipe.validation:
-            sources.open(recipe.validation.sources)  # what is wrong with them is known before training
             validation = Validation(recipe, recipe.validation, prepared, here, sources, kept)
         if here.is_main_process:
             _say_what_is_learnt(recipe, prepared, batches, told.say)

@@ -12,6 +12,7 @@ from minigpt4.data.examples import DEFAULT_PROMPTS, IMAGE_MARK, Layout
 from minigpt4.data.nano_mixture import NanoMixture
 from minigpt4.data.order import Order
 from minigpt4.data.record import Source
+from minigpt4.data.shards import shards_in
 from minigpt4.data.sources import open_source
 from minigpt4.errors import ConfigError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
@@ -56,6 +57,34 @@ class RunSources:
                 wanted.path, format=wanted.format, images=wanted.images, text=wanted.text, report=self._report
             )
         return self._opened[key]
+
+
+def check_data(recipe: Recipe, opened: RunSources) -> None:
+    """Open what a run will read, which takes seconds, before its model is loaded, which may take minutes.
+
+    Raises:
+        ConfigError: The prompts cannot be read, or a stage has an objective that its examples are not for.
+        DataError: A source is not there, or cannot be read.
+    """
+    for stage in recipe.stages:
+        data = recipe.data_of(stage)
+        if isinstance(data, NanoData):
+            for folder in (data.photos, *([data.backgrounds] if data.backgrounds else [])):
+                shards_in(folder)
+            continue
+        _refuse_other_objectives(stage)
+        prompts_of(stage, data)
+        opened.open(data.sources)
+    if recipe.validation:
+        opened.open(recipe.validation.sources)
+
+
+def _refuse_other_objectives(stage: StageRecipe) -> None:
+    if stage.objective != "language":
+        raise ConfigError(
+            f"stage {stage.name} has the objective {stage.objective}, which only nano's own data has examples for",
+            hint="objective: language",
+        )
 
 
 def stage_data(
@@ -113,11 +142,7 @@ def source_batches(
     opened: RunSources | None = None,
 ) -> SourceBatches:
     """Return a process's batches of a stage over sources of examples."""
-    if stage.objective != "language":
-        raise ConfigError(
-            f"stage {stage.name} has the objective {stage.objective}, which only nano's own data has examples for",
-            hint="objective: language",
-        )
+    _refuse_other_objectives(stage)
     sources = (opened or RunSources()).open(data.sources)
     order = Order(
         sizes=tuple(len(source) for source in sources),

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,16 @@ def apply_alignment(
     return model
 
 
+def require_peft() -> None:
+    """Refuse adapters where the library for them is missing.
+
+    Raises:
+        ConfigError: peft is not installed.
+    """
+    if find_spec("peft") is None:
+        raise ConfigError("adapters (lora) need peft", hint='pip install "minigpt4[train]"')
+
+
 def add_lora(model: MiniGPT4ForConditionalGeneration, settings: Mapping[str, Any]) -> None:
     """Put low-rank adapters (arXiv 2106.09685) into the language model; they change nothing until they are trained.
 
@@ -216,10 +227,9 @@ def add_lora(model: MiniGPT4ForConditionalGeneration, settings: Mapping[str, Any
     Raises:
         ConfigError: peft is not installed, or the language model has no such modules.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ConfigError("adapters (lora) need peft", hint='pip install "minigpt4[train]"') from error
+    require_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
     config = LoraConfig(
         r=settings["rank"],
         lora_alpha=settings["alpha"],

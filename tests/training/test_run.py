@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import Blip2VisionModel
 
 import minigpt4
-from minigpt4.errors import ConfigError
+from minigpt4.errors import ConfigError, DataError, StorageError
 from minigpt4.training.recipe import Recipe, make_recipe
 from minigpt4.training.run import Reports, run
 from minigpt4.training.samples import read_rounds
@@ -20,6 +20,7 @@ from minigpt4.weights.files.atomic import write_folder
 from tests import tiny_chat
 from tests.data.sources.source_files import samples, shard
 
+STAGE = {"name": "a", "steps": 1, "batch_size": 1, "learning_rate": 0.1}
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 
 
@@ -215,6 +216,40 @@ def test_what_cannot_be_trained_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         run(recipe(model_folder, pictures, tmp_path / "run", **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": {"sources": [{"path": "nowhere"}]}}, "nowhere does not exist"),
+        ({"data": {"photos": "nowhere"}}, "no tar shards in nowhere"),
+        ({"validation": {"sources": [{"path": "nowhere"}]}}, "nowhere does not exist"),
+        ({"stages": [STAGE, {**STAGE, "name": "b", "data": {"sources": [{"path": "later"}]}}]}, "later does not exist"),
+        ({"stages": [{**STAGE, "data": {"prompts": "nowhere.txt"}}]}, "cannot read the prompts nowhere.txt"),
+        ({"stages": [{**STAGE, "objective": "words"}]}, "only nano's own data"),
+        ({"report_to": ["tensorboard"]}, "tensorboard, which is not installed"),
+        ({"trainable": ["lora"]}, "need peft"),
+        ({"quantize": "int8"}, "needs bitsandbytes"),
+    ],
+)
+def test_what_a_run_lacks_is_told_before_its_model_is_loaded(
+    changes: dict[str, Any], words: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no model of that name, which would be told as soon as it is looked for."""
+    if "installed" in words or "need" in words:
+        monkeypatch.setattr("minigpt4.training.trackers.find_spec", lambda _: None)
+        monkeypatch.setattr("minigpt4.weights.alignment.find_spec", lambda _: None)
+        monkeypatch.setattr("minigpt4.weights.folder.importlib.util.find_spec", lambda _: None)
+
+    with pytest.raises((ConfigError, DataError), match=words):
+        run(recipe(tmp_path / "no model", pictures, tmp_path / "run", **changes))
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_model_is_loaded(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(StorageError, match="file/run"):
+        run(recipe(tmp_path / "no model", pictures, tmp_path / "file/run"))
 
 
 def test_figures_go_to_tensorboard_too(model_folder: Path, pictures: Path, tmp_path: Path) -> None:

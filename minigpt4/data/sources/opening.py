@@ -149,7 +149,19 @@ def _of_folder(folder: Path) -> tuple[str, Path]:
         return listed, lists[0]
     if any(name.endswith(PICTURE_SUFFIXES) for name in deeper) and any(name.endswith(".txt") for name in deeper):
         return "captions", folder
-    raise DataError(f"{folder} is not a source of examples, {_EXPECTED}", "name its format, or another folder")
+    raise _no_source(folder, deeper)
+
+
+def _no_source(folder: Path, names: Sequence[str]) -> DataError:
+    """Say what a folder lacks; `names` are those of its files."""
+    if not names:
+        return DataError(f"{folder} is an empty folder, {_EXPECTED}", "name another folder")
+    if all(name.endswith(PICTURE_SUFFIXES) for name in names):
+        return DataError(
+            f"{folder} has pictures and no words to them, expected captions.csv, .tsv, .json or .jsonl, or .txt files",
+            "write captions.csv with the columns file_name and caption",
+        )
+    return DataError(f"{folder} is not a source of examples, {_EXPECTED}", "name its format, or another folder")
 
 
 def _of_list(path: Path) -> str | None:

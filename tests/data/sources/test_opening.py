@@ -60,7 +60,7 @@ def test_file_is_recognised(name: str, content: object, expected: str, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "files", [{}, {"a.jpg": b""}, {"a.txt": b""}, {"x.json": [1]}, {"a.json": TALK, "b.json": TALK}]
+    "files", [{"a.jpg": b"", "b.md": b""}, {"a.txt": b""}, {"x.json": [1]}, {"a.json": TALK, "b.json": TALK}]
 )
 def test_what_is_no_source_is_refused_with_what_was_looked_for(files: dict[str, object], tmp_path: Path) -> None:
     for name, content in files.items():
@@ -68,6 +68,16 @@ def test_what_is_no_source_is_refused_with_what_was_looked_for(files: dict[str, 
 
     with pytest.raises(DataError, match=r"is not a source of examples, expected \*\.tar \(shards\), filter_cap\.json"):
         open_source(tmp_path)
+
+
+def test_a_folder_without_words_is_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is an empty folder, expected"):
+        open_source(tmp_path)
+
+    write(tmp_path / "deeper/a.JPG", b"")
+    with pytest.raises(DataError, match="has pictures and no words to them") as told:
+        open_source(tmp_path)
+    assert told.value.hint == "write captions.csv with the columns file_name and caption"
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.json"])
