@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from minigpt4.serving.http.openai_errors import _CODES
 from minigpt4.serving.page import page_policy, read_page
 from tests import tiny_chat
 from tests.serving.live import live, picture_file, seeing
@@ -92,6 +93,15 @@ def test_every_string_is_used_and_every_used_string_exists() -> None:
     chosen = {name for pair in re.findall(r'\bt\([^;]*?\? "(\w+)" : "(\w+)"\)', SCRIPTS) for name in pair}
     by_kind = {name for name in STRINGS["en"] if name.startswith(("can_", "cannot_", "about_", "e_"))}
     assert called | marked | chosen | by_kind == set(STRINGS["en"])
+
+
+def test_every_error_that_a_user_of_the_page_can_meet_is_said_in_the_pages_language() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in Path("minigpt4/serving").rglob("*.py")]
+    codes = {code for source in sources for code in re.findall(r"\bcode=\"(\w+)\"", source)} | set(_CODES.values())
+    # What only another program than the page asks for.
+    others = {"not_found", "method_not_allowed", "unsupported_media_type", "unsupported_parameter", "unknown_parameter"}
+    assert {f"e_{code}" for code in codes - others} <= set(STRINGS["zh"])
+    assert len(codes - others) >= 12
 
 
 def test_no_text_stands_in_the_markup_itself() -> None:

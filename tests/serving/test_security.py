@@ -117,6 +117,16 @@ def test_a_browser_is_asked_for_the_key_and_a_program_is_not() -> None:
     assert headers["www-authenticate"].startswith("Basic ")
 
 
+def test_a_browser_whose_user_has_no_key_shows_sentences_and_the_way_to_type_it_again() -> None:
+    for credentials in ([], WRONG_CREDENTIALS["basic, wrong"]):
+        status, headers, body = call(app(), "/", [*credentials, (b"accept", b"text/html,*/*")])
+        assert (status, headers["content-type"]) == (401, "text/html; charset=utf-8")
+        assert "default-src 'none'" in headers["content-security-policy"]
+        for said in ('<a href="">Type it again</a>', "密钥"):
+            assert said in body.decode()
+        assert b"{" not in body.partition(b"</style>")[2]
+
+
 def test_the_key_is_in_no_error_and_no_representation() -> None:
     settings = Settings(MODEL, KEY)
     assert KEY not in repr(settings)

@@ -15,10 +15,12 @@ import stat
 from pathlib import Path
 
 from starlette.datastructures import Headers
+from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minigpt4.errors import UsageError
-from minigpt4.serving.http.openai_errors import ApiError, as_api_error, error_response
+from minigpt4.serving.http.key_page import KEY_PAGE, KEY_PAGE_POLICY
+from minigpt4.serving.http.openai_errors import ApiError, error_response
 from minigpt4.serving.settings import Settings
 
 OPEN_PATHS = frozenset({"/health"})
@@ -47,9 +49,17 @@ class Gate:
         try:
             check_request(scope, self.settings)
         except ApiError as error:
-            await error_response(as_api_error(error))(scope, receive, send)
+            await _refusal(error)(scope, receive, send)
             return
         await self.app(scope, receive, send)
+
+
+def _refusal(error: ApiError) -> Response:
+    """Write what a browser shows its user when no key was typed, or anything else as every error."""
+    if error.headers.get("WWW-Authenticate", "").startswith("Basic"):
+        headers = {"Content-Security-Policy": KEY_PAGE_POLICY, "Cache-Control": "no-store"}
+        return HTMLResponse(KEY_PAGE, error.http_status, headers=error.headers | headers)
+    return error_response(error)
 
 
 def check_request(scope: Scope, settings: Settings) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from minigpt4.serving.page import read_page
 from minigpt4.serving.settings import Limits, Settings
+from tests import tiny_chat
 from tests.serving.browser.slow_server import slow_down
 from tests.serving.live import Live, live, picture_file
 
@@ -201,6 +202,34 @@ def test_what_the_server_refuses_is_a_sentence_and_the_next_question_takes_its_p
     assert len(sent[-1]["messages"]) == 1
 
 
+def test_errors_are_in_the_pages_language_with_the_servers_numbers_and_in_sight(
+    browser: Any,  # noqa: ANN401
+    server: Live,
+) -> None:
+    small = Visitor(browser, server.url, viewport={"width": 360, "height": 740}, locale="zh-CN")
+    small.ask("word " * 300, 2000)
+    told = small.page.wait_for_selector(".trouble:visible")
+    numbers = re.findall(r"\d+", told.inner_text())
+    assert (len(numbers), numbers[1:]) == (3, ["2000", str(tiny_chat.CONTEXT)])
+    assert not re.search("[a-z]{3}", told.inner_text())
+    lowest = "document.querySelector('.trouble').getBoundingClientRect().bottom"
+    until(small.page, f"{lowest} <= document.querySelector('.composer').getBoundingClientRect().top")
+    small.context.close()
+
+
+def test_what_a_proxy_says_in_the_servers_place_is_a_sentence(visitor: Visitor) -> None:
+    path = "**/v1/chat/completions"
+    visitor.page.route(
+        path, lambda route: route.fulfill(status=502, body="<html>Bad gateway", content_type="text/html")
+    )
+    visitor.ask("Hello?")
+    visitor.page.wait_for_selector(".trouble:has-text('answered in its place (HTTP 502)')")
+    visitor.troubles.clear()
+    visitor.page.unroute(path)
+    visitor.ask("Hello?")
+    assert visitor.wait_answered()
+
+
 def test_edit_retry_undo_and_new_chat(visitor: Visitor) -> None:
     page = visitor.page
     visitor.ask("One?")
@@ -349,6 +378,11 @@ def test_a_server_that_wants_a_key_is_given_one_for_this_tab(browser: Any) -> No
         page.evaluate("sessionStorage.setItem('minigpt4.key', JSON.stringify('wrong-wrong'))")
         page.reload()
         page.wait_for_selector("#key-dialog[open]")
+        for wrong in ("wrong-horse", "schl\u00fcssel-\u5bc6\u94a5"):  # no browser sends the second
+            page.wait_for_selector("#key-wrong:visible")
+            assert page.evaluate("document.activeElement.id") == "key"
+            page.keyboard.type(wrong)
+            page.press("#key", "Enter")
         page.fill("#key", key)
         page.press("#key", "Enter")
         page.wait_for_selector(".dot.ready")
