@@ -1,10 +1,11 @@
-"""`minigpt4 serve`."""
+"""`minigpt4 serve`, and the options it shares with `demo`."""
 
+import inspect
 import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,15 +35,8 @@ AllowHost = Annotated[
 Insecure = Annotated[bool, typer.Option("--insecure", help="Listen for other machines without a key.")]
 
 
-@app.command(
-    epilog=examples(
-        "minigpt4 serve",
-        "minigpt4 serve --host 0.0.0.0 --port 8080 --api-key-file key.txt",
-        'curl localhost:8000/v1/chat/completions -H "Content-Type: application/json" '
-        '-d \'{"messages": [{"role": "user", "content": "Hello"}]}\'',
-    )
-)
-def serve(
+def run_server(
+    *,
     model: Model = "nano",
     host: Host = "127.0.0.1",
     port: Port = 8000,
@@ -59,32 +53,12 @@ def serve(
     cfg_path: CfgPath = None,
     options: Options = None,
     gpu_id: GpuId = None,
-) -> None:
-    """Answer OpenAI clients over HTTP."""
-    run_server(**locals())
-
-
-def run_server(
-    *,
-    model: str,
-    host: str,
-    port: int,
-    api_key_file: Path | None,
-    max_concurrent: int,
-    max_queue: int,
-    allow_image_host: list[str] | None,
-    allow_host: list[str] | None,
-    insecure: bool,
-    device: str,
-    dtype: str,
-    quantize: str,
-    language_model: Path | None,
-    cfg_path: Path | None,
-    options: list[str] | None,
-    gpu_id: int | None,
     page: str | None = None,
 ) -> None:
-    """Serve until a signal; what is wrong is told before the model loads. See `serve` for the arguments."""
+    """Serve until a signal; what is wrong is told before the model loads.
+
+    Its arguments are the options of `serve` and `demo`; the page is HTML for `GET /`.
+    """
     check_placement(device, dtype, quantize)
     from minigpt4.serving.http.security import check_exposure, is_loopback, known_hosts, read_key
     from minigpt4.serving.pictures.addresses import allowed_host
@@ -118,6 +92,28 @@ def run_server(
         if api_key is None and not is_loopback(host):
             note("everybody who reaches this machine can use it: --insecure")
         _serve(listening, settings, load_engine, page)
+
+
+def takes_server_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `run_server`, all but the page; typer reads them from its signature."""
+    options = [option for option in inspect.signature(run_server).parameters.values() if option.name != "page"]
+    command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    command.__annotations__ = {option.name: option.annotation for option in options}
+    return command
+
+
+@app.command(
+    epilog=examples(
+        "minigpt4 serve",
+        "minigpt4 serve --host 0.0.0.0 --port 8080 --api-key-file key.txt",
+        'curl localhost:8000/v1/chat/completions -H "Content-Type: application/json" '
+        '-d \'{"messages": [{"role": "user", "content": "Hello"}]}\'',
+    )
+)
+@takes_server_options
+def serve(**options: Any) -> None:
+    """Answer OpenAI clients over HTTP."""
+    run_server(**options)
 
 
 def _serve(

@@ -14,7 +14,9 @@ from typing import IO, Any
 
 import openai
 import pytest
+import typer
 
+from minigpt4.cli.app import app
 from tests import tiny_chat
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +54,16 @@ def serving(folder: Path, *arguments: str) -> Iterator[tuple[Any, openai.OpenAI]
     finally:
         process.kill()
         process.communicate()
+
+
+def test_demo_takes_exactly_the_options_of_serve() -> None:
+    commands: Any = typer.main.get_command(app)
+    serve, demo = (
+        [(option.opts, option.default, getattr(option, "help", None)) for option in commands.commands[name].params]
+        for name in ("serve", "demo")
+    )
+    assert serve == demo
+    assert len(serve) >= 16 and all(explained for _, _, explained in serve)
 
 
 MISTAKES = [
