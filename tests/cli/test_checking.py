@@ -94,6 +94,17 @@ def test_inspect_refuses_what_is_nothing_known(run: Run, tmp_path: Path) -> None
     refused(run("weights", "inspect", "nothing"), "does not exist")
 
 
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [(b"", "it is empty"), ("\u5f20\u91cf " * 30, "it is a text"), (b"\x89PNG\r\n\x1a\n\0\0", "it is a picture")],
+)
+def test_inspect_says_what_other_file_it_was_given(run: Run, content: bytes | str, what: str) -> None:
+    data = content.encode() if isinstance(content, str) else content
+    for name in ("file.pth", "file.safetensors", "file.txt"):
+        Path(name).write_bytes(data)
+        refused(run("weights", "inspect", name), f"error: {name} was not opened: {what}")
+
+
 def test_doctor_prints_what_the_model_needs_against_what_is_free(run: Run) -> None:
     result = run("doctor", "--no-check-weights")
     assert (result.status, result.err) == (0, "")

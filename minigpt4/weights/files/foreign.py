@@ -10,6 +10,7 @@ fields that nothing is taken from (times, padding), without effect. Bare pickles
 in the numbers is another number, and only what is checked of the numbers themselves can tell (`sanity`).
 """
 
+import codecs
 import struct
 import zipfile
 import zlib
@@ -43,7 +44,12 @@ _OTHERS_BEGIN = {
     b"<": ("it is a web page, not the file", "download the file itself"),
     b"\x1f\x8b": ("it is compressed", "unpack it with gunzip first"),
     b"GGUF": ("it is a GGUF file", "use the files in the .bin or .safetensors format"),
+    **dict.fromkeys(
+        (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF"),
+        ("it is a picture, a file of weights was expected", "`minigpt4 ask` takes pictures"),
+    ),
 }
+_WEIGHTS_HINT = "name a .safetensors, .pth or .bin file, or the folder of a model"
 
 
 def read_torch_file(path: Path) -> dict[str, Any]:
@@ -89,13 +95,36 @@ def refuse_other_kinds(path: Path) -> None:
     """Refuse what often lies under a weight file's name and is none, and say what it is.
 
     Raises:
-        WeightsError: The file is a git-lfs pointer, a web page, or of another format.
+        WeightsError: The file is a git-lfs pointer, a web page, a picture, or of another format.
     """
     with path.open("rb") as file:
-        start = file.read(64).lstrip()
+        start = file.read(64)
     for beginning, (why, hint) in _OTHERS_BEGIN.items():
-        if start.startswith(beginning):
-            raise WeightsError(f"{path.name} was not opened: {why}", hint)
+        if start.lstrip().startswith(beginning):
+            raise refused(path, why, hint)
+
+
+def refuse_words(path: Path) -> None:
+    """Refuse a file of words, or of nothing, where tensors are expected.
+
+    Raises:
+        WeightsError: It is one.
+    """
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        raise refused(path, "it is empty", _WEIGHTS_HINT)
+    if _is_text(start):
+        raise refused(path, "it is a text, a file of weights was expected", _WEIGHTS_HINT)
+
+
+def _is_text(start: bytes) -> bool:
+    """Tell whether a file's first bytes, cut anywhere, are words."""
+    try:
+        words = codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return False
+    return all(character.isprintable() or character.isspace() for character in words)
 
 
 def tensors_in(value: object, name: str = "") -> Iterator[tuple[str, StoredTensor]]:

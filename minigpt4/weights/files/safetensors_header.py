@@ -55,9 +55,9 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, StoredTensor], dict[s
     return ordered, notes
 
 
-def refused(path: Path, why: str) -> WeightsError:
+def refused(path: Path, why: str, hint: str = "download the file again from its publisher") -> WeightsError:
     """Make the error for a file that is not believed."""
-    return WeightsError(f"{path.name} was not opened: {why}", hint="download the file again from its publisher")
+    return WeightsError(f"{path.name} was not opened: {why}", hint)
 
 
 def _header(path: Path, file: IO[bytes], length: int) -> dict[str, Any]:

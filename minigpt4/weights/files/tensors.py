@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minigpt4.errors import WeightsError
 from minigpt4.weights.files.disk import storing
-from minigpt4.weights.files.foreign import refuse_other_kinds, scan_torch_file, tensors_in
+from minigpt4.weights.files.foreign import refuse_other_kinds, refuse_words, scan_torch_file, tensors_in
 from minigpt4.weights.files.safetensors_header import read_safetensors_header
 from minigpt4.weights.files.stored import StoredTensor
 
@@ -231,6 +231,7 @@ def _open_shards(folder: Path, shards: Sequence[Path]) -> TensorFiles:
 def _scan(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
     """List the tensors of one file, unwrapped, and what is round them."""
     refuse_other_kinds(path)
+    refuse_words(path)
     if path.suffix == ".safetensors":
         tensors, notes = read_safetensors_header(path)
         return tensors, dict(notes)
