@@ -86,19 +86,15 @@ def ask(
     check_placement(device, dtype, quantize)
     opened = open_all(pictures)  # before the model: a wrong picture is told at once
     started = time.monotonic()
-    quiet_for(model)
-    model, device, quantize = from_the_original(
-        cfg_path, options, gpu_id, model=model, device=device, quantize=quantize
-    )
-    chat = _session(model, max_new_tokens, device=device, dtype=dtype, quantize=quantize, language_model=language_model)
+    chat = _session(**_placed(locals()))
     loaded = time.monotonic() - started
     for picture in opened:
         chat.add_image(picture)
     stream(chat, question, generation, show=not as_json)
     if as_json:
-        print(json.dumps(_as_json(chat, model, loaded), ensure_ascii=False))
+        print(json.dumps(_as_json(chat, str(cfg_path or model), loaded), ensure_ascii=False))
     if chat.answer.finish_reason == "cancelled":
-        raise KeyboardInterrupt
+        sys.exit(130)
 
 
 @app.command(
@@ -134,16 +130,11 @@ def chat(
         raise UsageError("standard input is closed, and chat reads questions from it", "ask answers one question")
     check_placement(device, dtype, quantize)
     opened = open_all(pictures or [], stdin_taken=True)
-    quiet_for(model)
-    model, device, quantize = from_the_original(
-        cfg_path, options, gpu_id, model=model, device=device, quantize=quantize
-    )
-    session = _session(
-        model, max_new_tokens, device=device, dtype=dtype, quantize=quantize, language_model=language_model
-    )
+    session = _session(**_placed(locals()))
     for picture in opened:
         session.add_image(picture)
-    note(f"{model} is ready; /help lists the commands")
+    lacking = "" if opened else ", without a picture: /image PATH adds one"
+    note(f"{cfg_path or model} is ready{lacking}; /help lists the commands")
     for line in lines():
         try:
             if line.startswith("/"):
@@ -187,13 +178,47 @@ def quiet_for(model: str) -> None:
     quiet(hub=is_on_hub(model))
 
 
-def _session(model: str, max_new_tokens: int, **placement: Any) -> "ChatSession":
-    check_context(model, max_new_tokens)
-    with parts_bar() as report, _no_collection(), patience(f"loading {model}"):
+def _placed(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Take out of a command's arguments what `_session` wants."""
+    names = (
+        "model",
+        "max_new_tokens",
+        "device",
+        "dtype",
+        "quantize",
+        "language_model",
+        "cfg_path",
+        "options",
+        "gpu_id",
+    )
+    return {name: arguments[name] for name in names}
+
+
+def _session(
+    *,
+    model: str,
+    max_new_tokens: int,
+    device: str,
+    dtype: str,
+    quantize: str,
+    language_model: Path | None,
+    cfg_path: Path | None,
+    options: list[str] | None,
+    gpu_id: int | None,
+) -> "ChatSession":
+    """Load a model to talk to; what the command line says about it is checked first."""
+    quiet_for(model)
+    folder, device, quantize = from_the_original(
+        cfg_path, options, gpu_id, model=model, device=device, quantize=quantize, language_model=language_model
+    )
+    check_context(folder, max_new_tokens)
+    with parts_bar() as report, _no_collection(), patience(f"loading {cfg_path or model}"):
         from minigpt4.chat import ChatSession
         from minigpt4.weights import load
 
-        return ChatSession(*load(model, report=report, **placement))
+        return ChatSession(
+            *load(folder, device=device, dtype=dtype, quantize=quantize, language_model=language_model, report=report)
+        )
 
 
 @contextmanager

@@ -19,9 +19,10 @@ HELP = """/image PATH  add a picture to the next question
 /undo        take back the last question and its answer
 /reset       begin anew
 /save FILE   write the conversation as JSON (.json) or Markdown
+/save! FILE  the same, in place of a file that is there
 /help        this list
-/quit        leave; so does Ctrl-D
-Ctrl-C       stop an answer"""
+/quit        leave; so do Ctrl-D and Ctrl-C
+Ctrl-C       while an answer comes: stop it"""
 
 
 def carry_out(session: "ChatSession", line: str) -> bool:
@@ -43,14 +44,14 @@ def carry_out(session: "ChatSession", line: str) -> bool:
             pictures = _pictures(session)
             session.reset()
             note(f"a new conversation{' without pictures; /image adds one' if pictures else ''}")
-        case "save" if argument:
-            _save(session, Path(argument).expanduser())
+        case "save" | "save!" if argument:
+            _save(session, Path(argument).expanduser(), replace=name == "save!")
             note(f"saved as {argument}")
         case "quit" | "exit":
             return False
         case "help":
             note(HELP)
-        case "image" | "save":
+        case "image" | "save" | "save!":
             raise UsageError(f"/{name} needs a file", hint=f"for example: /{name} FILE")
         case _:
             raise UsageError(f"there is no command /{name}", hint="/help lists the commands")
@@ -61,9 +62,11 @@ def _pictures(session: "ChatSession") -> int:
     return sum(part["type"] == "image" for message in session.messages for part in message["content"])
 
 
-def _save(session: "ChatSession", path: Path) -> None:
+def _save(session: "ChatSession", path: Path, *, replace: bool) -> None:
     from minigpt4.weights.files.atomic import write_file
 
+    if not replace and path.is_file():
+        raise UsageError(f"{path} exists already", f"/save! {path} replaces it")
     rows = []
     for message in session.messages:
         text = "".join(part["text"] for part in message["content"] if part["type"] == "text")
@@ -78,7 +81,11 @@ def _save(session: "ChatSession", path: Path) -> None:
 
 
 def lines() -> Iterator[str]:
-    """Yield what is typed, with line editing and history where a person types, until the end of the input."""
+    """Yield what is typed, with line editing and history where a person types, until the end of the input.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed at the prompt.
+    """
     if not sys.stdin.isatty():
         yield from (line.rstrip("\r\n") for line in sys.stdin)
         return
@@ -90,7 +97,8 @@ def lines() -> Iterator[str]:
                     print("> ", end="", file=sys.stderr, flush=True)
                 yield input("> " if on_screen else "")
             except KeyboardInterrupt:
-                note("\nCtrl-D leaves")
+                note("")  # the prompt's line is not ended yet
+                raise
             except EOFError:
                 note("")
                 return

@@ -123,7 +123,14 @@ def export_weights(
 
 
 def from_the_original(
-    cfg_path: Path | None, options: list[str] | None, gpu_id: int | None, *, model: str, device: str, quantize: str
+    cfg_path: Path | None,
+    options: list[str] | None,
+    gpu_id: int | None,
+    *,
+    model: str,
+    device: str,
+    quantize: str,
+    language_model: Path | None = None,
 ) -> tuple[str, str, str]:
     """Turn the original's options into this package's, importing its files on first use.
 
@@ -131,10 +138,15 @@ def from_the_original(
         Model, device and quantization for `load`; those given where the original's options say nothing.
 
     Raises:
-        UsageError: `--options` without `--cfg-path`, or a second model beside it.
+        UsageError: `--options` without `--cfg-path`, or a second model or language model beside it.
     """
     if cfg_path is not None and model != "nano":
         raise UsageError("both --cfg-path and --model name a model", "give one of them")
+    if cfg_path is not None and language_model is not None:
+        raise UsageError(
+            "both --cfg-path and --language-model name a language model",
+            "give one of them; --options model.llama_model=DIR names another one in the YAML",
+        )
     if cfg_path is None:
         if options:
             raise UsageError("--options changes keys of a YAML, and there is none", "add --cfg-path FILE.yaml")

@@ -10,7 +10,7 @@ import typer
 from minigpt4.cli.app import app
 from minigpt4.cli.original import spread_options
 from minigpt4.cli.plotting import join_names
-from minigpt4.cli.terminal import complain, forgiving_streams
+from minigpt4.cli.terminal import complain, forgiving_streams, note
 from minigpt4.errors import MiniGPT4Error, UsageError
 
 
@@ -29,6 +29,7 @@ def main() -> None:
     except KeyboardInterrupt:
         if debug:
             raise
+        note("stopped")
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read has enough

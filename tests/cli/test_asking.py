@@ -1,8 +1,9 @@
-"""`minigpt4 ask` takes models and their language models from where it is told, and asks the hub for nothing else."""
+"""`minigpt4 ask` and `chat` take models from where they are told, and say what they have and that they stop."""
 
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from minigpt4.cli import asking
 from minigpt4.weights import nano
 from minigpt4.weights.parts import home
 from tests import tiny_chat
+from tests.commands import runner
+from tests.terminal import on_a_terminal
 from tests.weights import hub_server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +88,38 @@ def test_model_of_the_hub_is_fetched_and_then_answers_without_it(tmp_path: Path)
             "error: the hub has no model someone/other, or does not show it to you",
             "hint: check the name, `hf auth login` for a private model, or name a folder",
         ]
+
+
+@pytest.mark.timeout(900)  # longer than a program may be silent
+def test_ctrl_c_while_a_model_is_awaited_ends_it_with_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_chat.picture().save("cat.png")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        with on_a_terminal([*COMMAND, "someone/tiny"]) as terminal:
+            terminal.wait_for("loading someone/tiny")
+            terminal.type(b"\x03")
+
+            assert terminal.wait_for_end() == 130
+    assert terminal.said.endswith("stopped\r\n")
+    assert "Traceback" not in terminal.said
+
+
+def test_chat_without_a_picture_says_how_to_add_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_chat.saved(Path("mine"))
+    tiny_chat.picture().save("cat.png")
+    chat = [runner(monkeypatch, capfd)("chat", *pictures, "-m", "mine") for pictures in ([], ["cat.png"])]
+
+    assert [result.err for result in chat] == [
+        "mine is ready, without a picture: /image PATH adds one; /help lists the commands\n",
+        "mine is ready; /help lists the commands\n",
+    ]
 
 
 @pytest.mark.network

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from minigpt4.chat import ChatSession
-from minigpt4.cli.conversing import carry_out
+from minigpt4.cli.conversing import HELP, carry_out
+from minigpt4.errors import UsageError
 from tests import tiny_chat
 
 
@@ -47,3 +48,18 @@ def test_undo_of_a_question_with_a_picture_says_so(session: ChatSession, capsys:
     carry_out(session, "/undo")
 
     assert capsys.readouterr().err == "the last question is taken back, its picture too; /image adds one\n"
+
+
+def test_file_that_is_there_is_replaced_only_where_that_is_said(session: ChatSession, tmp_path: Path) -> None:
+    path = tmp_path / "my talk.json"
+    carry_out(session, f"/save {path}")
+    path.write_text("something else")
+
+    with pytest.raises(UsageError, match="exists already") as refused:
+        carry_out(session, f"/save '{path}'")
+    assert path.read_text() == "something else"
+
+    assert refused.value.hint == f"/save! {path} replaces it"
+    carry_out(session, refused.value.hint.removesuffix(" replaces it"))
+    assert path.read_text() == "[]"
+    assert "/save! FILE" in HELP

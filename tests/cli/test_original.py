@@ -1,6 +1,7 @@
 """`minigpt4 weights import` and `export`, and the original's own options, as a user meets them."""
 
 import io
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,6 +165,30 @@ def test_question_is_answered_by_the_originals_yaml(run: Run) -> None:
     talk = run("chat", "cat.png", "--cfg-path", "eval.yaml", "--options", *OF_THE_YAML, "--max-new-tokens", "2",
                "--device", "cpu", stdin="what is this?\n")  # fmt: skip
     assert talk.status == 0
+    assert "eval.yaml is ready" in talk.err
+    as_json = run("ask", *question, "--cfg-path", "eval.yaml", "--options", *OF_THE_YAML, "--json")
+    assert json.loads(as_json.out)["model"] == "eval.yaml"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "hint"),
+    [
+        ([], "how many heads", "--options model.vision_config.num_attention_heads=N"),
+        (["model.ckpt=eva_vit_g.pth"], "model.ckpt", "model.vit_model"),
+        (["model.vision_config.heads=2"], "--options model.vision_config.heads: there is no such key", ""),
+        (["model.has_qformer=False", *OF_THE_YAML], "there is none", "model.q_former_model"),
+    ],
+)
+def test_mistake_in_a_yaml_names_its_keys_and_no_option_that_ask_lacks(
+    run: Run, options: list[str], error: str, hint: str
+) -> None:
+    done = run("ask", "cat.png", "what?", "--cfg-path", "eval.yaml", *(["--options", *options] if options else []))
+
+    assert done.status == 2
+    assert error in done.err.splitlines()[0]
+    assert hint in done.err.splitlines()[1]
+    for absent in ("--vision", "--qformer", "--language-model", "--projection", "--set"):
+        assert absent not in done.err
 
 
 def test_options_of_the_original_need_its_yaml(run: Run) -> None:
@@ -173,6 +198,8 @@ def test_options_of_the_original_need_its_yaml(run: Run) -> None:
     done = run("ask", "cat.png", "what?", "--cfg-path", "eval.yaml", "-m", "model")
     assert done.status == 2
     assert "both --cfg-path and --model" in done.err
+    done = run("ask", "cat.png", "what?", "--cfg-path", "eval.yaml", "--language-model", "vicuna")
+    assert "both --cfg-path and --language-model" in done.err
 
 
 @pytest.mark.parametrize(

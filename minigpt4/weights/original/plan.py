@@ -319,7 +319,7 @@ def _check_shape(name: str, parts: Sequence[Part], expected: Shape, plan: Plan) 
     if found != expected:
         raise WeightsError(
             f"tensor {parts[0].name} in {source.path.name} is {found}, expected {expected}",
-            "the file is damaged or another model's, or a --set option does not fit it",
+            "the file is damaged or another model's, or a setting given for it does not fit",
         )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from minigpt4.errors import ConfigError
+from minigpt4.errors import ConfigError, MiniGPT4Error
 from minigpt4.weights.files.atomic import lock, make_folder, verify_folder
 from minigpt4.weights.files.model_writer import Report
 from minigpt4.weights.original.configs import OriginalYaml, read_original_yaml
@@ -27,6 +27,15 @@ FORMAT = "1"
 
 KNOWN_VISION = "eva_clip_g"
 """The one value of `vit_model` in the original; its file is found by name."""
+
+_KEYS = {
+    "--vision": "model.vit_model",
+    "--qformer": "model.q_former_model",
+    "--language-model": "model.llama_model",
+    "--projection": "model.ckpt",
+    "--set ": "--options model.",
+}
+"""What names the same in a YAML as an option of `weights import` does."""
 
 DEFAULT_GENERATION = {"max_new_tokens": 300, "num_beams": 1}
 """What the original's demo asks for."""
@@ -91,10 +100,21 @@ def prepare_original(
         if target.exists():
             verify_folder(target, deep=False)
             return OriginalModel(target, chosen, quantize, read.template, notes=[*said, *notes])
-        imported = import_original(
-            target, files, overrides=read.overrides, template=read.template, overwrite=True, report=report
-        )
-    return OriginalModel(target, chosen, quantize, read.template, notes=[*said, *imported.notes, *notes])
+        try:
+            imported = import_original(
+                target, files, overrides=read.overrides, template=read.template, overwrite=True, report=report
+            )
+        except MiniGPT4Error as error:
+            raise type(error)(_by_key(error.message), _by_key(error.hint)) from error
+    made = [_by_key(note) for note in imported.notes]
+    return OriginalModel(target, chosen, quantize, read.template, notes=[*said, *made, *notes])
+
+
+def _by_key(text: str) -> str:
+    """Name what `weights import` takes as options by the YAML's keys, which are all that was given."""
+    for option, key in _KEYS.items():
+        text = text.replace(option, key)
+    return text
 
 
 def find_files(

@@ -228,7 +228,7 @@ def refuse_untold_heads(config: MiniGPT4Config, text_config: Mapping[str, Any], 
             raise ConfigError(
                 f"how many heads the {name} has cannot be told: it is {part.hidden_size} wide, which the published "
                 f"{HEAD_SIZES[section]} numbers of a head do not divide",
-                f"add --set {section}.{_HEADS}=N, or --options model.{section}.{_HEADS}=N after a --cfg-path",
+                f"add --set {section}.{_HEADS}=N",
             )
 
 
