@@ -6,6 +6,7 @@ tells another one apart, and recognises another copy of the same.
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from minigpt4.errors import ConfigError, WeightsError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from minigpt4.weights.files.atomic import verify_folder, write_folder
+from minigpt4.weights.hub import is_hub_id
 
 ALIGNMENT_FILE = "alignment.json"
 TENSORS_FILE = "alignment.safetensors"
@@ -30,6 +32,9 @@ FORMAT_VERSION = 1
 SAMPLED_ROWS, SAMPLED_COLUMNS = 32, 8
 SAME_MODEL = 0.98
 """Cosine of two samples of embeddings: a 4-bit copy of SmolLM2 has more than 0.99, an unrelated model about 0."""
+
+PLACE_BEFORE = "frozen_parts_were_at"
+"""Entry of an alignment whose frozen parts are named from its own folder: their whole path."""
 
 NANO = "nano"
 JOINING_PARTS = ("query_tokens", "qformer", "language_projection")
@@ -83,14 +88,27 @@ def holds_all_of_nano(folder: Path) -> bool:
 
 
 def frozen_parts_of(folder: Path) -> str:
-    """Return where an alignment's frozen parts come from; a folder is looked for beside the alignment, too.
+    """Return where an alignment's frozen parts come from.
+
+    A folder is looked for from the alignment's, and then where it was as the alignment was written: either may have
+    been moved alone.
 
     Raises:
-        WeightsError: It cannot be read.
+        WeightsError: It cannot be read, or the folder is in neither place.
     """
-    named = str(read_description(folder)["frozen_parts"])
-    beside = folder / named
-    return str(beside.resolve()) if named != NANO and beside.is_dir() else named
+    description = read_description(folder)
+    named = str(description["frozen_parts"])
+    if named == NANO:
+        return named
+    for place in (folder / named, Path(str(description.get(PLACE_BEFORE, named)))):
+        if place.is_dir():
+            return str(place.resolve())
+    if is_hub_id(named):
+        return named
+    raise WeightsError(
+        f"{folder} is an alignment over the frozen parts of {named}, which is not a folder here",
+        hint=f"move that model along, to {os.path.normpath(folder.resolve() / named)}",
+    )
 
 
 def fingerprint(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -150,6 +168,9 @@ def save_alignment(
         "frozen_parts": origin.frozen_parts,
         "language_model": fingerprint(model.model.language_model, processor.tokenizer),
     }
+    from_here = Path(os.path.normpath(target.resolve() / origin.frozen_parts))
+    if origin.frozen_parts != NANO and not Path(origin.frozen_parts).is_absolute() and from_here.is_dir():
+        description[PLACE_BEFORE] = str(from_here)
     if origin.lora:
         description["lora"] = dict(origin.lora)
     if tensors is None:

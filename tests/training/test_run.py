@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from transformers import Blip2VisionModel
 
 import minigpt4
-from minigpt4.errors import ConfigError, DataError, StorageError
+from minigpt4.errors import ConfigError, DataError, StorageError, WeightsError
 from minigpt4.training.recipe import Recipe, make_recipe
 from minigpt4.training.run import Reports, run
 from minigpt4.training.samples import read_rounds
 from minigpt4.weights.files.atomic import write_folder
+from minigpt4.weights.folder import load_processor
 from tests import tiny_chat
 from tests.data.sources.source_files import samples, shard
 
@@ -111,10 +112,25 @@ def test_runs_one_after_another_over_composed_parts_can_be_moved_together(
     assert json.loads((second / "alignment.json").read_text())["frozen_parts"] == "../../one/model"
     assert json.loads((third / "alignment.json").read_text())["frozen_parts"] == "../../../one/model"
     expected = [minigpt4.load(folder, device="cpu")[0].state_dict() for folder in (second, third)]
+    (tmp_path / "runs/two").rename(tmp_path / "alone")
+    minigpt4.load(tmp_path / "alone/alignment", device="cpu")  # moved by itself, it finds them where they were
+    (tmp_path / "alone").rename(tmp_path / "runs/two")
     (tmp_path / "runs").rename(tmp_path / "moved")
     for name, tensors in zip(("two", "later/three"), expected, strict=True):
         moved = minigpt4.load(tmp_path / "moved" / name / "alignment", device="cpu")[0].state_dict()
         assert all(torch.equal(moved[key], tensor) for key, tensor in tensors.items())
+
+
+def test_an_alignment_whose_model_is_gone_says_where_it_is_expected(
+    model_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    folder = run(recipe(model_folder, pictures, tmp_path / "run"))
+    model_folder.rename(tmp_path / "elsewhere")
+
+    for look in (minigpt4.load, load_processor):
+        with pytest.raises(WeightsError, match=f"over the frozen parts of {model_folder}, which is not") as told:
+            look(folder)
+        assert told.value.hint == f"move that model along, to {model_folder}"
 
 
 def test_adapters_are_part_of_the_alignment(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
