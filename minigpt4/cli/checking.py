@@ -28,6 +28,7 @@ CheckWeights = Annotated[
         "--check-weights/--no-check-weights", help="Look at the language model's numbers; default up to 1 GB."
     ),
 ]
+OriginalsYaml = Annotated[Path | None, typer.Option("--cfg-path", metavar="FILE.yaml", hidden=True)]
 WantedModel = Annotated[
     str, typer.Option("--model", "-m", help="nano, or a model, alignment or language model folder.")
 ]
@@ -116,9 +117,16 @@ def doctor(
     num_beams: Beams = 1,
     context: Context = None,
     check_weights: CheckWeights = None,
+    cfg_path: OriginalsYaml = None,
     as_json: AsJson = False,
 ) -> None:
     """Tell whether a model will run here, before anything is loaded, and what to change if not."""
+    if cfg_path is not None:
+        raise UsageError(
+            "doctor looks at model folders, not at the original's YAML files",
+            f"make one with `minigpt4 weights import -o DIR --cfg-path {cfg_path}` (--dry-run checks the files alone), "
+            "then `minigpt4 doctor -m DIR`",
+        )
     check_placement(device, dtype, quantize)
     if not model.strip():
         raise UsageError("the model's name is empty", "name nano, or a folder")

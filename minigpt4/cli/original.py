@@ -9,7 +9,7 @@ import typer
 
 from minigpt4.cli.app import examples, weights_app
 from minigpt4.cli.terminal import note, parts_bar, quiet
-from minigpt4.errors import UsageError
+from minigpt4.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from minigpt4.weights.original.importing import Imported
@@ -54,6 +54,8 @@ def import_weights(
     overwrite: Overwrite = False,
 ) -> None:
     """Make a model folder of the original's files."""
+    if not dry_run:
+        _refuse_existing(output, overwrite=overwrite)
     quiet()
     from minigpt4.weights.original.importing import OriginalFiles, import_original
 
@@ -84,6 +86,18 @@ def import_weights(
     print("nothing was written: --dry-run" if dry_run else done.folder)
 
 
+def _refuse_existing(output: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that is there, before anything is read; one that may be replaced with `--overwrite`."""
+    from minigpt4.weights.files.atomic import MANIFEST_NAME, refuse_existing
+
+    try:
+        refuse_existing(output, overwrite=overwrite)
+    except StorageError as error:
+        if overwrite or not (output / MANIFEST_NAME).is_file():
+            raise
+        raise StorageError(error.message, "--overwrite replaces it; or choose another place") from error
+
+
 def _tell(done: "Imported") -> None:
     """Say what was used, what was not, and what was mended."""
     for path, count in done.plan.used.items():
@@ -112,6 +126,7 @@ def export_weights(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a model folder as the original's files."""
+    _refuse_existing(output, overwrite=overwrite)
     quiet()
     from minigpt4.weights.original.exporting import export_original
 

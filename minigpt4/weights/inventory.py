@@ -1,6 +1,7 @@
 """What models are here, what each needs and reads, and what is missing; opens no tensor file and needs no torch."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from minigpt4.weights.checking.needs import FLOAT32_PER_STORED_BYTE, LIBRARIES_B
 from minigpt4.weights.files.disk import storing
 from minigpt4.weights.parts import EFFICIENTNET_LITE0, SMOLLM2, WheelFile, home, part_path
 
+_KEPT = re.compile(r"\.|nano-[0-9a-f]{16}$")  # scratch, and nano or an alignment over it as `load` joined it
 ALIGNMENT_DIR = Path(__file__).with_name("nano_alignment")
 
 
@@ -72,10 +74,10 @@ def _part(role: str, part: WheelFile) -> dict[str, Any]:
 
 
 def _built() -> list[dict[str, Any]]:
-    """Describe the model folders in `home()/models`; the frozen parts that lie there too are no models."""
+    """Describe the model folders in `home()/models`; neither frozen parts, nor what loading joined of them."""
     folder = home() / "models"
     with storing(folder, doing="read"):
-        candidates = sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+        candidates = sorted(path for path in folder.iterdir() if not _KEPT.match(path.name)) if folder.is_dir() else []
         described = [_folder(path) for path in candidates if path.is_dir()]
     return [row for row in described if row is not None]
 

@@ -175,3 +175,8 @@ def test_help_loads_nothing_heavy() -> None:
     code = "import sys, minigpt4.cli; print({'torch', 'transformers', 'psutil'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_doctor_says_what_to_do_with_one_of_the_originals_yaml_files(run: Run) -> None:
+    refused(run("doctor", "--cfg-path", "eval.yaml"), "model folders", "weights import -o DIR --cfg-path eval.yaml")
+    assert "--cfg-path" not in run("doctor", "--help").out

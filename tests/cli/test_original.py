@@ -76,6 +76,8 @@ def test_import_by_path_prints_the_folder_and_accounts_for_every_tensor(run: Run
     assert "parameters, prompt template vicuna-v0" in done.err
     answer = run("ask", "cat.png", "what is this?", "-m", "model", "--max-new-tokens", "2", "--device", "cpu")
     assert answer.status == 0
+    assert "hint: --overwrite replaces it" in run("weights", "import", "-o", "model", *paths(), *SET).err
+    assert "hint: choose another place, or remove it first" in run("weights", "import", "-o", "vicuna", *paths()).err
 
 
 def test_import_by_yaml_takes_paths_and_settings_from_the_command_line_first(run: Run, tmp_path: Path) -> None:
@@ -147,7 +149,12 @@ def test_export_writes_the_originals_files(run: Run, tmp_path: Path) -> None:
     done = run("weights", "export", "model", "-o", "out")
     assert (done.status, done.out) == (0, "out\n")
     assert {"eva_vit_g.pth", "language-model", "minigpt4_eval.yaml"} <= {path.name for path in Path("out").iterdir()}
-    assert run("weights", "export", "model", "-o", "out").status == 2
+    again = run("weights", "export", "model", "-o", "out")
+    assert again.status == 2
+    assert again.err.splitlines() == [
+        "error: `out` exists already",
+        "hint: --overwrite replaces it; or choose another place",
+    ]
     assert run("weights", "export", "model", "-o", "out", "--overwrite").status == 0
     only = run("weights", "export", "model", "-o", "small", "--only-checkpoint")
     assert only.status == 0

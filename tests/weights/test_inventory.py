@@ -40,6 +40,12 @@ def test_listing_an_empty_home_makes_nothing(home: Path) -> None:
     assert list(home.iterdir()) == []
 
 
+def test_folder_whose_name_only_begins_like_nanos_is_listed(home: Path) -> None:
+    model_folder(home, "nano-mine", weights=10, config=json.dumps({"model_type": "minigpt4"}))
+
+    assert [Path(row["name"]).name for row in list_models()] == ["nano", "nano-mine"]
+
+
 def test_full_folder_is_listed_with_its_size_and_memory(home: Path) -> None:
     folder = model_folder(home, "mine", weights=3_000_000, config=json.dumps({"model_type": "minigpt4"}))
     row = list_models()[1]
@@ -68,6 +74,7 @@ def test_alignment_folder_is_listed_as_one(home: Path) -> None:
 def test_folder_that_is_no_model_of_ours_is_not_listed(home: Path, config: str) -> None:
     model_folder(home, "language-model", weights=10, config=config)
     model_folder(home, ".mine.1234abcd.tmp", config=json.dumps({"model_type": "minigpt4"}))
+    model_folder(home, "nano-08e7953473429fd9", weights=10, config=json.dumps({"model_type": "minigpt4"}))
     (home / "models" / "file").write_text("")
     assert [row["name"] for row in list_models()] == ["nano"]
 
