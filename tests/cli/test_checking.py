@@ -1,53 +1,25 @@
 """`minigpt4 weights inspect` and `minigpt4 doctor` as a user meets them."""
 
-import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
-from transformers.utils import logging as transformers_logging
 
-from minigpt4 import cli
 from minigpt4.weights.checking import checkup
 from minigpt4.weights.checking.machine import Device, Library
 from minigpt4.weights.files.disk import size_text
+from tests.commands import Result, Run, runner
 from tests.weights.original import original_files
-
-
-@dataclass
-class Result:
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """Runs a command in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-    def result(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["minigpt4", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b""), encoding="utf-8"))
-        capfd.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            status = int(error.code or 0)
-        return Result(status, *capfd.readouterr())
-
-    return result
+    return runner(monkeypatch, capfd)
 
 
 @pytest.fixture
