@@ -1,6 +1,5 @@
 """The command line as a user meets it: what it says about mistakes, where it says it, and with which exit status."""
 
-import io
 import json
 import os
 import signal
@@ -8,19 +7,17 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from transformers.utils import logging as transformers_logging
 
-from minigpt4 import __version__, cli
+from minigpt4 import __version__
 from minigpt4.cli.running import without_debug
 from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
+from tests.commands import Result, Run, refused, runner
 from tests.model import tiny
 from tests.processing.tiny_tokenizers import byte_level_kind, image_token_id
 from tests.terminal import on_a_terminal
@@ -30,38 +27,12 @@ HEAVY = {"torch", "transformers", "numpy", "PIL"}
 START_SECONDS = 120  # for torch and transformers to load on a machine that is busy
 
 
-@dataclass
-class Result:
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """Runs a command in this process, in an empty folder with `cat.png` and an empty standard input."""
     monkeypatch.chdir(tmp_path)
     picture().save("cat.png")
-    # A process of its own is told by environment variables, which are too late for a library that has loaded.
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-    def result(*arguments: str, stdin: bytes | None = b"") -> Result:
-        monkeypatch.setattr(sys, "argv", ["minigpt4", *arguments])
-        stream = None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
-        monkeypatch.setattr(sys, "stdin", stream)
-        capfd.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            status = int(error.code or 0)
-        return Result(status, *capfd.readouterr())
-
-    return result
+    return runner(monkeypatch, capfd)
 
 
 @pytest.fixture(scope="session")
@@ -102,20 +73,6 @@ def png_bomb() -> bytes:
     header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
-
-
-def refused(result: Result, *words: str) -> None:
-    """Check that a mistake is told as it should be: one sentence and a hint on standard error, status 2."""
-    lines = result.err.splitlines()
-    assert result.status == 2, result
-    assert result.out == ""
-    assert len(lines) == 2, result.err
-    assert lines[0].startswith("error: ")
-    assert not lines[0].endswith(".")
-    assert lines[1].startswith("hint: ")
-    assert "Traceback" not in result.err
-    for word in words:
-        assert word in lines[0], (word, lines[0])
 
 
 # Mistakes that are told before a model is looked for

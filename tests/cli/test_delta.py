@@ -5,16 +5,14 @@ Every mistake is one sentence and a hint, exit status 2, before a byte is writte
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from minigpt4 import cli
 from minigpt4.weights.files.tensors import open_tensors
+from tests.commands import Run, runner
 from tests.weights.llama.delta_files import (
     GOLDEN,
     ROWS,
@@ -30,34 +28,13 @@ SIDES = ["--base", "base", "--delta", "delta", "--target", "out"]
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9878989586\n"
 
 
-@dataclass
-class Result:
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """Runs a command in this process, in a folder with a base and a delta of three files each."""
     monkeypatch.chdir(tmp_path)
     write_folder(Path("base"), tiny_llama(1), shards=3)
     write_folder(Path("delta"), tiny_delta(2), shards=3)
-
-    def result(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["minigpt4", *arguments])
-        capfd.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            status = int(error.code or 0)
-        return Result(status, *capfd.readouterr())
-
-    return result
+    return runner(monkeypatch, capfd)
 
 
 def replace(name: str, **options: object) -> None:
