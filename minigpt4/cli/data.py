@@ -12,7 +12,7 @@ import typer
 
 from minigpt4.cli.app import AsJson, data_app, examples
 from minigpt4.cli.terminal import note, parts_bar, quiet
-from minigpt4.errors import UsageError
+from minigpt4.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from minigpt4.data.record import Record
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 SECONDS_A_LINE = 30.0
 """Where there is no terminal, progress is told so often."""
+
+BAD_SHARE = 0.01
+"""The `max_bad_fraction` of a recipe that says nothing else."""
 
 Text = Annotated[str | None, typer.Option(help="Column or key that holds the caption.", metavar="NAME")]
 Where = Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, a file, DIR/{00000..00099}.tar or hub:NAME.")]
@@ -56,7 +59,7 @@ def check(
     seed: Annotated[int, typer.Option(min=0, help="Of the sample of a large source.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Count the records of a source and tell what is broken."""
+    """Count the records of a source and tell what is broken; status 1 if more than 1 % are."""
     if contact_sheet and contact_sheet.suffix.lower() != ".png":
         raise UsageError(f"{contact_sheet} is no name for a contact sheet, expected FILE.png")
     quiet(hub=source.startswith("hub:") or kind == "hub")
@@ -84,6 +87,7 @@ def check(
         _print_check(seen, contact_sheet)
         for number in seen.samples[:2] if processor else []:
             print(f"  {'read as':<12}{_as_read(opened.read(number), processor, max_text_tokens)}")
+    _refuse_too_many_bad(seen)
 
 
 @data_app.command(epilog=examples("minigpt4 data index laion_dataset/"))
@@ -97,12 +101,28 @@ def index(
 
     with counting_bar() as report:
         path, made = index_folder(folder, text=text, report=report)
-    note(f"{len(made.rows):,} records in {len(made.shards):,} shards, {made.bad:,} of them bad")
+    note(f"{_counted(len(made.rows), 'record')} in {_counted(len(made.shards), 'shard')}, {made.bad:,} of them bad")
     for damage in list(made.damage.values())[:10]:
         note(f"damaged: {damage}")
     for what, count in made.skipped.items():
         note(f"passed over: {count:,} x {what}")
     print(path)
+
+
+def _refuse_too_many_bad(seen: "SourceCheck") -> None:
+    """End with status 1 where a run would stop, unless its recipe allows more."""
+    share = seen.bad / max(1, seen.bad + seen.good)
+    if share > BAD_SHARE:
+        error = DataError(
+            f"{share:.2%} of the records looked at are bad, `minigpt4 train` stops at more than {BAD_SHARE:.0%}",
+            "mend the data, or raise max_bad_fraction in the recipe",
+        )
+        error.exit_status = 1
+        raise error
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _processor_of(model: str) -> "MiniGPT4Processor":
@@ -129,7 +149,7 @@ def _token_counter(processor: "MiniGPT4Processor") -> Callable[[str], int]:
 
 
 def _print_check(seen: "SourceCheck", contact_sheet: Path | None) -> None:
-    print(f"{seen.source}: {seen.records:,} records")
+    print(f"{seen.source}: {_counted(seen.records, 'record')}")
     if seen.seed is None:
         rows = [("looked at", "every record, every picture was decoded")]
     else:

@@ -123,7 +123,10 @@ def _model(keys: Keys, folder: str | None) -> str:
         return folder or str(own)
     folder = folder or f"models/{keys.read.path.stem}"
     there = ", ".join(name for name in _MODEL_KEYS if keys.read.model(name) is not None)
-    keys.notes.append(f"model ({there}): a run makes a model folder of the files first; in the recipe {folder}")
+    keys.notes.append(
+        f"model ({there}): a run makes a model folder of these files in MINIGPT4_HOME and takes that; to train the printed"
+        f" recipe by itself, make {folder} by `minigpt4 weights import`"
+    )
     return folder
 
 

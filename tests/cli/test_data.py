@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from minigpt4 import cli
-from minigpt4.cli.data import counting_bar
+from minigpt4.cli.data import BAD_SHARE, counting_bar
 from minigpt4.data.sources import open_source
+from minigpt4.training.recipe import Recipe
 from tests import tiny_chat
 from tests.data.sources.source_files import picture, samples, shard, write
 
@@ -60,7 +61,11 @@ def pictures(tmp_path: Path) -> Path:
 def test_check_says_what_is_there_and_what_is_broken(run: Run, pictures: Path) -> None:
     result = run("data", "check", "pics")
 
-    assert result.status == 0 and result.err == ""
+    assert (result.status, result.err) == (
+        1,
+        "error: 25.00% of the records looked at are bad, `minigpt4 train` stops at more than 1%\n"
+        "hint: mend the data, or raise max_bad_fraction in the recipe\n",
+    )
     assert result.out.splitlines() == [
         "pics: 4 records",
         "  looked at   every record, every picture was decoded",
@@ -121,12 +126,25 @@ def test_index_is_written_and_used(run: Run, tmp_path: Path) -> None:
     assert "\n              1 x damaged file\n" in checked
 
 
+def test_check_of_sound_records_succeeds_and_its_limit_is_that_of_a_recipe(run: Run, pictures: Path) -> None:
+    (pictures / "lost.txt").unlink()
+    (pictures / "2.jpg").unlink()
+    (pictures / "2.txt").unlink()
+    (pictures / "1.jpg").unlink()
+    (pictures / "1.txt").unlink()
+
+    result = run("data", "check", "pics")
+
+    assert (result.status, result.err, result.out.splitlines()[0]) == (0, "", "pics: 1 record")
+    assert Recipe.model_fields["max_bad_fraction"].default == BAD_SHARE
+
+
 def test_all_bad_is_no_crash_and_no_sheet(run: Run, tmp_path: Path) -> None:
     shard(tmp_path / "0.tar", {f"{number}.jpg": b"x" for number in range(300)})
 
     result = run("data", "check", "0.tar", "--contact-sheet", "sheet.png")
 
-    assert result.status == 0
+    assert result.status == 1
     assert "300, 100.00% of those looked at" in result.out and "not written" in result.out
     assert not Path("sheet.png").exists()
 
