@@ -460,6 +460,9 @@ def test_ctrl_c_on_a_terminal_stops_the_answer_and_the_chat_goes_on(model_folder
         # readline shows its prompt before it watches for signals, and one in between waits for a key: hence the Enter,
         # after which the signal has arrived in any case, once.
         terminal.type(b"\x03\n")
+        terminal.wait_for("once more leaves")
+        terminal.wait_for("> ")
+        terminal.type(b"\x03\n")
         assert terminal.wait_for_end() == 130
         assert terminal.said.endswith("stopped\r\n")
         assert "Traceback" not in terminal.said

@@ -21,7 +21,7 @@ HELP = """/image PATH  add a picture to the next question
 /save FILE   write the conversation as JSON (.json) or Markdown
 /save! FILE  the same, in place of a file that is there
 /help        this list
-/quit        leave; so do Ctrl-D and Ctrl-C
+/quit        leave; so do Ctrl-D, and Ctrl-C twice
 Ctrl-C       while an answer comes: stop it"""
 
 
@@ -84,24 +84,31 @@ def lines() -> Iterator[str]:
     """Yield what is typed, with line editing and history where a person types, until the end of the input.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C was pressed at the prompt.
+        KeyboardInterrupt: Ctrl-C was pressed twice at the prompt; once may have been meant for an answer that just ended.
     """
     if not sys.stdin.isatty():
         yield from (line.rstrip("\r\n") for line in sys.stdin)
         return
     on_screen = sys.stdout is not None and sys.stdout.isatty()
+    interrupted = False
     with _history():
         while True:
             try:
                 if not on_screen:
                     print("> ", end="", file=sys.stderr, flush=True)
-                yield input("> " if on_screen else "")
+                line = input("> " if on_screen else "")
             except KeyboardInterrupt:
                 note("")  # the prompt's line is not ended yet
-                raise
+                if interrupted:
+                    raise
+                interrupted = True
+                note("Ctrl-C once more leaves; so do Ctrl-D and /quit")
+                continue
             except EOFError:
                 note("")
                 return
+            interrupted = interrupted and not line.strip()
+            yield line
 
 
 @contextmanager

@@ -73,9 +73,10 @@ def run_server(
     with listen(host, port) as listening:
         quiet_for(model)
         model, device, quantize = from_the_original(
-            cfg_path, options, gpu_id, model=model, device=device, quantize=quantize
+            cfg_path, options, gpu_id, model=model, device=device, quantize=quantize, language_model=language_model
         )
-        settings = Settings(public_name(model), api_key, hosts, image_hosts)
+        name = public_name(model) if cfg_path is None else cfg_path.name
+        settings = Settings(name, api_key, hosts, image_hosts)
 
         def load_engine() -> "Engine":
             with parts_bar() as report:

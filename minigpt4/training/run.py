@@ -121,8 +121,10 @@ def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) 
         trackers = _open_trackers(recipe) if here.is_main_process else []
         try:
             train(recipe, prepared.model, batches, _Watcher(recipe, told, validation, trackers), here)
-        except (KeyboardInterrupt, SystemExit):
-            told.say(f"stopped and saved in {recipe.output}; the same command goes on")
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(_stopped(recipe) if here.is_main_process else "") from stop
+        except SystemExit:
+            told.say(_stopped(recipe))
             raise
         finally:
             for tracker in trackers:
@@ -132,6 +134,10 @@ def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) 
         if here.is_main_process:
             _draw(recipe.output, told.say)
     return target
+
+
+def _stopped(recipe: Recipe) -> str:
+    return f"stopped and saved in {recipe.output}; the same command goes on"
 
 
 def _save(target: Path, recipe: Recipe, prepared: Prepared, here: PartialState) -> None:

@@ -177,6 +177,13 @@ def test_question_is_answered_by_the_originals_yaml(run: Run) -> None:
     assert json.loads(as_json.out)["model"] == "eval.yaml"
 
 
+def test_clients_know_a_served_model_by_the_name_of_its_yaml(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    monkeypatch.setattr("minigpt4.cli.serving._serve", lambda _, settings, *__: names.append(settings.model_id))
+    assert run("serve", "--port", "0", "--cfg-path", "eval.yaml", "--options", *OF_THE_YAML).status == 0
+    assert names == ["eval.yaml"]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "hint"),
     [

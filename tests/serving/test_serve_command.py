@@ -70,6 +70,7 @@ MISTAKES = [
     (["--host", "0.0.0.0"], "no API key"),
     (["--host", "::"], "no API key"),
     (["--host", "no.such.host.invalid", "--insecure"], "there is no address"),
+    (["--cfg-path", "x.yaml", "--language-model", "y"], "both --cfg-path and --language-model"),
     (["--port", "-1"], "--port"),
     (["--port", "65536"], "--port"),
     (["--port", "x"], "--port"),

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +201,16 @@ def test_a_finished_run_is_not_trained_again(model_folder: Path, pictures: Path,
 
     assert (run(wanted, Reports(update=steps.append)) / "alignment.safetensors").read_bytes() == first
     assert steps == []
+
+
+def test_a_run_stopped_by_a_person_says_once_where_it_is_saved(
+    model_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    reports = Reports(update=lambda _: os.kill(os.getpid(), signal.SIGINT), say=said.append)
+    with pytest.raises(KeyboardInterrupt, match="stopped and saved in .*run; the same command goes on"):
+        run(recipe(model_folder, pictures, tmp_path / "run"), reports)
+    assert not [sentence for sentence in said if "stopped and saved" in sentence]
 
 
 def test_gradient_checkpointing_changes_nothing(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
