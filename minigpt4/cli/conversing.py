@@ -84,7 +84,7 @@ def lines() -> Iterator[str]:
     """Yield what is typed, with line editing and history where a person types, until the end of the input.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C was pressed twice at the prompt; once may have been meant for an answer that just ended.
+        KeyboardInterrupt: Ctrl-C was pressed twice at the prompt; one may have been for an answer that just ended.
     """
     if not sys.stdin.isatty():
         yield from (line.rstrip("\r\n") for line in sys.stdin)

@@ -208,7 +208,7 @@ def test_a_run_stopped_by_a_person_says_once_where_it_is_saved(
 ) -> None:
     said: list[str] = []
     reports = Reports(update=lambda _: os.kill(os.getpid(), signal.SIGINT), say=said.append)
-    with pytest.raises(KeyboardInterrupt, match="stopped and saved in .*run; the same command goes on"):
+    with pytest.raises(KeyboardInterrupt, match=r"stopped and saved in .*run; the same command goes on"):
         run(recipe(model_folder, pictures, tmp_path / "run"), reports)
     assert not [sentence for sentence in said if "stopped and saved" in sentence]
 
