@@ -16,6 +16,8 @@ A round makes the same window of updates once in every way, and begins with anot
 not timed: there the loss and the gradient of the window must be the same in all ways, or the program ends. The two
 kinds of examples are like MiniGPT-4's: pictures with captions of 5 to 32 tokens, and with a prompt and 50 to 160.
 Reading and opening pictures is no part of an update here; readers do it beside.
+
+nano's encoder is small; with `--encoder dinov2-small` one of that shape, with random weights, takes its place.
 """
 
 import argparse
@@ -62,6 +64,11 @@ TINY: dict[str, Any] = {
     },
     "num_query_tokens": 32,
     "image_token_id": 3,
+}  # fmt: skip
+
+DINOV2_SMALL: dict[str, Any] = {
+    "model_type": "dinov2", "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "mlp_ratio": 4,
+    "patch_size": 14, "image_size": 224,
 }  # fmt: skip
 
 Batch = dict[str, Any]
@@ -160,16 +167,29 @@ class Times:
     cpu: float
 
 
-def load(tiny: bool) -> MiniGPT4ForConditionalGeneration:
-    """Make the model: nano's frozen parts, or random ones of a hundredth of their size."""
+def load(arguments: argparse.Namespace) -> MiniGPT4ForConditionalGeneration:
+    """Make the model: nano's frozen parts, with another encoder if one is wanted, or random ones of a hundredth."""
     torch.manual_seed(0)
-    if tiny:
+    if arguments.tiny:
         model = MiniGPT4ForConditionalGeneration(MiniGPT4Config(**TINY))
     else:
         model, _ = nano.assemble(*nano.frozen_parts())
+        if arguments.encoder == "dinov2-small":
+            model = with_encoder(model, DINOV2_SMALL)
     model.config.trainable_parts = ("language_projection",)
     model.freeze()
     return model.train()
+
+
+def with_encoder(model: MiniGPT4ForConditionalGeneration, encoder: dict[str, Any]) -> MiniGPT4ForConditionalGeneration:
+    """Put another encoder, with random weights, in the place of the model's; the language model stays."""
+    settings = model.config.to_dict()
+    settings["vision_config"] = encoder
+    settings["qformer_config"]["encoder_hidden_size"] = encoder["hidden_size"]
+    other = MiniGPT4ForConditionalGeneration(MiniGPT4Config(**settings))
+    other.model.language_model = model.model.language_model
+    other.lm_head = model.lm_head
+    return other
 
 
 def examples(model: MiniGPT4ForConditionalGeneration, kind: Kind, count: int) -> tuple[list[TextExample], Tensor]:
@@ -320,6 +340,9 @@ def table(figures: Mapping[str, Mapping[str, float]], kind: Kind) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a random model of a hundredth of nano's size")
+    parser.add_argument(
+        "--encoder", choices=["nano", "dinov2-small"], default="nano", help="nano's own, or one of DINOv2-small's shape"
+    )
     parser.add_argument("--precision", choices=list(TOLERANCE), default="fp32", help="of all ways")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--window", type=int, default=8, help="updates in a round, and batches in a bucket's window")
@@ -327,7 +350,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model = load(arguments.tiny)
+    model = load(arguments)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {arguments.threads} used, torch {torch.__version__}"
     figures: dict[str, Any] = {
         "machine": machine,

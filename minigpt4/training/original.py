@@ -124,8 +124,8 @@ def _model(keys: Keys, folder: str | None) -> str:
     folder = folder or f"models/{keys.read.path.stem}"
     there = ", ".join(name for name in _MODEL_KEYS if keys.read.model(name) is not None)
     keys.notes.append(
-        f"model ({there}): a run makes a model folder of these files in MINIGPT4_HOME and takes that; to train the printed"
-        f" recipe by itself, make {folder} by `minigpt4 weights import`"
+        f"model ({there}): a run makes a model folder of these files in MINIGPT4_HOME and takes that; to train the"
+        f" printed recipe by itself, make {folder} by `minigpt4 weights import`"
     )
     return folder
 
