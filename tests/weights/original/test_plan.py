@@ -217,7 +217,6 @@ def test_heads_that_no_rule_tells_are_refused_and_never_guessed(
     with pytest.raises(ConfigError, match=f"how many heads the {part}") as told:
         plan_import(sources(sizes), files.text_config(sizes), read_overrides(said))
     assert f"--set {section}.num_attention_heads=N" in told.value.hint
-    assert f"--options model.{section}.num_attention_heads=N" in told.value.hint
 
 
 def test_language_model_whose_configuration_does_not_say_its_heads_is_refused_or_has_the_published_size() -> None:
