@@ -140,7 +140,7 @@ def test_a_stop_string_ends_the_answer_and_is_no_part_of_it(client: openai.OpenA
 
 def test_models_are_listed_and_described(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
-    assert client.models.retrieve(MODEL).max_model_len == tiny_chat.CONTEXT
+    assert client.models.retrieve(MODEL).max_model_len == tiny_chat.tiny_chat.CONTEXT
     with pytest.raises(openai.NotFoundError, match="no model"):
         client.models.retrieve("gpt-4o")
 
@@ -169,6 +169,15 @@ def test_what_is_not_done_is_refused_by_name(
     assert param in refused.value.message
 
 
+def test_an_answer_longer_than_the_context_is_refused_with_both_numbers(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "x"}], max_completion_tokens=tiny_chat.CONTEXT + 1
+        )
+    assert f"max_completion_tokens is {tiny_chat.CONTEXT + 1}, expected at most " in refused.value.message
+    assert f"reads {tiny_chat.CONTEXT} tokens, question and answer together" in refused.value.message
+
+
 def test_what_changes_no_answer_is_taken(client: openai.OpenAI) -> None:
     made = client.chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": "x", "name": "me"}], max_tokens=2, n=1, logprobs=False,
@@ -183,7 +192,7 @@ def test_a_context_overflow_says_both_numbers(client: openai.OpenAI) -> None:
             model=MODEL, messages=[{"role": "user", "content": "word " * 2000}], max_tokens=10
         )
     assert refused.value.code == "context_length_exceeded"
-    assert f"{tiny_chat.CONTEXT}" in refused.value.message and " 10," in refused.value.message
+    assert f"{tiny_chat.tiny_chat.CONTEXT}" in refused.value.message and " 10," in refused.value.message
 
 
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:

@@ -168,16 +168,23 @@ class Desk:
             )  # fmt: skip
         if asked.stream_options is not None and not asked.stream:
             raise ApiError(400, "stream_options is for streams alone", "add stream: true", param="stream_options")
-        longest = asked.options.get("max_new_tokens", 0)
-        if longest > limits.max_new_tokens:
-            name = "max_completion_tokens" if asked.max_completion_tokens else "max_tokens"
-            raise ApiError(400, f"{name} is {longest}, expected at most {limits.max_new_tokens}", param=name)
+        self._check_length(asked)
         if (asked.num_beams or 1) > limits.max_beams:
             raise ApiError(
                 400, f"num_beams is {asked.num_beams}, expected at most {limits.max_beams}", param="num_beams"
             )
         check_amount(asked.messages, self.settings)
         return asked
+
+    def _check_length(self, asked: ChatRequest) -> None:
+        """Refuse an answer longer than this server gives, or than the language model could read even by itself."""
+        context = getattr(self.engine.model.config.text_config, "max_position_embeddings", None)
+        most, hint = self.settings.limits.max_new_tokens, ""
+        if context and context < most:
+            most, hint = context, f"the language model reads {context} tokens, question and answer together"
+        if (longest := asked.options.get("max_new_tokens", 0)) > most:
+            name = "max_completion_tokens" if asked.max_completion_tokens else "max_tokens"
+            raise ApiError(400, f"{name} is {longest}, expected at most {most}", hint, param=name)
 
     async def _submitted(self, asked: ChatRequest, place: object) -> Listening:
         engine = self.engine
