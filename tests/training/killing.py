@@ -1,7 +1,9 @@
 """Kills toy runs again and again, at random moments, until each has ended; `python -m tests.training.killing --help`.
 
 A program of its own: it forks from an interpreter in which everything is imported and nothing has been computed, so a
-kill costs a fraction of a second. Exits with 1 and a sentence if a killed run ended in other bits than a whole one.
+kill costs a fraction of a second. Every second run is killed once among the updates of each stage, at whatever
+instruction; the other moments are drawn over a whole run. Exits with 1 and a sentence if a killed run ended in other
+bits than a whole one, or if a stage was never hit.
 """
 
 import argparse
@@ -13,6 +15,8 @@ import socket
 import sys
 import time
 import traceback
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,10 @@ from minigpt4.training.checkpoint import FOLDER
 from tests.training import toy_process
 
 UNEQUAL = ("seconds", "memory_bytes")  # figures of the clock and the machine
+STAGES = ("first", "second")  # of the toy recipe
+ELSEWHERE = "elsewhere"  # starting, between the stages, or ending
+MOST_RUNS = 10
+"""For a kill that was asked for, before a stage that none falls into is a mistake of this program."""
 
 
 def begin(output: Path, options: list[str], processes: int) -> list[int]:
@@ -47,8 +55,8 @@ def begin(output: Path, options: list[str], processes: int) -> list[int]:
     return children
 
 
-def end(children: list[int], deadline: float | None, victim: int) -> bool:
-    """Wait for a run, or kill one of its processes at a deadline; returns whether all ended well.
+def end(children: list[int], due: Callable[[], bool] | None, victim: int) -> bool:
+    """Wait for a run, or kill one of its processes once that is due; returns whether all ended well.
 
     As torchrun does, the others are asked to end once one has failed; they have 30 s for it.
     """
@@ -60,8 +68,8 @@ def end(children: list[int], deadline: float | None, victim: int) -> bool:
             if done:
                 waiting.remove(child)
                 codes.append(status)
-        if deadline is not None and time.monotonic() > deadline and waiting:
-            deadline = None
+        if due is not None and waiting and due():
+            due = None
             if children[victim] in waiting:
                 kill_group(children[victim])
         if any(codes) and asked is None:
@@ -82,6 +90,50 @@ def kill_group(child: int) -> None:
         os.killpg(child, signal.SIGKILL)
     except ProcessLookupError:  # it has no group of its own yet
         os.kill(child, signal.SIGKILL)
+
+
+def after(seconds: float) -> Callable[[], bool]:
+    """Return what tells whether so much time has passed."""
+    moment = time.monotonic() + seconds
+    return lambda: time.monotonic() > moment
+
+
+def among_updates(output: Path, stage: str, step: int, seconds: float) -> Callable[[], bool]:
+    """Return what tells whether a run that starts now made an update of a stage so many seconds ago."""
+    before = lines_of(output)
+    waited: Callable[[], bool] | None = None
+
+    def due() -> bool:
+        nonlocal waited
+        if waited is None:
+            update = last_update(before, lines_of(output))
+            if update is None or update["stage"] != stage or update["step"] < step:
+                return False
+            waited = after(seconds)
+        return waited()
+
+    return due
+
+
+def lines_of(output: Path) -> str:
+    """The whole lines of a run's figures."""
+    path = output / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return text[: text.rfind("\n") + 1]
+
+
+def last_update(before: str, now: str) -> dict[str, Any] | None:
+    """The last update that a start of a run made, by its figures before and now; None where it made none."""
+    if before.startswith(now):  # they only became fewer
+        return None
+    update: dict[str, Any] = json.loads(now.splitlines()[-1])
+    return update
+
+
+def stage_killed(before: str, now: str) -> str:
+    """Among which stage's updates a start of a run ended, by its figures before and now."""
+    update = last_update(before, now)
+    return ELSEWHERE if update is None or update["step"] == update["steps"] else update["stage"]
 
 
 def result(output: Path) -> dict[str, Any]:
@@ -113,18 +165,28 @@ def main() -> None:
         sys.exit("the run that nobody kills failed")
     length = time.monotonic() - started
     expected = result(whole)
-    kills = runs = 0
-    while kills < arguments.kills:
+    update = length / len(expected["figures"])
+    fell: Counter[str] = Counter()
+    runs = 0
+    while fell.total() < arguments.kills or not all(fell[stage] for stage in STAGES):
         runs += 1
+        if runs > MOST_RUNS * arguments.kills:
+            sys.exit(f"{runs - 1} runs were not killed in both stages: {dict(fell)}")
         output = arguments.folder / f"killed-{runs}"
         for attempt in range(4):
-            deadline = time.monotonic() + drawn.uniform(0, 1.1 * length) if attempt < 3 else None
-            if end(begin(output, options, arguments.processes), deadline, drawn.randrange(arguments.processes)):
+            before = lines_of(output)
+            due: Callable[[], bool] | None = None
+            if attempt < len(STAGES) and runs % 2:
+                due = among_updates(output, STAGES[attempt], drawn.randint(1, 2), drawn.uniform(0, update))
+            elif attempt < 3:
+                due = after(drawn.uniform(0, 1.1 * length))
+            if end(begin(output, options, arguments.processes), due, drawn.randrange(arguments.processes)):
                 break
-            kills += 1
+            fell[stage_killed(before, lines_of(output))] += 1
         if result(output) != expected:
             sys.exit(f"run {runs}, killed and resumed, differs from one that was not")
-    print(f"{kills} kills over {runs} runs, each equal to the bit; a whole run takes {length:.1f} s")
+    places = ", ".join(f"{place} {fell[place]}" for place in (*STAGES, ELSEWHERE))
+    print(f"{fell.total()} kills over {runs} runs ({places}), each equal to the bit; a whole run takes {length:.1f} s")
 
 
 if __name__ == "__main__":
