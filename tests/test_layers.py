@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "minigpt4"
 # A module imports from layers with a smaller number, and from its own unit.
 LAYERS = {
     "errors": 0,
+    "plurals": 0,
     "model": 1,
     "processing": 1,
     "weights": 2,
@@ -30,7 +31,7 @@ LAYERS = {
     "cli": 7,
     "__main__": 8,
 }
-TORCH_FREE = {"cli", "errors", "processing.prompts"}  # `--help` is instant, and prompts are text
+TORCH_FREE = {"cli", "errors", "plurals", "processing.prompts"}  # `--help` is instant, and prompts are text
 TORCH = {"torch", "transformers", "accelerate", "peft", "safetensors"}
 ONE_DOOR = "weights.files.foreign"  # the one module that opens pickled tensor files
 

@@ -10,6 +10,7 @@ from minigpt4.cli.app import AsJson, app, examples, weights_app
 from minigpt4.cli.asking import Device, Dtype, Quantize, check_placement
 from minigpt4.cli.terminal import quiet
 from minigpt4.errors import UsageError
+from minigpt4.plurals import counted
 
 if TYPE_CHECKING:
     from minigpt4.weights.checking.checkup import CheckUp
@@ -177,10 +178,9 @@ def _needs(found: "CheckUp") -> list[tuple[str, str]]:
         return []
     wanted = found.placement
     packed = "" if wanted.quantize == "none" else f", its language model in {wanted.quantize}"
-    beams = "1 beam" if wanted.num_beams == 1 else f"{wanted.num_beams} beams"
     rows = [
         ("model", f"{found.model.name} on {wanted.device} in {wanted.dtype}{packed}"),
-        ("model", f"{beams}, {wanted.context} tokens of conversation and answer"),
+        ("model", f"{counted(wanted.num_beams, 'beam')}, {wanted.context} tokens of conversation and answer"),
     ]
     rows += [("memory", f"{size / GIGABYTE:7.2f} GB  {what}") for what, size in found.need.on_device.items()]
     free = found.free[wanted.device]

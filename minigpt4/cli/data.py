@@ -13,6 +13,7 @@ import typer
 from minigpt4.cli.app import AsJson, data_app, examples
 from minigpt4.cli.terminal import note, parts_bar, quiet
 from minigpt4.errors import DataError, UsageError
+from minigpt4.plurals import counted
 
 if TYPE_CHECKING:
     from minigpt4.data.record import Record
@@ -101,7 +102,7 @@ def index(
 
     with counting_bar() as report:
         path, made = index_folder(folder, text=text, report=report)
-    note(f"{_counted(len(made.rows), 'record')} in {_counted(len(made.shards), 'shard')}, {made.bad:,} of them bad")
+    note(f"{counted(len(made.rows), 'record')} in {counted(len(made.shards), 'shard')}, {made.bad:,} of them bad")
     for damage in list(made.damage.values())[:10]:
         note(f"damaged: {damage}")
     for what, count in made.skipped.items():
@@ -119,10 +120,6 @@ def _refuse_too_many_bad(seen: "SourceCheck") -> None:
         )
         error.exit_status = 1
         raise error
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _processor_of(model: str) -> "MiniGPT4Processor":
@@ -149,7 +146,7 @@ def _token_counter(processor: "MiniGPT4Processor") -> Callable[[str], int]:
 
 
 def _print_check(seen: "SourceCheck", contact_sheet: Path | None) -> None:
-    print(f"{seen.source}: {_counted(seen.records, 'record')}")
+    print(f"{seen.source}: {counted(seen.records, 'record')}")
     if seen.seed is None:
         rows = [("looked at", "every record, every picture was decoded")]
     else:
@@ -158,8 +155,9 @@ def _print_check(seen: "SourceCheck", contact_sheet: Path | None) -> None:
             ("known bad", f"{seen.known_bad:,} of all, without reading"),
         ]
     rows += [("sound", f"{seen.good:,}, {seen.text_only:,} of them without a picture"), *_sizes(seen)]
-    rows.append(("repeated", f"{seen.same_picture:,} pictures stand in an earlier record, {seen.same_record:,} with"
-                             " the same words"))  # fmt: skip
+    stand = "stands" if seen.same_picture == 1 else "stand"
+    rows.append(("repeated", f"{counted(seen.same_picture, 'picture')} {stand} in an earlier record, "
+                             f"{seen.same_record:,} with the same words"))  # fmt: skip
     rows += [("passed over", f"{count:,} x {what}") for what, count in seen.skipped.items()]
     share = seen.bad / max(1, seen.bad + seen.good)
     rows.append(("bad", f"{seen.bad:,}, {share:.2%} of those looked at" if seen.bad else "none"))
@@ -181,7 +179,9 @@ def _sizes(seen: "SourceCheck") -> list[tuple[str, str]]:
     if seen.tokens:
         rows.append(("tokens", f"{_spread(seen.tokens)}, ends included"))
     if seen.cut is not None:
-        rows.append(("cut off", f"{seen.cut:,} answers of more than {seen.max_text_tokens} tokens"))
+        rows.append(
+            ("cut off", f"{counted(seen.cut, 'answer')} of more than {counted(seen.max_text_tokens or 0, 'token')}")
+        )
     if set(seen.turns) - {1}:
         rows.append(("turns", ", ".join(f"{count:,} x {turns}" for turns, count in seen.turns.items())))
     return rows
@@ -199,7 +199,7 @@ def counting_bar(unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
     then: nothing of what is soon done, unless it is something that people count.
 
     Args:
-        unit: What people count, such as pictures; empty where it is no matter.
+        unit: The name of one of what people count, such as a picture; empty where it is no matter.
     """
     begun: dict[str, float] = {}
     told: dict[str, float] = {}
@@ -225,7 +225,7 @@ def counting_bar(unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
             elif now - told.get(what, begun[what]) > SECONDS_A_LINE or (done == total and (unit or what in told)):
                 told[what] = now
                 left = "" if done >= total else f", {(total - done) / max(rate, 1e-9):.0f} s left"
-                note(f"{what}  {done:,} of {total:,}{f' {unit}' if unit else ''}  {rate:.1f} a second{left}")
+                note(f"{what}  {done:,} of {counted(total, unit) if unit else f'{total:,}'}  {rate:.1f} a second{left}")
             if done == total:
                 begun.pop(what)
                 told.pop(what, None)
@@ -237,6 +237,6 @@ def _bar(unit: str) -> Any:  # noqa: ANN401  (rich.progress.Progress, which load
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    rate = TextColumn("{task.fields[rate]:.1f} " + (f"{unit}/s" if unit else "a second"))
+    rate = TextColumn("{task.fields[rate]:.1f} " + (f"{unit}s/s" if unit else "a second"))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True)

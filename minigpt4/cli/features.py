@@ -10,6 +10,7 @@ import typer
 from minigpt4.cli.app import data_app, examples
 from minigpt4.cli.data import counting_bar
 from minigpt4.cli.terminal import note, parts_bar, quiet
+from minigpt4.plurals import counted
 
 
 @data_app.command(
@@ -39,10 +40,11 @@ def features(
             prepared = prepare_model(settings, here, report_parts)
         folder, counts = compute_features(settings, prepared, here, report, sources)
     if here.is_main_process:
-        note(f"{counts.computed:,} pictures computed, {counts.known:,} records had theirs, {counts.bad:,} bad")
+        known = counted(counts.known, "record")
+        note(f"{counted(counts.computed, 'picture')} computed, {known} had theirs, {counts.bad:,} bad")
         print(folder)
 
 
 def features_bar() -> AbstractContextManager[Callable[[str, int, int], None]]:
     """Show pictures looked at, how many a second and the time left: a bar on a terminal, else a line now and then."""
-    return counting_bar("pictures")
+    return counting_bar("picture")

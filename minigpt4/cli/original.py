@@ -10,6 +10,7 @@ import typer
 from minigpt4.cli.app import examples, weights_app
 from minigpt4.cli.terminal import note, parts_bar, quiet
 from minigpt4.errors import StorageError, UsageError
+from minigpt4.plurals import counted
 
 if TYPE_CHECKING:
     from minigpt4.weights.original.importing import Imported
@@ -101,10 +102,10 @@ def _refuse_existing(output: Path, *, overwrite: bool) -> None:
 def _tell(done: "Imported") -> None:
     """Say what was used, what was not, and what was mended."""
     for path, count in done.plan.used.items():
-        note(f"{path}: {count} tensors used")
+        note(f"{path}: {counted(count, 'tensor')} used")
     reasons = Counter((path, reason) for path, _, reason in done.plan.ignored)
     for (path, reason), count in reasons.items():
-        note(f"{path}: {count} {'tensor' if count == 1 else 'tensors'} not needed: {reason}")
+        note(f"{path}: {counted(count, 'tensor')} not needed: {reason}")
     for sentence in done.notes:
         note(sentence)
     note(f"{done.plan.num_parameters:,} parameters, prompt template {done.template}")

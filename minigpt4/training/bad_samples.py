@@ -12,6 +12,7 @@ from accelerate import PartialState
 
 from minigpt4.data.batches import BadSample
 from minigpt4.errors import DataError
+from minigpt4.plurals import counted
 from minigpt4.training.checkpoint import State
 from minigpt4.training.processes import by_the_main_process, summed
 from minigpt4.training.recipe import Recipe
@@ -81,12 +82,11 @@ class BadSampleWatch:
         count = sum(bad_count for bad_count, _ in self.state.recent_bad)
         path = self.recipe.output / BAD_SAMPLES_FILE
         if count > self.recipe.max_bad_fraction * WINDOW:
+            looked_at = sum(n for _, n in self.state.recent_bad)
+            last = f"; the last: {bad[-1].key}: {bad[-1].reason}" if bad else ""
             raise DataError(
-                f"{count} of the last {sum(n for _, n in self.state.recent_bad)} examples are bad, "
-                f"up to {self.recipe.max_bad_fraction:.1%} of {WINDOW} are passed over; the last: "
-                f"{bad[-1].key}: {bad[-1].reason}"
-                if bad
-                else f"{count} examples are bad",
+                f"{count:,} of the last {counted(looked_at, 'example')} {'is' if count == 1 else 'are'} bad, "
+                f"up to {self.recipe.max_bad_fraction:.1%} of {WINDOW:,} are passed over{last}",
                 hint=f"{path} lists them; mend the data, or raise max_bad_fraction",
             )
         for group, (good, wrong) in self.state.groups.items():

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from minigpt4.errors import DataError, MiniGPT4Error
 from minigpt4.model import MiniGPT4ForConditionalGeneration
+from minigpt4.plurals import counted
 from minigpt4.training.bad_samples import BadSampleWatch
 from minigpt4.training.checkpoint import (
     State,
@@ -224,7 +225,7 @@ def _count_skipped(run: _Run, stage: StageRecipe, group: list[dict[str, Any]], f
     by_the_main_process(lambda: append_line(path, line), run.processes)
     raise DataError(
         f"the loss of stage {stage.name} is {figures.loss} and the gradient's norm {figures.grad_norm}, "
-        f"{run.state.skipped} updates in a row, the last at step {run.state.step}",
+        f"{counted(run.state.skipped, 'update')} in a row, the last at step {run.state.step}",
         hint=f"lower the learning rate, or look at the examples that {path} names",
     )
 

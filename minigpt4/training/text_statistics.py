@@ -7,6 +7,7 @@ from statistics import quantiles
 from minigpt4.data.batches import SourceBatches
 from minigpt4.data.examples import IGNORED
 from minigpt4.errors import DataError, PromptError
+from minigpt4.plurals import counted
 
 LOOKED_AT = 200
 """So many examples are looked at, the first of the stage's order."""
@@ -34,8 +35,9 @@ class TextStatistics:
             return f"stage {stage}: none of the first {LOOKED_AT} examples can be used"
         middle, high = (quantiles([*self.lengths, self.lengths[0]], n=20)[at] for at in (9, 18))
         line = (
-            f"stage {stage}: answers of {min(self.lengths)} to {max(self.lengths)} tokens, "
-            f"half of them at most {middle:.0f}, 95 % at most {high:.0f} ({len(self.lengths)} examples looked at)"
+            f"stage {stage}: answers of {min(self.lengths)} to {counted(max(self.lengths), 'token')}, "
+            f"half of them at most {middle:.0f}, 95 % at most {high:.0f} "
+            f"({counted(len(self.lengths), 'example')} looked at)"
         )
         share = self.cut / len(self.lengths)
         if share <= WORTH_A_WARNING:

@@ -98,6 +98,19 @@ def test_check_counts_a_models_tokens(run: Run, pictures: Path) -> None:
     assert "\n  cut off     3 answers of more than 5 tokens\n" in result.out
 
 
+def test_one_of_a_kind_is_no_plural(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    tiny_chat.saved(Path("model"))
+    write(Path("pics/0.jpg"), picture(0))
+    write(Path("pics/captions.csv"), "file_name,caption\n0.jpg,a long one\n0.jpg,b\n")
+    result = run("data", "check", "pics", "-m", "model", "--max-text-tokens", "2")
+
+    assert "\n  cut off     1 answer of more than 2 tokens\n" in result.out
+    assert "\n  repeated    1 picture stands in an earlier record, 0 with the same words\n" in result.out
+    with counting_bar("picture") as report:
+        report("features", 1, 1)
+    assert capfd.readouterr().err.startswith("features  1 of 1 picture  ")
+
+
 def test_check_takes_format_images_and_text(run: Run, pictures: Path) -> None:
     write(Path("list.data.csv"), "file,words\n0.jpg,a cat\n1.jpg,a dog\n")
 
@@ -193,7 +206,7 @@ def test_a_bar_on_a_terminal_is_gone_when_all_is_done(monkeypatch: pytest.Monkey
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    with counting_bar("pictures") as report:
+    with counting_bar("picture") as report:
         assert terminal.getvalue() == ""
         report("reading shards", 1, 3)
         report("reading shards", 3, 3)

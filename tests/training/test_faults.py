@@ -303,8 +303,16 @@ def test_bad_examples_are_listed_once_also_after_a_resume(tmp_path: Path) -> Non
 
 def test_too_many_bad_examples_stop_the_run(tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path, max_bad_fraction=0.005)
-    with pytest.raises(DataError, match=r"6 of the last \d+ examples are bad, up to 0\.5% of 1000 are passed over"):
+    with pytest.raises(DataError, match=r"6 of the last \d+ examples are bad, up to 0\.5% of 1,000 are passed over"):
         train(recipe, toy.model(), with_bad({0: 3, 1: 3}), toy.Watcher(), processes())
+
+
+def test_the_one_bad_example_that_is_too_many_is_no_plural(tmp_path: Path) -> None:
+    recipe = toy.recipe(tmp_path, max_bad_fraction=0)
+    with pytest.raises(
+        DataError, match=r"^1 of the last 5 examples is bad, up to 0\.0% of 1,000 are passed over; the last"
+    ):
+        train(recipe, toy.model(), with_bad({0: 1}), toy.Watcher(), processes())
 
 
 def test_a_shard_without_one_good_example_stops_the_run(tmp_path: Path) -> None:

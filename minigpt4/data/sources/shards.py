@@ -40,6 +40,7 @@ from minigpt4.data.sources.shard_index import (
 )
 from minigpt4.data.sources.splits import training_files
 from minigpt4.errors import DataError
+from minigpt4.plurals import counted
 from minigpt4.processing.pictures import DEFAULT_LIMITS
 
 CAPTION_KEY = "caption"
@@ -223,7 +224,8 @@ def _of_pattern(pattern: str) -> tuple[Path, list[str]]:
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise DataError(
-            f"{len(missing):,} of {len(paths):,} shards of {pattern} are missing, the first is {missing[0]}",
+            f"{len(missing):,} of {counted(len(paths), 'shard')} of {pattern} "
+            f"{'is' if len(missing) == 1 else 'are'} missing, the first is {missing[0]}",
             "fetch them, or name the shards that are there: a folder stands for all in it",
         )
     folder = Path(os.path.commonpath([path.parent for path in paths]))
