@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import torch
 from minigpt4.serving.engine import Engine
 from minigpt4.serving.http import desk, listening
 from minigpt4.serving.request import Request
+from minigpt4.serving.server import SWITCH_SECONDS
 from minigpt4.serving.settings import Limits, Settings
 from tests.serving.live import HELLO, MODEL, Live, live, picture_file, read_all, seeing
 
@@ -104,6 +106,13 @@ def test_refusals_start_no_threads(one_place: Live) -> None:
         assert one_place.chat({"messages": []}).status == 400
         assert one_place.chat(HELLO | {"n": 2}).status == 400
     assert not [thread.name for thread in threading.enumerate() if "AnyIO" in thread.name]
+
+
+def test_the_interpreter_is_shared_in_small_parts_while_a_server_runs() -> None:
+    before = sys.getswitchinterval()
+    with live():
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_SECONDS, rel=0.1) < before
+    assert sys.getswitchinterval() == before
 
 
 def test_who_waits_is_told_of_it_and_of_the_place(one_place: Live) -> None:
