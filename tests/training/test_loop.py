@@ -129,7 +129,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     watcher = toy.Watcher()
     recipe = toy.recipe(tmp_path, checkpoint_steps=1, max_skipped_steps=0)
     with pytest.raises(
-        DataError, match=r"loss of stage second is nan .* 1 updates in a row, the last at step 2"
+        DataError, match=r"loss of stage second is nan .* 1 update in a row, the last at step 2"
     ) as told:
         train(recipe, toy.model(), Poisoned, watcher, processes())
 
