@@ -93,6 +93,7 @@ def _add_table(rows: Rows, table: Path, text: str | None, files: Mapping[str, in
     """
     columns: tuple[str, str] | None = None
     complaint: DataError | None = None
+    lower: Mapping[str, str] = {}
     named = set()
     for key, row in _table_rows(table):
         try:
@@ -103,7 +104,9 @@ def _add_table(rows: Rows, table: Path, text: str | None, files: Mapping[str, in
             if files is not None and not leaves_folder(name):
                 places = [place for place in places if place in files][:1]
                 if not places:
-                    raise BadRecordError(MISSING_PICTURE, f"{key}: the picture {name[:200]!r} is not there")
+                    lower = lower or {file.lower(): file for file in files}
+                    alike = _in_other_letters(name, lower)
+                    raise BadRecordError(MISSING_PICTURE, f"{key}: the picture {name[:200]!r} is not there{alike}")
                 named.add(places[0])
             caption = checked_text(found.get(columns[1]), f"{key} ({name[:200]})")
             rows.add(places[0] if files else name, places, [("", caption)])
@@ -137,6 +140,12 @@ def _places(name: str) -> list[str]:
     return [f"{folder}{name}{ending}" for folder in _FOLDERS for ending in endings]
 
 
+def _in_other_letters(name: str, files: Mapping[str, str]) -> str:
+    """Say which of the files, by their names in lower case, a picture that is not there may be."""
+    found = next((files[place.lower()] for place in _places(name) if place.lower() in files), None)
+    return f", but {found} is" if found else ""
+
+
 def _columns(row: Mapping[str, Any], text: str | None, table: Path) -> tuple[str, str]:
     """Find the columns for file and caption.
 
@@ -144,17 +153,17 @@ def _columns(row: Mapping[str, Any], text: str | None, table: Path) -> tuple[str
         DataError: One is not there.
     """
     names = {str(name).strip().lower(): str(name) for name in row}
-    chosen = []
-    for what, usual in (("picture", FILE_COLUMNS), ("caption", (text.lower(),) if text else TEXT_COLUMNS)):
-        found = next((names[name] for name in usual if name in names), None)
-        if found is None:
-            there = ", ".join(map(str, row))[:200] or "none"
-            raise DataError(
-                f"{table} has no column for the {what}, expected {' or '.join(usual)}, but it has {there}",
-                "rename a column, or name the caption's with `text`" if what == "caption" else "rename a column",
-            )
-        chosen.append(found)
-    return chosen[0], chosen[1]
+    usual = {"picture": FILE_COLUMNS, "caption": (text.lower(),) if text else TEXT_COLUMNS}
+    chosen = {what: next((names[name] for name in usual[what] if name in names), None) for what in usual}
+    picture, caption = chosen["picture"], chosen["caption"]
+    if picture is None or caption is None:
+        lacking = [what for what, found in chosen.items() if found is None]
+        expected = " and ".join(f"no column for the {what}, expected {' or '.join(usual[what])}" for what in lacking)
+        there = ", ".join(map(str, row))[:200] or "none"
+        renamed = " and ".join({"picture": "file_name", "caption": usual["caption"][0]}[what] for what in lacking)
+        named = ", or name the caption's column with `text` (--text)" if caption is None else ""
+        raise DataError(f"{table} has {expected}, but it has {there}", f"rename a column to {renamed}{named}")
+    return picture, caption
 
 
 def _table_rows(table: Path) -> Iterator[Row]:

@@ -106,6 +106,24 @@ def test_row_without_picture_and_picture_without_row_are_counted(tmp_path: Path)
     }
 
 
+def test_a_picture_named_in_other_letters_is_pointed_at(tmp_path: Path) -> None:
+    pictures(tmp_path, "Cat.JPG", "images/dog.jpg")
+    write(tmp_path / "captions.csv", "\ufeffimage;caption\r\nCat.jpg;a cat\r\nDOG;a dog\r\ncow.jpg;a cow\r\n")
+
+    source = open_source(tmp_path)
+
+    told = []
+    for number in range(3):
+        with pytest.raises(BadRecordError) as error:
+            source.read(number)
+        told.append(error.value.message)
+    assert told == [
+        "captions.csv:2: the picture 'Cat.jpg' is not there, but Cat.JPG is",
+        "captions.csv:3: the picture 'DOG' is not there, but images/dog.jpg is",
+        "captions.csv:4: the picture 'cow.jpg' is not there",
+    ]
+
+
 def test_pictures_may_lie_elsewhere(tmp_path: Path) -> None:
     pictures(tmp_path / "photos", "cat.jpg", "other.jpg")
     table = write(tmp_path / "list" / "mine.csv", "file,caption\ncat.jpg,a cat\ngone.jpg,gone\n")
@@ -123,6 +141,19 @@ def test_another_column_may_hold_the_caption(tmp_path: Path) -> None:
     write(tmp_path / "captions.csv", "file,caption,Long\ncat.jpg,a cat,a long cat\n")
 
     assert open_source(tmp_path, text="long").read(0).turns == (("", "a long cat"),)
+
+
+def test_a_table_with_neither_column_is_told_of_both_at_once(tmp_path: Path) -> None:
+    pictures(tmp_path, "cat.jpg")
+    write(tmp_path / "captions.csv", "\ufeffBild;Text dazu\r\ncat.jpg;a cat\r\n")
+
+    with pytest.raises(
+        DataError, match=r"for the picture, .* and no column for the caption, .* has Bild, Text"
+    ) as told:
+        open_source(tmp_path)
+    assert told.value.hint == (
+        "rename a column to file_name and caption, or name the caption's column with `text` (--text)"
+    )
 
 
 @pytest.mark.parametrize(
