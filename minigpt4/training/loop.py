@@ -83,6 +83,9 @@ class Progress:
 class Observer(Protocol):
     """Who watches a run."""
 
+    def goes_on(self, state: State) -> None:
+        """Told once, in all processes, where a run that began before goes on; after its last stage nothing is left."""
+
     def update(self, progress: Progress) -> None:
         """Told of every update, in the main process."""
 
@@ -131,6 +134,7 @@ def train(
     found = last_checkpoint(recipe.output)
     if found:
         load_trained(found[0], model)
+        observer.goes_on(found[1])
     state = found[1] if found else State()
     by_the_main_process(lambda: forget_lines_after(recipe, state.stage, state.step), processes)
     step = TrainingStep(model)

@@ -12,6 +12,7 @@ from accelerate import PartialState
 
 from minigpt4.data.batches import SourceBatches
 from minigpt4.errors import ConfigError
+from minigpt4.plurals import counted
 from minigpt4.training.checkpoint import State, last_checkpoint, whole
 from minigpt4.training.features import cached_pictures
 from minigpt4.training.loop import Batches, Progress, train
@@ -62,6 +63,16 @@ class _Watcher:
     reports: Reports
     validation: Validation | None
     trackers: list[Tracker]
+
+    def goes_on(self, state: State) -> None:
+        if state.stage < len(self.recipe.stages):
+            stage = self.recipe.stages[state.stage]
+            self.reports.say(f"goes on after {state.step:,} of {counted(stage.steps, 'update')} of stage {stage.name}")
+        else:
+            self.reports.say(
+                f"all updates of {self.recipe.output} were made before; to learn more, set another output, and "
+                f"{self.recipe.output / ALIGNMENT_FOLDER} as the model"
+            )
 
     def update(self, progress: Progress) -> None:
         self.reports.update(progress)

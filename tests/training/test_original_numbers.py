@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 import minigpt4
 from minigpt4.data.examples import Layout, padded
 from minigpt4.data.record import Record
+from minigpt4.training.checkpoint import State
 from minigpt4.training.loop import Progress, train
 from minigpt4.training.objectives import TrainingStep
 from minigpt4.training.processes import processes
@@ -71,6 +72,9 @@ class Watcher:
     def update(self, progress: Progress) -> None:
         self.steps.append(progress)
         self.after.append((self.projection.weight.detach().clone(), self.projection.bias.detach().clone()))
+
+    def goes_on(self, state: State) -> None:
+        pass
 
     def told_to_stop(self) -> None:
         pass

@@ -198,19 +198,28 @@ def test_a_finished_run_is_not_trained_again(model_folder: Path, pictures: Path,
     wanted = recipe(model_folder, pictures, tmp_path / "run")
     first = (run(wanted) / "alignment.safetensors").read_bytes()
     steps: list[object] = []
+    said: list[str] = []
 
-    assert (run(wanted, Reports(update=steps.append)) / "alignment.safetensors").read_bytes() == first
+    assert (run(wanted, Reports(update=steps.append, say=said.append)) / "alignment.safetensors").read_bytes() == first
     assert steps == []
+    output = tmp_path / "run"
+    told = f"all updates of {output} were made before; to learn more, set another output, and {output}/alignment as the"
+    assert f"{told} model" in said
 
 
 def test_a_run_stopped_by_a_person_says_once_where_it_is_saved(
     model_folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
     said: list[str] = []
-    reports = Reports(update=lambda _: os.kill(os.getpid(), signal.SIGINT), say=said.append)
+    reports = Reports(lambda done: os.kill(os.getpid(), signal.SIGINT) if done.step == 1 else None, say=said.append)
     with pytest.raises(KeyboardInterrupt, match=r"stopped and saved in .*run; the same command goes on"):
         run(recipe(model_folder, pictures, tmp_path / "run"), reports)
     assert not [sentence for sentence in said if "stopped and saved" in sentence]
+    assert not [sentence for sentence in said if sentence.startswith("goes on")]
+
+    run(recipe(model_folder, pictures, tmp_path / "run"), Reports(say=said.append))
+    went_on = [sentence for sentence in said if sentence.startswith("goes on")]
+    assert went_on == ["goes on after 2 of 4 updates of stage only"]
 
 
 def test_gradient_checkpointing_changes_nothing(model_folder: Path, pictures: Path, tmp_path: Path) -> None:

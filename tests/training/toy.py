@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.model.efficientnet_lite import EfficientNetLiteOutput
+from minigpt4.training.checkpoint import State
 from minigpt4.training.loop import Progress
 from minigpt4.training.objectives import TrainingStep
 from minigpt4.training.recipe import Recipe, StageRecipe
@@ -69,6 +70,10 @@ class Watcher:
         self.stop_after = stop_after
         self.losses = list(losses)
         self.told = 0
+        self.went_on: list[tuple[int, int]] = []
+
+    def goes_on(self, state: State) -> None:
+        self.went_on.append((state.stage, state.step))
 
     def update(self, progress: Progress) -> None:
         self.steps.append(progress)
