@@ -140,7 +140,7 @@ def test_a_stop_string_ends_the_answer_and_is_no_part_of_it(client: openai.OpenA
 
 def test_models_are_listed_and_described(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
-    assert client.models.retrieve(MODEL).max_model_len == tiny_chat.tiny_chat.CONTEXT
+    assert client.models.retrieve(MODEL).max_model_len == tiny_chat.CONTEXT
     with pytest.raises(openai.NotFoundError, match="no model"):
         client.models.retrieve("gpt-4o")
 
@@ -192,7 +192,7 @@ def test_a_context_overflow_says_both_numbers(client: openai.OpenAI) -> None:
             model=MODEL, messages=[{"role": "user", "content": "word " * 2000}], max_tokens=10
         )
     assert refused.value.code == "context_length_exceeded"
-    assert f"{tiny_chat.tiny_chat.CONTEXT}" in refused.value.message and " 10," in refused.value.message
+    assert f"{tiny_chat.CONTEXT}" in refused.value.message and " 10," in refused.value.message
 
 
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:
