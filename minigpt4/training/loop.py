@@ -274,7 +274,17 @@ def _loaded(data: Dataset[dict[str, Any]], workers: int) -> Iterator[dict[str, A
         timeout=LOADER_TIMEOUT if workers else 0,
         worker_init_fn=begin_reading,
     )
-    yield from loader
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (EOFError, ConnectionError) as error:
+            if "DataLoader worker" in str(error):  # raised by the data set, and brought here by the library
+                raise
+            raise _reader_ended(error) from error  # killed while it handed a batch over, and not missed yet
+        if batch is None:
+            return
+        yield batch
 
 
 @contextmanager
@@ -289,10 +299,14 @@ def _readers_alive() -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
-        raise DataError(
-            f"a process that reads examples ended: {' '.join(str(error).split())}",
-            hint="it is often out of memory: fewer workers, or smaller batches; the same command goes on",
-        ) from error
+        raise _reader_ended(error) from error
+
+
+def _reader_ended(error: Exception) -> DataError:
+    return DataError(
+        f"a process that reads examples ended: {' '.join(str(error).split()) or type(error).__name__}",
+        hint="it is often out of memory: fewer workers, or smaller batches; the same command goes on",
+    )
 
 
 def _groups(batches: Iterator[dict[str, Any]], stage: StageRecipe, first: int) -> Iterator[list[dict[str, Any]]]:

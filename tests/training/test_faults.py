@@ -143,6 +143,19 @@ def test_the_readers_outlive_a_signal_to_the_whole_group_so_that_the_trainer_can
     assert found is not None and found[1].step == 3
 
 
+def test_a_reader_killed_while_it_hands_over_a_batch_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library meets the broken connection a moment before it misses the reader."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise EOFError
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data", broken)
+    with pytest.raises(DataError, match="a process that reads examples ended: EOFError"):
+        train(toy.recipe(tmp_path, workers=1), toy.model(), toy.ToyBatches, toy.Watcher(), processes())
+
+
 def test_a_killed_reader_is_an_error_and_no_hang(tmp_path: Path) -> None:
     """In a program of its own: the library tells of a killed reader wherever the program happens to be."""
     started = time.monotonic()
