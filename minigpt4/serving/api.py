@@ -96,7 +96,7 @@ def _add_completions(app: FastAPI, desk: Desk) -> None:
     )
     async def create_chat_completion(http: Request) -> Response:
         """Answer a conversation about pictures, whole or as a stream of server-sent events."""
-        return await desk.answer(http)
+        return await desk.answer(http, http.scope["place"])
 
 
 def _add_models(app: FastAPI, desk: Desk) -> None:

@@ -103,6 +103,7 @@ def test_requests_out_of_the_description() -> None:
 def test_crowd_on_one_place() -> None:
     seconds = max(5.0, 60 * SCALE)
     with live(max_concurrent=1, max_queue=8) as server:
+        server.chat(HELLO)  # what the libraries do once at their first call is no part of it
         script = str(Path(__file__).with_name("crowd.py"))
         output = subprocess.check_output([sys.executable, script, str(server.port), "64", str(seconds)])
         server.wait_idle()
@@ -110,7 +111,7 @@ def test_crowd_on_one_place() -> None:
         counts = server.engine.counts
         statuses = Counter(status for status, _ in seen)
         refused = [took for status, took in seen if status == 429]
-        lost = counts.accepted - statuses[200]
+        lost = counts.accepted - 1 - statuses[200]
         p50, p99 = percentile(refused, 0.5) * 1000, percentile(refused, 0.99) * 1000
         print(
             f"\n64 clients, one place, {seconds:.0f} s: {dict(statuses)}, lost {lost}, hung 0, "

@@ -1,6 +1,7 @@
 """Many clients, clients that leave, clients that are slow: nobody is lost and nothing leaks."""
 
 import json
+import select
 import socket
 import sys
 import threading
@@ -16,6 +17,7 @@ import torch
 
 from minigpt4.serving.engine import Engine
 from minigpt4.serving.http import desk, listening
+from minigpt4.serving.http.desk import UNREAD_SECONDS
 from minigpt4.serving.request import Request
 from minigpt4.serving.server import SWITCH_SECONDS
 from minigpt4.serving.settings import Limits, Settings
@@ -87,6 +89,7 @@ def test_a_request_read_when_the_queue_is_full_is_refused_before_it_is_looked_at
     late = one_place.connect()
     whole = request_bytes(HELLO).replace(b'{"messages"', b"{]messages]")
     late.sendall(whole[:-10])  # let in: there is room yet, and what it sends is not known
+    time.sleep(2 * UNREAD_SECONDS)  # until its place is given to others
     held = [occupy(one_place)]
     for _ in range(4):
         held.append(one_place.connect())
@@ -98,6 +101,24 @@ def test_a_request_read_when_the_queue_is_full_is_refused_before_it_is_looked_at
     for connection in held:
         connection.close()
     one_place.wait_idle()
+
+
+def test_of_those_that_come_at_once_the_last_are_refused_unread(
+    one_place: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk, "UNREAD_SECONDS", 600.0)
+    whole = request_bytes(HELLO)
+    held = [one_place.connect() for _ in range(6)]
+    for connection in held:
+        connection.sendall(whole[:-10])
+    (refused,), _, _ = select.select(held, [], [], 60)
+    assert refused.recv(12) == b"HTTP/1.1 429"
+    let_in = [connection for connection in held if connection is not refused]  # one is answered, four may wait
+    for connection in let_in:
+        connection.sendall(whole[-10:])
+    assert [connection.recv(12) for connection in let_in] == [b"HTTP/1.1 200"] * 5
+    for connection in held:
+        connection.close()
 
 
 def test_refusals_start_no_threads(one_place: Live) -> None:

@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,6 +32,20 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+UNREAD_SECONDS = 0.2
+"""How long a request has a place whose body is not read: one that sends slowly may not keep others out."""
+
+
+@dataclass(eq=False)
+class Place:
+    """A place in the queue for a request that the engine does not have yet.
+
+    Args:
+        until: When it is given to others, by the monotonic clock.
+    """
+
+    until: float
+
 
 class Desk:
     """Where requests are taken.
@@ -47,7 +63,7 @@ class Desk:
         self.started = int(time.time())
         self._engine: Engine | None = None
         self._closed: asyncio.Task[None] | None = None
-        self._preparing: set[object] = set()  # requests that are read, and not the engine's yet
+        self._places: set[Place] = set()
         # One thread: what it does holds the interpreter anyway, and tokenizers are not for two at once.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="desk")
 
@@ -73,7 +89,7 @@ class Desk:
         if self._engine is None:
             return 0
         counts = self._engine.counts
-        return len(self._preparing) + counts.waiting + counts.answering
+        return len(self._places) + counts.waiting + counts.answering
 
     def open(self, engine: "Engine") -> None:
         """Answer requests with an engine from now on."""
@@ -101,7 +117,8 @@ class Desk:
         """
         counts = self.engine.counts
         room = self.engine.max_queue + max(0, self.engine.max_concurrent - counts.answering)
-        if self.closing or counts.waiting + len(self._preparing) >= room:
+        now = time.monotonic()
+        if self.closing or counts.waiting + sum(place.until > now for place in self._places) >= room:
             raise ApiError(
                 429,
                 "the server is closing" if self.closing else f"the server has {counts.waiting} requests waiting",
@@ -109,34 +126,40 @@ class Desk:
                 headers={"Retry-After": "2"},
             )
 
-    async def answer(self, http: Request) -> Response:
-        """Answer a chat completion that `check_room` has let in.
+    def take_place(self) -> Place:
+        """Keep a place for a request that arrives now, until the engine has it or the place is given back.
+
+        Raises:
+            ApiError: As `check_room`.
+        """
+        self.check_room()
+        place = Place(time.monotonic() + UNREAD_SECONDS)
+        self._places.add(place)
+        return place
+
+    def give_back(self, place: Place) -> None:
+        """End a request's place."""
+        self._places.discard(place)
+
+    async def answer(self, http: Request, place: Place) -> Response:
+        """Answer a chat completion that has a place.
 
         Raises:
             ApiError: With what is wrong, and where.
         """
         async with self.bodies.read(http) as body:  # what is read is let go before the answer begins
-            with self._place() as place:  # not before: a client that sends slowly would keep others out
-                asked = await self._apart(partial(self._parsed, body))
-                body.clear()  # its pictures are in memory a second time by now
-                listening = await self._submitted(asked, place)
+            if self.closing or place.until < time.monotonic():
+                self.check_room()
+            place.until = math.inf
+            asked = await self._apart(partial(self._parsed, body))
+            body.clear()  # its pictures are in memory a second time by now
+            listening = await self._submitted(asked, place)
         options = asked.stream_options
         writer = Writer(self.settings.model_id, options is not None and options.include_usage)
         if asked.stream:
             return AnswerStream(listening, writer, self.settings.limits.ping_seconds)
         del asked, body  # hundreds of requests may wait, and their pictures are long
         return await whole_answer(listening, http, writer)
-
-    @contextlib.contextmanager
-    def _place(self) -> Iterator[object]:
-        """Keep a place in the queue for a request until the engine has it."""
-        self.check_room()
-        place = object()
-        self._preparing.add(place)
-        try:
-            yield place
-        finally:
-            self._preparing.discard(place)
 
     async def _close(self) -> None:
         if self._engine is not None:
@@ -186,7 +209,7 @@ class Desk:
             name = "max_completion_tokens" if asked.max_completion_tokens else "max_tokens"
             raise ApiError(400, f"{name} is {longest}, expected at most {most}", hint, param=name)
 
-    async def _submitted(self, asked: ChatRequest, place: object) -> Listening:
+    async def _submitted(self, asked: ChatRequest, place: Place) -> Listening:
         engine = self.engine
         deaths = self.pool.deaths
         try:
@@ -202,7 +225,7 @@ class Desk:
                     timeout=self.settings.limits.answer_seconds,
                 )
                 # Here, where it begins to count with the engine: counted twice, it would have another one refused.
-                self._preparing.discard(place)
+                self.give_back(place)
                 return submitted
 
             request = await self._apart(submit)

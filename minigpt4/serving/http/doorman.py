@@ -25,10 +25,15 @@ class Doorman:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] == COMPLETIONS:
-            try:
-                self.desk.check_room()
-            except ApiError as error:
-                await error_response(error)(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] != COMPLETIONS:
+            await self.app(scope, receive, send)
+            return
+        try:
+            place = scope["place"] = self.desk.take_place()
+        except ApiError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.desk.give_back(place)
