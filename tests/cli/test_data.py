@@ -4,29 +4,17 @@ import io
 import json
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from minigpt4 import cli
 from minigpt4.cli.data import BAD_SHARE, counting_bar
 from minigpt4.data.sources import open_source
 from minigpt4.training.recipe import Recipe
 from tests import tiny_chat
+from tests.commands import Run, runner
 from tests.data.sources.source_files import picture, samples, shard, write
-
-
-@dataclass
-class Result:
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
 
 
 @pytest.fixture
@@ -34,18 +22,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
     """Runs a command in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
-    def result(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["minigpt4", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b""), encoding="utf-8"))
-        capfd.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            status = int(error.code or 0)
-        return Result(status, *capfd.readouterr())
-
-    return result
+    return runner(monkeypatch, capfd)
 
 
 @pytest.fixture

@@ -1,49 +1,22 @@
 """`minigpt4 data features` as a user meets it."""
 
 import shutil
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
-from transformers.utils import logging as transformers_logging
 
-from minigpt4 import cli
 from minigpt4.cli.features import features_bar
 from tests import tiny_chat
+from tests.commands import Run, runner
 
 PICTURES = 5
 
 
-@dataclass
-class Result:
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-    def result(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["minigpt4", *arguments])
-        capfd.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            status = int(error.code or 0)
-        return Result(status, *capfd.readouterr())
-
-    return result
+    return runner(monkeypatch, capfd)
 
 
 @pytest.fixture

@@ -1,19 +1,14 @@
 """`minigpt4 weights import` and `export`, and the original's own options, as a user meets them."""
 
-import io
 import json
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from transformers.utils import logging as transformers_logging
 
-from minigpt4 import cli
 from minigpt4.cli.original import spread_options
+from tests.commands import Run, runner
 from tests.weights.original import original_files
 
 HEADS = ["vision_config.num_attention_heads=2", "qformer_config.num_attention_heads=2"]
@@ -29,16 +24,6 @@ model:
 """
 
 
-@dataclass
-class Result:
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """Runs a command in this process, in a folder with a small model's files, its YAML and `cat.png`."""
@@ -47,21 +32,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
     original_files.write(tmp_path)
     (tmp_path / "eval.yaml").write_text(YAML, encoding="utf-8")
     Image.new("RGB", (30, 20), "red").save("cat.png")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
-    def result(*arguments: str, stdin: str = "") -> Result:
-        monkeypatch.setattr(sys, "argv", ["minigpt4", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
-        capfd.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            status = int(error.code or 0)
-        return Result(status, *capfd.readouterr())
-
-    return result
+    return runner(monkeypatch, capfd)
 
 
 def paths() -> list[str]:
@@ -170,7 +142,7 @@ def test_question_is_answered_by_the_originals_yaml(run: Run) -> None:
     if not torch.cuda.is_available():
         assert "--gpu-id 0: there is no CUDA device here, the model runs on cpu instead" in done.err
     talk = run("chat", "cat.png", "--cfg-path", "eval.yaml", "--options", *OF_THE_YAML, "--max-new-tokens", "2",
-               "--device", "cpu", stdin="what is this?\n")  # fmt: skip
+               "--device", "cpu", stdin=b"what is this?\n")  # fmt: skip
     assert talk.status == 0
     assert "eval.yaml is ready" in talk.err
     as_json = run("ask", *question, "--cfg-path", "eval.yaml", "--options", *OF_THE_YAML, "--json")
