@@ -53,7 +53,7 @@ class Engine:
         model: The model, on its device.
         processor: Its processor.
         max_concurrent: Answers in progress at once.
-        max_queue: Requests that wait; one more is refused.
+        max_queue: Requests that wait while all answers are in progress; one more is refused.
         image_bytes: Most bytes of image embeddings kept.
         read_bytes: Most bytes of read conversations kept.
     """
@@ -92,6 +92,13 @@ class Engine:
         """How the engine stands."""
         with self._change:
             return Counts(len(self._waiting), len(self._rows) + self._beginning, **self._counts)
+
+    @property
+    def room(self) -> int:
+        """How many more requests would be accepted now."""
+        with self._change:
+            answering = len(self._rows) + self._beginning
+            return self.max_concurrent + self.max_queue - answering - len(self._waiting)
 
     def submit(
         self,
@@ -138,7 +145,7 @@ class Engine:
             answer=Answer(prompt_tokens=len(ids)),
         )
         with self._change:
-            if self._closing or len(self._waiting) >= self.max_queue:
+            if self._closing or self.room <= 0:
                 self._counts["refused"] += 1
                 what = "is closing" if self._closing else f"has {len(self._waiting)} requests waiting"
                 raise ServerBusyError(f"the server {what}, try again later", hint="wait a few seconds")
@@ -190,9 +197,11 @@ class Engine:
                 new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
                 self._beginning = len(new)
             for request in new:
-                self._guarded(request, self._begin)
-                with self._change:
+                row = self._guarded(request, self._begin)
+                with self._change:  # at once: counted twice or not at all, it would change who is refused
                     self._beginning -= 1
+                    if row is not None:
+                        self._rows.append(row)
             if self._rows:
                 self._step()
 
@@ -202,24 +211,29 @@ class Engine:
             self._waiting.remove(request)
             self._finish(request, "cancelled")
 
-    def _guarded(self, request: Request, work: Callable[[Request], None]) -> None:
+    def _guarded(self, request: Request, work: Callable[[Request], _Row | None]) -> _Row | None:
         """Let what goes wrong with one request be that request's own."""
         try:
-            work(request)
+            return work(request)
         except BaseException as error:
             logger.debug("an answer failed", exc_info=error)
             known = error if isinstance(error, MiniGPT4Error) else MiniGPT4Error("the answer failed")
             self._counts["failed"] += 1
             request.state = "done"
             request.deliver(known)
+            return None
 
     @torch.inference_mode()
-    def _begin(self, request: Request) -> None:
-        """Read the prompt, from where an earlier conversation has it, and say the first token."""
+    def _begin(self, request: Request) -> _Row | None:
+        """Read the prompt, from where an earlier conversation has it, and say the first token.
+
+        Returns:
+            Its row, which has joined the batch; None when the answer has ended.
+        """
         request.state = "answering"
         if request.options["num_beams"] > 1:
             self._with_beams(request)
-            return
+            return None
         keys = [key for key, _ in request.pictures]
         width = self.model.config.num_image_tokens
         read = self._memory.take(request.ids, keys, self.model.config.image_token_id, width)
@@ -247,9 +261,9 @@ class Engine:
                 ended = self._say(row, output.logits[0, -1])
             self._memory.keep(Read(row.ids[: cache.get_seq_length()], keys, cache))
             self._end(row)
-            return
+            return None
         self._batch.join(cache)
-        self._rows.append(row)
+        return row
 
     def _picture_inputs(self, pictures: Sequence[tuple[str, Image.Image]]) -> dict[str, Any]:
         rows = []

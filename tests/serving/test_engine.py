@@ -179,6 +179,18 @@ def test_a_full_queue_refuses_at_once_and_loses_nothing() -> None:
     engine.close(20)
 
 
+def test_what_comes_before_the_first_is_taken_up_has_its_place_too() -> None:
+    engine = Engine(tiny_chat.model(), tiny_chat.processor(), max_concurrent=1, max_queue=3)
+    with engine._change:  # its thread takes nothing up meanwhile
+        running = [ask(engine, [said("go", picture(number))], max_new_tokens=4) for number in range(4)]
+        assert engine.room == 0
+        with pytest.raises(ServerBusyError, match="has 4 requests waiting"):
+            ask(engine, [said("go")])
+    assert all(isinstance(heard.text(), str) for _, heard in running)
+    engine.close(20)
+    assert engine.room == 4
+
+
 def test_a_cancelled_answer_ends_within_a_token_and_frees_its_place(engine: Engine) -> None:
     request, heard = ask(engine, [said("go", picture(1))], max_new_tokens=900)
     while request.answer.completion_tokens < 5:

@@ -115,13 +115,13 @@ class Desk:
         Raises:
             ApiError: 429 without room, 503 while the model is loading.
         """
-        counts = self.engine.counts
-        room = self.engine.max_queue + max(0, self.engine.max_concurrent - counts.answering)
+        engine = self.engine
         now = time.monotonic()
-        if self.closing or counts.waiting + sum(place.until > now for place in self._places) >= room:
+        if self.closing or sum(place.until > now for place in self._places) >= engine.room:
+            waiting = engine.counts.waiting
             raise ApiError(
                 429,
-                "the server is closing" if self.closing else f"the server has {counts.waiting} requests waiting",
+                "the server is closing" if self.closing else f"the server has {waiting} requests waiting",
                 "wait a few seconds and ask again",
                 headers={"Retry-After": "2"},
             )
