@@ -85,16 +85,21 @@ def test_unknown_tracker_is_refused() -> None:
 
 
 def test_weights_and_biases_keeps_its_run_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="Weights & Biases is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
 
     for start in (0, 2):
         (tracker,) = open_trackers(["wandb"], tmp_path, {"model": "nano"}, first_step=start)
-        tracker.log({"loss": 1.0}, start)
+        tracker.log({"loss": 0.625 + start, "empty": math.nan}, start)
         tracker.finish()
 
-    (name,) = {path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")}
-    assert name == (tmp_path / "wandb_id.txt").read_text().strip()
+    started = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
+    name = (tmp_path / "wandb_id.txt").read_text().strip()
+    assert len(started) == 2
+    assert all(f"-{name}" in folder for folder in started)
+    written = b"".join(path.read_bytes() for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert b"0.625" in written
+    assert b"2.625" in written
+    assert b"empty" not in written
 
 
 def test_weights_and_biases_that_cannot_be_opened_is_told_and_closes_the_others(
