@@ -5,17 +5,19 @@
 The projection alone learns, as in both of MiniGPT-4's stages. The original's algorithm: the picture through the frozen
 vision encoder and Q-Former at every update, logits in float32 for all places, examples in batches as they come, padded
 to the longest, with a mask. Its update is written down here once more; then one thing after another is done as this
-project does it, and the last row but one is `minigpt4.training` as it is:
+project does it, with `minigpt4.training` as it is from "no mask" on:
 
 - targets only: no logits where nothing is learned.
 - buckets: batches of like length, out of a window of batches.
 - no mask: padding stands on the right, where no place reads it.
 - cached features: what the projection reads of a picture is kept, as `features: cache` in a recipe does.
+- side by side: texts about one picture in one row, as `texts_per_picture` in a recipe does.
 
 A round makes the same window of updates once in every way, and begins with another way each time. The first round is
-not timed: there the loss and the gradient of the window must be the same in all ways, or the program ends. The two
-kinds of examples are like MiniGPT-4's: pictures with captions of 5 to 32 tokens, and with a prompt and 50 to 160.
-Reading and opening pictures is no part of an update here; readers do it beside.
+not timed: there the loss and the gradient of the window must be the same in all ways, or the program ends. Two kinds
+of examples are like MiniGPT-4's: pictures with captions of 5 to 32 tokens, and with a prompt and 50 to 160. The third
+is like VQA: eight short questions about each picture. Reading and opening pictures is no part of an update here;
+readers do it beside.
 
 nano's encoder is small; with `--encoder dinov2-small` one of that shape, with random weights, takes its place.
 """
@@ -40,6 +42,7 @@ from torch import Tensor, nn
 
 from minigpt4.data.examples import IGNORED, TextExample, padded
 from minigpt4.data.order import bucketed
+from minigpt4.data.side_by_side import branches_of, side_by_side
 from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from minigpt4.training.objectives import Outcome, TrainingStep
 from minigpt4.training.recipe import StageRecipe
@@ -85,6 +88,7 @@ class Kind:
         longest: At most.
         before: Tokens before the picture, the one that begins a text included.
         after: Tokens between the picture and the answer.
+        texts: Examples about the same picture.
     """
 
     name: str
@@ -93,9 +97,10 @@ class Kind:
     longest: int
     before: int
     after: int
+    texts: int = 1
 
 
-KINDS = [Kind("stage 1", 8, 5, 32, 1, 0), Kind("stage 2", 4, 50, 160, 8, 14)]
+KINDS = [Kind("stage 1", 8, 5, 32, 1, 0), Kind("stage 2", 4, 50, 160, 8, 14), Kind("questions", 8, 2, 6, 1, 8, 8)]
 
 
 class OriginalStep(nn.Module):
@@ -201,12 +206,15 @@ def examples(model: MiniGPT4ForConditionalGeneration, kind: Kind, count: int) ->
         ids = torch.randint(config.image_token_id + 1, config.text_config.vocab_size, (number,), generator=generator)
         return [int(i) for i in ids]
 
-    prompt = [*words(kind.before), *[config.image_token_id] * config.num_image_tokens, *words(kind.after)]
+    beginning = [*words(kind.before), *[config.image_token_id] * config.num_image_tokens]
     lengths = torch.randint(kind.shortest, kind.longest + 1, (count,), generator=generator).tolist()
-    answers = [words(length) for length in lengths]
-    texts = [TextExample(prompt + answer, [IGNORED] * len(prompt) + answer, 0) for answer in answers]
+    texts = []
+    for length in lengths:
+        prompt, answer = beginning + words(kind.after), words(length)
+        texts.append(TextExample(prompt + answer, [IGNORED] * len(prompt) + answer, 0))
     side = config.vision_config.image_size
-    return texts, torch.randn(count, 3, side, side, generator=generator)
+    pictures = torch.randn(count // kind.texts, 3, side, side, generator=generator)
+    return texts, pictures.repeat_interleave(kind.texts, 0)
 
 
 def ways(model: MiniGPT4ForConditionalGeneration, kind: Kind, window: int) -> list[Way]:
@@ -224,13 +232,32 @@ def ways(model: MiniGPT4ForConditionalGeneration, kind: Kind, window: int) -> li
 
     as_they_come, bucketed_ = batches(in_order, pixel_values=pictures), batches(alike, pixel_values=pictures)
     ours = TrainingStep(model)
-    return [
+    listed = [
         Way("the original's algorithm", OriginalStep(model), as_they_come),
         Way("+ targets only", MaskedStep(model), as_they_come),
         Way("+ buckets", MaskedStep(model), bucketed_),
         Way("+ no mask", ours, bucketed_),
         Way("+ cached features", ours, batches(alike, qformer_outputs=features)),
     ]
+    if kind.texts > 1:
+        listed.append(Way("+ side by side", ours, joined(model, kind, texts, in_order, features)))
+    return listed
+
+
+def joined(
+    model: MiniGPT4ForConditionalGeneration,
+    kind: Kind,
+    texts: Sequence[TextExample],
+    groups: list[list[int]],
+    features: Tensor,
+) -> list[Batch]:
+    """Make batches in which the texts about a picture stand in one row."""
+    made = []
+    for rows in groups:
+        firsts = rows[:: kind.texts]
+        together = [side_by_side(texts[i : i + kind.texts], model.config.image_token_id) for i in firsts]
+        made.append(padded(together, 0) | branches_of(together) | {"qformer_outputs": features[firsts]})
+    return made
 
 
 def qformer_outputs(model: MiniGPT4ForConditionalGeneration, pictures: Tensor) -> Tensor:
@@ -343,6 +370,8 @@ def main() -> None:
     parser.add_argument(
         "--encoder", choices=["nano", "dinov2-small"], default="nano", help="nano's own, or one of DINOv2-small's shape"
     )
+    names = [kind.name for kind in KINDS]
+    parser.add_argument("--kinds", nargs="+", choices=names, default=names, help="of examples")
     parser.add_argument("--precision", choices=list(TOLERANCE), default="fp32", help="of all ways")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--window", type=int, default=8, help="updates in a round, and batches in a bucket's window")
@@ -358,10 +387,11 @@ def main() -> None:
         "command": shlex.join(["python", *sys.argv]),
         "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
-    for kind in KINDS:
+    kinds = [kind for kind in KINDS if kind.name in arguments.kinds]
+    for kind in kinds:
         figures[kind.name] = measure(model, kind, arguments)
     figures["load_after"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    print("\n\n".join(table(figures[kind.name], kind) for kind in KINDS))
+    print("\n\n".join(table(figures[kind.name], kind) for kind in kinds))
     busy = f"{figures['load_before']:.1f} before, {figures['load_after']:.1f} after; " if figures["load_before"] else ""
     print(f"\n{machine}; load {busy}{figures['date']}; `{figures['command']}`")
     if arguments.json:

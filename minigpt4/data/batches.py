@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 from minigpt4.data.caption_text import blip_caption
 from minigpt4.data.examples import Layout, TextExample, padded, pixel_values
 from minigpt4.data.order import Order, bucketed
-from minigpt4.data.record import Record, Source
+from minigpt4.data.record import Record, Source, Turns
+from minigpt4.data.side_by_side import branches_of, side_by_side
 from minigpt4.data.sources.faults import kind_of
 from minigpt4.errors import DataError, ImageError, PromptError
 
@@ -109,7 +110,8 @@ class SourceBatches(Dataset[dict[str, Any]]):
         """Make a batch.
 
         Returns:
-            `input_ids`, `attention_mask`, `labels` `(batch, longest)`; `pixel_values` `(pictures, 3, height, width)`
+            `input_ids`, `attention_mask`, `labels` `(batch, longest)`; `branch_ids` and `position_ids`, likewise, where
+            a row has several texts; `pixel_values` `(pictures, 3, height, width)`
             where there are pictures, or the entries that `kept` makes of them; `keys` of the examples; `bad`, those
             that others stand in for; `cut`, how many lost their end.
 
@@ -119,7 +121,7 @@ class SourceBatches(Dataset[dict[str, Any]]):
         bad: list[BadSample] = []
         rows = [self._example(item, place, bad) for place in self._places(item)]
         texts = [text for text, _, _, _ in rows]
-        batch: dict[str, Any] = padded(texts, self.layout.processor.tokenizer.pad_token_id or 0)
+        batch: dict[str, Any] = padded(texts, self.layout.processor.tokenizer.pad_token_id or 0) | branches_of(texts)
         pictures = [picture for _, picture, _, _ in rows if picture is not None]
         if pictures:
             batch |= self.kept.batch(pictures) if self.kept else {"pixel_values": torch.stack(pictures)}
@@ -159,7 +161,7 @@ class SourceBatches(Dataset[dict[str, Any]]):
             try:
                 record = self.record(source_number, number)
                 key = record.key
-                text = self.layout.encode(record, self._prompt(item, place))
+                text = self._encoded(record, self._prompt(item, place))
                 picture = self._picture(record, place, attempt) if record.picture is not None else None
                 return text, picture, key, f"{source.name}: {source.group(number)}"
             except (DataError, ImageError, PromptError) as error:
@@ -180,7 +182,8 @@ class SourceBatches(Dataset[dict[str, Any]]):
         record = self.sources[source].read(number)
         if not self.blip_captions or not self.blip_captions[source]:
             return record
-        return replace(record, turns=tuple((question, blip_caption(answer)) for question, answer in record.turns))
+        turns, *beside = (cleaned(turns) for turns in (record.turns, *record.beside))
+        return replace(record, turns=turns, beside=tuple(beside))
 
     def text(self, place: int) -> TextExample:
         """Return the text of a place in the order, its picture unopened.
@@ -190,7 +193,13 @@ class SourceBatches(Dataset[dict[str, Any]]):
             PromptError: Its text cannot be a prompt.
         """
         record = self.record(*self.order.pick(place))
-        return self.layout.encode(record, self._prompt(place // self.batch_size, place))
+        return self._encoded(record, self._prompt(place // self.batch_size, place))
+
+    def _encoded(self, record: Record, prompt: str) -> TextExample:
+        if not record.beside:
+            return self.layout.encode(record, prompt)
+        texts = [self.layout.encode(replace(record, turns=turns), prompt) for turns in (record.turns, *record.beside)]
+        return side_by_side(texts, self.layout.processor.image_token_id)
 
     def _picture(self, record: Record, place: int, attempt: int) -> Any:  # noqa: ANN401  (pixels, or what is kept)
         if self.kept is not None:
@@ -205,3 +214,8 @@ class SourceBatches(Dataset[dict[str, Any]]):
         kind = 11 if self.prompt_for == "batch" else 12
         drawn = np.random.default_rng([self.order.seed, self.order.stage, key, kind])
         return self.prompts[int(drawn.integers(len(self.prompts)))]
+
+
+def cleaned(turns: Turns) -> Turns:
+    """Clean answers as the original did in its first stage."""
+    return tuple((question, blip_caption(answer)) for question, answer in turns)

@@ -44,11 +44,13 @@ class TextExample:
         input_ids: Token ids; the image token's id at the picture's places.
         labels: As many; the ids themselves where the loss is taken, else `IGNORED`.
         cut: Tokens of answers, or whole turns, that did not fit.
+        branches: Lengths of the beginning and of the texts that follow it side by side; empty for one text.
     """
 
     input_ids: list[int]
     labels: list[int]
     cut: int
+    branches: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+Turns = tuple[tuple[str, str], ...]
+
 
 @dataclass(frozen=True)
 class Record:
@@ -17,11 +19,13 @@ class Record:
         key: Names the record for people, such as `00003.tar:000030017` or `image/12.jpg`.
         picture: The encoded picture (JPEG, PNG, WebP), not yet opened; None for text alone.
         turns: Questions and answers in turn. The question of a caption is empty: the recipe's prompts ask.
+        beside: Further conversations about the same picture, each to be read without the others.
     """
 
     key: str
     picture: bytes | None
-    turns: tuple[tuple[str, str], ...]
+    turns: Turns
+    beside: tuple[Turns, ...] = ()
 
 
 class Source(Protocol):

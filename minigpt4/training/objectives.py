@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.model.modeling_minigpt4 import MiniGPT4ImageFeatures
+from minigpt4.training.branches import branches
 
 COSINE_SCALE = 20.0
 """Cosines are multiplied by this before the softmax; 1 would leave the target at most e times likelier than a rest."""
@@ -95,13 +96,15 @@ def language(model: MiniGPT4ForConditionalGeneration, batch: dict[str, Any]) -> 
     Args:
         model: The model.
         batch: Pictures; `input_ids` and `labels` `(batch, length)`, padded on the right, -100 outside answers. No
-            place reads what comes after it, so padding there needs no mask.
+            place reads what comes after it, so padding there needs no mask. With several texts in a row also
+            `branch_ids` and `position_ids` `(batch, length)`.
     """
     features = image_features(model, batch)
     hidden = model.model(
         input_ids=batch["input_ids"],
         mm_encoder_outputs={"image": features} if features is not None else None,
         use_cache=False,
+        **branches(model, batch),
     ).last_hidden_state
     targets = batch["labels"][:, 1:]
     outcome = _outcome(model.compute_logits(hidden[:, :-1][targets != -100]), targets[targets != -100])

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from minigpt4.data.batches import SourceBatches
 from minigpt4.errors import ConfigError
 from minigpt4.plurals import counted
+from minigpt4.training.branches import check_branches
 from minigpt4.training.checkpoint import State, last_checkpoint, whole
 from minigpt4.training.features import cached_pictures
 from minigpt4.training.loop import Batches, Progress, train
@@ -22,7 +23,7 @@ from minigpt4.training.preparing import Prepared, check_libraries, prepare_model
 from minigpt4.training.processes import by_the_main_process, gather_parameters, processes
 from minigpt4.training.recipe import Recipe, StageRecipe
 from minigpt4.training.run_folder import check_recipe, only_run
-from minigpt4.training.stage_data import RunSources, check_data, stage_data
+from minigpt4.training.stage_data import RunSources, check_data, has_branches, stage_data
 from minigpt4.training.text_statistics import text_statistics
 from minigpt4.training.trackers import Tracker, check_trackers, open_trackers
 from minigpt4.training.validation import Validation
@@ -122,6 +123,8 @@ def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) 
         check_data(recipe, sources)
         torch.manual_seed(recipe.seed)
         prepared = prepare_model(recipe, here, told.parts)
+        if has_branches(recipe):
+            check_branches(prepared.model)
         kept = cached_pictures(recipe, prepared, here, told.features, sources) if recipe.features == "cache" else None
         batches = stage_data(recipe, prepared, here, kept, sources)
         validation = None

@@ -14,6 +14,7 @@ from minigpt4.data.order import Order
 from minigpt4.data.record import Source
 from minigpt4.data.shards import shards_in
 from minigpt4.data.sources import open_source
+from minigpt4.data.sources.by_picture import by_picture
 from minigpt4.errors import ConfigError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing import MiniGPT4Processor
@@ -51,11 +52,13 @@ class RunSources:
         return [self._open(source) for source in wanted]
 
     def _open(self, wanted: SourceRecipe) -> Source:
-        key = (wanted.path, wanted.format, wanted.images, wanted.text)
+        key = (wanted.path, wanted.format, wanted.images, wanted.text, wanted.texts_per_picture)
         if key not in self._opened:
-            self._opened[key] = open_source(
+            source = open_source(
                 wanted.path, format=wanted.format, images=wanted.images, text=wanted.text, report=self._report
             )
+            most = wanted.texts_per_picture
+            self._opened[key] = by_picture(source, most) if most > 1 else source
         return self._opened[key]
 
 
@@ -77,6 +80,19 @@ def check_data(recipe: Recipe, opened: RunSources) -> None:
         opened.open(data.sources)
     if recipe.validation:
         opened.open(recipe.validation.sources)
+    for stage in recipe.stages:
+        if stage.layout == "original" and has_branches(recipe):
+            raise ConfigError(
+                f"stage {stage.name} has the layout original, which has no texts side by side",
+                hint="leave texts_per_picture out",
+            )
+
+
+def has_branches(recipe: Recipe) -> bool:
+    """Return whether rows of a run's examples have several texts."""
+    sections = [recipe.data_of(stage) for stage in recipe.stages] + [recipe.validation]
+    sources = [s for section in sections if section and not isinstance(section, NanoData) for s in section.sources]
+    return any(source.texts_per_picture > 1 for source in sources)
 
 
 def _refuse_other_objectives(stage: StageRecipe) -> None:

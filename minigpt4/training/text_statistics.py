@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import quantiles
 
 from minigpt4.data.batches import SourceBatches
-from minigpt4.data.examples import IGNORED
+from minigpt4.data.side_by_side import answers_of
 from minigpt4.errors import DataError, PromptError
 from minigpt4.plurals import counted
 
@@ -20,8 +20,8 @@ class TextStatistics:
     """What the texts of a stage are like.
 
     Args:
-        lengths: Tokens of answers in each example that was looked at; end symbols included.
-        cut: How many examples lose the end of an answer, or further turns.
+        lengths: Tokens of answers in each text that was looked at; end symbols included.
+        cut: How many of them lose the end of an answer, or further turns.
         limit: `max_text_tokens` of the stage.
     """
 
@@ -53,6 +53,7 @@ def text_statistics(batches: SourceBatches) -> TextStatistics:
             example = batches.text(place)
         except (DataError, PromptError):
             continue  # counted when it is read for training
-        lengths.append(sum(label != IGNORED for label in example.labels))
-        cut += example.cut > 0
+        answers = answers_of(example)
+        lengths += answers
+        cut += min(example.cut, len(answers))
     return TextStatistics(lengths, cut, batches.layout.max_text_tokens)

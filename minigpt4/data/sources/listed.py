@@ -118,8 +118,18 @@ class ListSource:
         """Return the numbers of the records that are bad without being read."""
         return self.rows.bad
 
-    def read(self, number: int) -> Record:
+    def picture_of(self, number: int) -> str | None:
+        """Return the likeliest place of a record's picture; None for text alone, and for what is bad as it stands."""
+        row = self.rows[number]
+        pictures = row[1] if len(row) > 2 else None
+        return pictures[0] if pictures else None
+
+    def read(self, number: int, *, with_picture: bool = True) -> Record:
         """Return a record.
+
+        Args:
+            number: Which.
+            with_picture: Read its picture; else it has none.
 
         Raises:
             BadRecordError: It is bad as it stands, or its picture cannot be had.
@@ -132,7 +142,7 @@ class ListSource:
         key, pictures, turns = row
         if isinstance(turns, str):
             turns = [("", self.pictures.read_text(turns, key))]
-        picture = None if pictures is None else self.pictures.read_picture(pictures, key)
+        picture = None if pictures is None or not with_picture else self.pictures.read_picture(pictures, key)
         return Record(key, picture, tuple((question, answer) for question, answer in turns))
 
 
