@@ -467,3 +467,23 @@ def test_ctrl_c_on_a_terminal_stops_the_answer_and_the_chat_goes_on(model_folder
         assert terminal.said.endswith("stopped\r\n")
         assert "Traceback" not in terminal.said
     assert "What is it?" in (home / "chat_history").read_text()
+
+
+def test_ctrl_c_while_the_command_line_loads_says_that_it_stopped() -> None:
+    code = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Pressed(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "typer":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Pressed())
+sys.argv = ["minigpt4", "--version"]
+from minigpt4.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")

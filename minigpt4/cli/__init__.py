@@ -4,17 +4,14 @@ Answers and data go to standard output, everything else to standard error. Heavy
 needs them. A mistake of the user's is one sentence and a hint, exit status 2; `--debug` shows the traceback.
 """
 
-from minigpt4.cli import (  # each registers its commands
-    asking,
-    checking,
-    data,
-    delta,
-    demo,
-    features,
-    original,
-    serving,
-    training,
-)
-from minigpt4.cli.running import main
+import sys
 
-__all__ = ["asking", "checking", "data", "delta", "demo", "features", "main", "original", "serving", "training"]
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        from minigpt4.cli.running import run  # a third of a second, in which somebody may press Ctrl-C
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    run()

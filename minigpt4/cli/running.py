@@ -7,6 +7,17 @@ from typing import Any
 
 import typer
 
+from minigpt4.cli import (  # noqa: F401  (each registers its commands)
+    asking,
+    checking,
+    data,
+    delta,
+    demo,
+    features,
+    original,
+    serving,
+    training,
+)
 from minigpt4.cli.app import app
 from minigpt4.cli.original import spread_options
 from minigpt4.cli.plotting import join_names
@@ -14,7 +25,7 @@ from minigpt4.cli.terminal import complain, forgiving_streams, note
 from minigpt4.errors import MiniGPT4Error, UsageError
 
 
-def main() -> None:
+def run() -> None:
     """Run the command line, and turn what goes wrong into one sentence and an exit status."""
     arguments, debug = without_debug(sys.argv[1:])
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
