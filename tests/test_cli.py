@@ -487,3 +487,16 @@ main()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["serve", "--port", "99999"], "--port is '99999', expected at most 65535"),
+        (["serve", "--port", "http"], "--port is 'http', expected a whole number"),
+        (["ask", "cat.png", "What?", "--temperature=-1"], "--temperature is '-1', expected at least 0"),
+        (["ask", "cat.png", "What?", "--top-p", "half"], "--top-p is 'half', expected a number"),
+    ],
+)
+def test_a_wrong_value_of_an_option_is_told_with_what_was_expected(arguments: list[str], words: str, run: Run) -> None:
+    refused(run(*arguments), words)

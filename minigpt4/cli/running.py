@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import typer
+from pydantic import ValidationError
 
 from minigpt4.cli import (  # noqa: F401  (each registers its commands)
     asking,
@@ -23,6 +24,15 @@ from minigpt4.cli.original import spread_options
 from minigpt4.cli.plotting import join_names
 from minigpt4.cli.terminal import complain, forgiving_streams, note
 from minigpt4.errors import MiniGPT4Error, UsageError
+
+_EXPECTED = {
+    "less_than_equal": "at most {le:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+}
+"""What an option should hold, by the kind of its error."""
 
 
 def run() -> None:
@@ -69,11 +79,22 @@ def _run(arguments: list[str]) -> None:
         if where and message == where.get_help():  # a group without a command
             print(message, file=sys.stderr)
             sys.exit(2)
-        message = " ".join(message.split()).rstrip(".")
+        message = _wrong_value(error) or " ".join(message.split()).rstrip(".")
         raise UsageError(message[:1].lower() + message[1:], _usage_hint(arguments, where)) from error
     finally:
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where a broken pipe is still handled
+
+
+def _wrong_value(error: Any) -> str:  # noqa: ANN401  (the library's error)
+    """Say what an option holds and what was expected, of which the library says the latter only; else nothing."""
+    cause, option = error.__cause__, getattr(error, "param", None)
+    if not isinstance(cause, ValidationError) or option is None:
+        return ""
+    first = cause.errors()[0]
+    expected = _EXPECTED.get(first["type"], str(first["msg"]).removeprefix("Input should be "))
+    given = str(first["input"])
+    return f"{error.param_hint or option.opts[0]} is {given[:80]!r}, expected {expected.format(**first.get('ctx', {}))}"
 
 
 def _usage_hint(arguments: list[str], where: Any) -> str:  # noqa: ANN401  (the library's context, or None)

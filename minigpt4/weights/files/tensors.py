@@ -118,8 +118,10 @@ def open_tensors(path: Path) -> TensorFiles:
     with storing(path, doing="read"):
         if path.is_file():
             return TensorFiles(path, *_scan(path))
-        if not path.is_dir():
+        if not path.exists():
             raise WeightsError(f"{path} does not exist", "check the path")
+        if not path.is_dir():
+            raise WeightsError(f"{path} is neither a file nor a folder", "name a file of tensors, or a folder of them")
         return _open_folder(path)
 
 

@@ -218,6 +218,8 @@ def test_folder_without_a_model_is_refused(file: str, message: str, hint: str, t
 def test_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="does not exist"):
         open_tensors(tmp_path / "none")
+    with pytest.raises(WeightsError, match="neither a file nor a folder"):
+        open_tensors(Path("/dev/null"))
 
 
 def test_unknown_name_is_refused_by_name(tmp_path: Path) -> None:
