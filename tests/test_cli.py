@@ -500,3 +500,23 @@ main()
 )
 def test_a_wrong_value_of_an_option_is_told_with_what_was_expected(arguments: list[str], words: str, run: Run) -> None:
     refused(run(*arguments), words)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "PASSIVE"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
+        ({"GOMP_SPINCOUNT": "1000"}, None),
+        ({"KMP_BLOCKTIME": "10"}, None),
+    ],
+)
+def test_threads_sleep_while_they_wait_unless_told_otherwise(given: dict[str, str], expected: str | None) -> None:
+    """In a process of its own: the library of threads reads it once."""
+    code = "import os, sys; sys.argv = ['minigpt4', '--version']; from minigpt4.cli import main; main()"
+    code += "; assert 'torch' not in sys.modules; print(os.environ.get('OMP_WAIT_POLICY'))"
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | given
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+
+    assert done.stdout.split() == [__version__, str(expected)]

@@ -40,6 +40,7 @@ def run() -> None:
     arguments, debug = without_debug(sys.argv[1:])
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     forgiving_streams()
+    sleep_while_waiting()
     try:
         _run(arguments)
     except MiniGPT4Error as error:
@@ -61,6 +62,16 @@ def run() -> None:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         complain(MiniGPT4Error(f"unexpected {reason}", hint="--debug shows where"))
         sys.exit(1)
+
+
+def sleep_while_waiting() -> None:
+    """Let torch's threads sleep while they wait for each other, unless the environment says otherwise.
+
+    They spin by default, and lose their turns to whatever else the machine does: beside one busy program the first
+    word about a picture then takes ten times as long (`benchmarks/busy_machine.py`). Read when torch loads.
+    """
+    if not {"GOMP_SPINCOUNT", "KMP_BLOCKTIME"}.intersection(os.environ):
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _run(arguments: list[str]) -> None:
