@@ -71,6 +71,15 @@ def test_hundreds_of_bad_requests_are_each_refused_in_a_sentence(caller: Caller)
 IMAGE = {"type": "image_url", "image_url": {"url": 1}}
 
 
+def test_roles_out_of_turn_are_named_by_their_place(caller: Caller) -> None:
+    turn = {"role": "user", "content": "a"}
+
+    error = caller.post(json.dumps({"messages": [turn, turn]}).encode()).error
+
+    assert error["param"] == "messages[1]"
+    assert error["message"].startswith("messages[1] has the role 'user', expected 'assistant'. Send ")
+
+
 @pytest.mark.parametrize(
     ("body", "param", "message"),
     [

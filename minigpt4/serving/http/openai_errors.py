@@ -5,6 +5,7 @@ What is told is a sentence that was written to be told; of anything else only it
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -114,7 +115,8 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ContextOverflowError):
         return ApiError(400, error.message, error.hint, param="messages", code="context_length_exceeded")
     if isinstance(error, MiniGPT4Error) and error.http_status < 500:
-        return ApiError(error.http_status, error.message, error.hint)
+        place = re.match(r"messages\[\d+\]", error.message)
+        return ApiError(error.http_status, error.message, error.hint, param=place[0] if place else None)
     if isinstance(error, MiniGPT4Error):
         logger.error("%s", error.message)
     else:
