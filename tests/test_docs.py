@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import typer
 
-from minigpt4.cli.app import app
 from minigpt4.cli.original import spread_options
+from minigpt4.cli.running import app
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "minigpt4"
