@@ -156,7 +156,7 @@ def test_models_are_listed_and_described(client: openai.OpenAI) -> None:
         ({"extra_body": {"temprature": 1}}, "temprature", "unknown_parameter"),
         ({"temperature": -1}, "temperature", None),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop", None),
-        ({"max_tokens": 100_000}, "max_tokens", None),
+        ({"max_tokens": 100_000}, "max_tokens", "answer_too_long"),
     ],
 )
 def test_what_is_not_done_is_refused_by_name(

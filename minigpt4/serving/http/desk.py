@@ -207,7 +207,8 @@ class Desk:
             most, hint = context, f"the language model reads {context} tokens, question and answer together"
         if (longest := asked.options.get("max_new_tokens", 0)) > most:
             name = "max_completion_tokens" if asked.max_completion_tokens else "max_tokens"
-            raise ApiError(400, f"{name} is {longest}, expected at most {most}", hint, param=name)
+            message = f"{name} is {longest}, expected at most {most}"
+            raise ApiError(400, message, hint, param=name, code="answer_too_long")
 
     async def _submitted(self, asked: ChatRequest, place: Place) -> Listening:
         engine = self.engine

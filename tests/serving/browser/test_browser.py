@@ -207,10 +207,15 @@ def test_errors_are_in_the_pages_language_with_the_servers_numbers_and_in_sight(
     server: Live,
 ) -> None:
     small = Visitor(browser, server.url, viewport={"width": 360, "height": 740}, locale="zh-CN")
-    small.ask("word " * 300, 2000)
+    small.ask("Hello?", 2000)
+    told = small.page.wait_for_selector(".trouble:visible")
+    assert re.findall(r"\d+", told.inner_text()) == ["2000", str(tiny_chat.CONTEXT)]
+    assert not re.search("[a-z]{3}", told.inner_text())
+    small.page.click(f"button[aria-label='{STRINGS['zh']['newChat']}']")
+    small.ask("word " * 300, 1000)
     told = small.page.wait_for_selector(".trouble:visible")
     numbers = re.findall(r"\d+", told.inner_text())
-    assert (len(numbers), numbers[1:]) == (3, ["2000", str(tiny_chat.CONTEXT)])
+    assert (len(numbers), numbers[1:]) == (3, ["1000", str(tiny_chat.CONTEXT)])
     assert not re.search("[a-z]{3}", told.inner_text())
     lowest = "document.querySelector('.trouble').getBoundingClientRect().bottom"
     until(small.page, f"{lowest} <= document.querySelector('.composer').getBoundingClientRect().top")
@@ -349,6 +354,7 @@ def test_a_phone_shows_everything_in_chinese_and_in_the_dark(browser: Any, serve
     page = phone.page
     assert page.evaluate("document.documentElement.lang") == "zh-CN"
     assert page.locator("#welcome h2").inner_text() == STRINGS["zh"]["welcome"]
+    assert page.get_attribute("#question", "placeholder") == STRINGS["zh"]["placeholder_other"]
     phone.bring(("noise.png", picture_file()))
     phone.ask("\u8fd9\u662f\u4ec0\u4e48", 60)
     phone.wait_answered()
