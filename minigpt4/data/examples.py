@@ -130,13 +130,14 @@ class Layout:
         ]
         # The original's tokenizer reads "</s>" in a prompt or a caption as the token.
         said = encoder.encode(answer + self.end_symbol, parse_special=True)
+        end = encoder.encode(self.end_symbol, parse_special=True)
+        target = said[: self.max_text_tokens]
         if self.keep_end and len(said) > self.max_text_tokens:
-            end = encoder.encode(self.end_symbol)
             target = [*said[: self.max_text_tokens - len(end)], *end]
-        else:
-            target = said[: self.max_text_tokens]
-        # The original pads with the token that ends a text, and takes no loss wherever that token stands.
-        labels = [IGNORED if i == tokenizer.pad_token_id else i for i in target]
+        # The original pads with the token that ends a text, and takes no loss wherever that token stands. Its later
+        # version pads with another, so that answers may end with it: without a loss nobody would learn to stop.
+        padding = tokenizer.pad_token_id if tokenizer.pad_token_id not in end else None
+        labels = [IGNORED if i == padding else i for i in target]
         return TextExample(
             [*prompt, *target], [IGNORED] * len(prompt) + labels, len(said) - len(target) + len(turns) - 1
         )

@@ -114,6 +114,21 @@ def test_original_layout_cuts_the_end_symbol_unless_it_is_kept(keep_end: bool, e
     assert said(layout, learned).endswith("###") is ends
 
 
+@pytest.mark.parametrize(("max_text_tokens", "keep_end"), [(160, False), (6, True)])
+def test_original_layout_learns_an_end_symbol_that_is_the_token_it_pads_with(
+    max_text_tokens: int, keep_end: bool, layout: Layout
+) -> None:
+    """As the original's later version for Llama-2, whose answers end with `</s>`: without it they would never end."""
+    tokenizer = layout.processor.tokenizer
+    assert tokenizer.pad_token == tokenizer.eos_token == "</s>"
+    ends = original(layout, end_symbol="</s>", max_text_tokens=max_text_tokens, keep_end=keep_end)
+
+    example = ends.encode(record(("", "a dog that runs")), "")
+
+    assert example.labels[-1] == example.input_ids[-1] == tokenizer.eos_token_id
+    assert IGNORED not in example.labels[1 + layout.processor.num_image_tokens :]
+
+
 def test_padding_is_on_the_right_and_never_learned(layout: Layout) -> None:
     long, short = layout.encode(record(*TWO_TURNS), ""), layout.encode(record(("a?", "b")), "")
     batch = padded([long, short], 0)
