@@ -1,9 +1,11 @@
 """Being told to stop: the update that runs is finished and saved first.
 
 SIGTERM comes from schedulers, SIGINT from a person at the keyboard; a second one stops at once. Schedulers and torchrun
-send it to the readers of examples as well, which the trainer still needs: they outlive the first one.
+send it to the readers of examples as well, which the trainer still needs: they outlive the first one. Where both are
+there a process gets it twice, from the scheduler and from torchrun, which passes its own on: that is one request.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -18,11 +20,17 @@ import torch
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+def num_echoes() -> int:
+    """Return how many more SIGTERM may come of one request: torchrun passes on what a scheduler sent to all."""
+    return 1 if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
 class StopRequest:
     """Whether this process was told to stop, and by which signal."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._echoes = num_echoes()
         self.heard: SimpleQueue[bool] = SimpleQueue()  # the one queue that a signal's handler may write to
 
     @property
@@ -31,8 +39,11 @@ class StopRequest:
         return self.signal is not None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Take a signal; the second stops at once."""
+        """Take a signal; the second stops at once, unless torchrun passed it on."""
         if self.signal is not None:
+            if number == signal.SIGTERM and self._echoes:
+                self._echoes -= 1
+                return
             self.obey()
         self.signal = number
         self.heard.put(True)
@@ -85,9 +96,13 @@ def begin_reading(worker: int) -> None:
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _outlive_once)
+    left = 1 + num_echoes()
 
+    def outlive(number: int, frame: FrameType | None) -> None:
+        # The trainer ends its readers by a message; one that hangs gets a signal from `DataLoader` and more at the end.
+        nonlocal left
+        left -= 1
+        if not left:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-def _outlive_once(number: int, frame: FrameType | None) -> None:
-    # The trainer ends its readers by a message; one that hangs gets a signal from `DataLoader` and one more at the end.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, outlive)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from minigpt4.training.checkpoint import last_checkpoint
 from minigpt4.training.samples import read_rounds
 from tests import tiny_chat
 
@@ -84,6 +86,43 @@ def test_the_second_process_killed_in_the_forward_pass_ends_the_first(tmp_path: 
 
     assert killed.returncode != 0
     assert not (tmp_path / "final.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_processes_told_to_stop_by_a_scheduler_and_again_by_torchrun_save_what_they_have(tmp_path: Path) -> None:
+    """A scheduler tells torchrun, its processes and their readers, and torchrun then tells the latter once more."""
+    options = ("--steps", "100000", "--checkpoint-steps", "100000", "--workers", "1", "--language-only")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [*TORCHRUN, *TOY, str(tmp_path), *options], env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as torchrun:
+        metrics = tmp_path / "metrics.jsonl"
+        while torchrun.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+            time.sleep(0.1)
+        started = descendants(torchrun.pid)
+        for process in (torchrun.pid, *started):
+            os.kill(process, signal.SIGTERM)
+        _, said = torchrun.communicate(timeout=120)
+
+    assert len(started) >= 4  # two processes and their readers
+    found = last_checkpoint(tmp_path)
+    assert found is not None, said
+    assert found[1].step == len(losses(tmp_path, "second")) > 3
+
+
+def descendants(process: int) -> list[int]:
+    """The processes that a process started, and those that these did."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue  # it has ended
+    found = [process]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
 
 
 def validated_run(folder: Path, name: str, processes: int, **changes: Any) -> Path:

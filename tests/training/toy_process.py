@@ -47,7 +47,12 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
          "warmup_steps": 1, "threads": 1, "accumulation": arguments.accumulation}
         for name, kind in (("first", "words"), ("second", "language"))[arguments.language_only :]
     ]  # fmt: skip
-    changes = {"checkpoint_steps": 1, "workers": arguments.workers, "parallel": arguments.parallel, "stages": stages}
+    changes = {
+        "checkpoint_steps": arguments.checkpoint_steps,
+        "workers": arguments.workers,
+        "parallel": arguments.parallel,
+        "stages": stages,
+    }
     return toy.recipe(arguments.output, **changes)
 
 
@@ -88,6 +93,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("output", type=Path)
     parser.add_argument("--parallel", default="ddp")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--checkpoint-steps", type=int, default=1)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--dropout", type=float, default=0.05)
