@@ -15,7 +15,8 @@ from minigpt4.data.record import Source
 from minigpt4.data.shards import shards_in
 from minigpt4.data.sources import open_source
 from minigpt4.data.sources.by_picture import by_picture
-from minigpt4.errors import ConfigError
+from minigpt4.data.sources.shards import ShardSource
+from minigpt4.errors import ConfigError, DataError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing import MiniGPT4Processor
 from minigpt4.training.preparing import Prepared
@@ -77,7 +78,8 @@ def check_data(recipe: Recipe, opened: RunSources) -> None:
             continue
         _refuse_other_objectives(stage)
         prompts_of(stage, data)
-        opened.open(data.sources)
+        for source in opened.open(data.sources):
+            _refuse_barren(source)
     if recipe.validation:
         opened.open(recipe.validation.sources)
     for stage in recipe.stages:
@@ -86,6 +88,16 @@ def check_data(recipe: Recipe, opened: RunSources) -> None:
                 f"stage {stage.name} has the layout original, which has no texts side by side",
                 hint="leave texts_per_picture out",
             )
+
+
+def _refuse_barren(source: Source) -> None:
+    """Refuse shards that are known to give nothing: whoever leaves them out without a word learns from less."""
+    if isinstance(source, ShardSource) and (barren := source.barren()):
+        more = f", and {len(barren) - 1:,} more" if len(barren) > 1 else ""
+        raise DataError(
+            f"{source.name}: no sample of {barren[0]} can be used{more}",
+            hint=f"`minigpt4 data check {source.name}` says what is wrong; fetch it again, or take it away",
+        )
 
 
 def has_branches(recipe: Recipe) -> bool:

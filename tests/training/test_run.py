@@ -334,6 +334,23 @@ def test_validation_reads_cached_features_with_the_same_loss_and_answers(
     assert kept_answers == answers and all(len(one) == 5 for one in answers)
 
 
+@pytest.mark.parametrize("fault", ["no captions", "no tar"])
+def test_a_shard_that_gives_nothing_is_refused_before_the_model_is_loaded(fault: str, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    for number in range(3):
+        members = samples(4, first=4 * number)
+        if number == 1:
+            members = {name: content for name, content in members.items() if name.endswith(".jpg")}
+        shard(tmp_path / f"train/{number}.tar", members)
+    if fault == "no tar":
+        (tmp_path / "train/1.tar").write_bytes(b"garbage" * 100)
+
+    with pytest.raises(DataError, match=r"train: no sample of 1\.tar can be used$") as told:
+        run(recipe(tmp_path / "no model", tmp_path / "train", tmp_path / "run"))
+
+    assert told.value.hint.startswith(f"`minigpt4 data check {tmp_path / 'train'}`")
+
+
 def test_shards_without_an_index_are_read_once_and_it_is_told(model_folder: Path, tmp_path: Path) -> None:
     for name in ("train", "look"):
         (tmp_path / name).mkdir()

@@ -102,6 +102,14 @@ class ShardSource:
         """Return the numbers of the records that are bad without being read."""
         return [int(number) for number in np.flatnonzero(self.index.rows["fault"] != GOOD)]
 
+    def barren(self) -> list[str]:
+        """Return the names of the shards that have samples, or are damaged, and of which the index knows none good."""
+        if self.text_lengths is None:
+            return []
+        shards, faults = self.index.rows["shard"], self.index.rows["fault"]
+        bad = np.setdiff1d(shards, shards[faults == GOOD])
+        return [self.index.shards[int(number)].name for number in bad]
+
     def read(self, number: int) -> Record:
         """Return a sample.
 
