@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minigpt4.errors import MiniGPT4Error, StorageError, WeightsError
-from minigpt4.weights.files.atomic import clean_stale, verify_folder, write_file, write_folder
+from minigpt4.weights.files.atomic import MANIFEST_NAME, clean_stale, verify_folder, write_file, write_folder
+from minigpt4.weights.files.disk import storing
 
 FOLDER = "checkpoints"
 BEST_FILE = "best.json"
@@ -39,6 +40,7 @@ class State:
         recent_bad: Bad examples of each of the last updates, as `[bad, read]`.
         groups: Good and bad examples of each shard that had a bad one.
         best_loss: The smallest validation loss so far.
+        best: Name of the checkpoint that had it.
         scaler: Of the loss, in `fp16`.
     """
 
@@ -48,6 +50,7 @@ class State:
     recent_bad: list[list[int]] = field(default_factory=list)
     groups: dict[str, list[int]] = field(default_factory=dict)
     best_loss: float | None = None
+    best: str | None = None
     scaler: dict[str, Any] = field(default_factory=dict)
 
 
@@ -71,13 +74,21 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
 
 
+def name_of(state: State) -> str:
+    """Return the name of the checkpoint of a state."""
+    return f"stage{state.stage}-step{state.step:07d}"
+
+
 def write_checkpoint(output: Path, tensors: dict[str, Tensor], moments: dict[str, Tensor], state: State) -> Path:
     """Add a checkpoint to a run.
 
     Raises:
         StorageError: It cannot be written; what was there before stays.
     """
-    target = output / FOLDER / f"stage{state.stage}-step{state.step:07d}"
+    target = output / FOLDER / name_of(state)
+    if target.exists() and not (target / MANIFEST_NAME).exists():  # damaged and passed over, and now made again
+        with storing(target):
+            shutil.rmtree(target)
     with write_folder(target, overwrite=True) as folder:
         save_file(tensors, folder / "trained.safetensors")
         save_file(moments, folder / "optimizer.safetensors")
@@ -85,24 +96,40 @@ def write_checkpoint(output: Path, tensors: dict[str, Tensor], moments: dict[str
     return target
 
 
-def remove_old(output: Path, keep: int) -> None:
-    """Remove all checkpoints but the last ones and the best."""
-    best = best_checkpoint(output)
-    for folder in list(_newest_first(output))[keep:]:
-        if folder != best:
-            shutil.rmtree(folder)
+def remove_old(output: Path, state: State, keep: int) -> None:
+    """Remove all checkpoints but the last ones, up to that of a state just written, and the best.
+
+    Later ones are damaged and were passed over: they do not take the place of a whole one.
+
+    Raises:
+        StorageError: One cannot be removed.
+    """
+    so_far = [folder for folder in _newest_first(output) if _place(folder) <= [state.stage, state.step]]
+    for folder in so_far[keep:]:
+        if folder.name != state.best:
+            with storing(folder):
+                shutil.rmtree(folder)
 
 
-def mark_best(output: Path, checkpoint: Path) -> None:
-    """Write down which checkpoint had the smallest validation loss."""
+def mark_best(output: Path, name: str) -> None:
+    """Write down which checkpoint had the smallest validation loss.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
     with write_file(output / FOLDER / BEST_FILE, "w") as file:
-        file.write(json.dumps(checkpoint.name))
+        file.write(json.dumps(name))
 
 
 def best_checkpoint(output: Path) -> Path | None:
-    """Return the checkpoint with the smallest validation loss; None where nothing was validated."""
+    """Return the checkpoint with the smallest validation loss; None where nothing was validated.
+
+    Raises:
+        StorageError: The file that says so cannot be read.
+    """
     path = output / FOLDER / BEST_FILE
-    return output / FOLDER / json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    with storing(path, doing="read"):
+        return output / FOLDER / json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def last_checkpoint(output: Path) -> tuple[Path, State] | None:
@@ -130,7 +157,12 @@ def last_checkpoint(output: Path) -> tuple[Path, State] | None:
 
 def _newest_first(output: Path) -> Iterator[Path]:
     folders = [path for path in (output / FOLDER).glob("stage*-step*") if NAME.fullmatch(path.name)]
-    return iter(sorted(folders, key=lambda path: [int(n) for n in NAME.findall(path.name)[0]], reverse=True))
+    return iter(sorted(folders, key=_place, reverse=True))
+
+
+def _place(checkpoint: Path) -> list[int]:
+    """Return the stage and the step of a checkpoint."""
+    return [int(number) for number in NAME.findall(checkpoint.name)[0]]
 
 
 def load_trained(checkpoint: Path, model: nn.Module) -> None:

@@ -6,6 +6,7 @@ functions of seed, stage and step, and everything else is in the last checkpoint
 """
 
 import itertools
+import math
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -17,16 +18,18 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from minigpt4.errors import DataError, MiniGPT4Error
+from minigpt4.errors import DataError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.plurals import counted
 from minigpt4.training.bad_samples import BadSampleWatch
 from minigpt4.training.checkpoint import (
+    FOLDER,
     State,
     last_checkpoint,
     load_optimizer,
     load_trained,
     mark_best,
+    name_of,
     optimizer_tensors,
     remove_old,
     trained_tensors,
@@ -35,10 +38,17 @@ from minigpt4.training.checkpoint import (
 from minigpt4.training.objectives import TrainingStep
 from minigpt4.training.processes import by_the_main_process, others_alive, spread
 from minigpt4.training.recipe import Recipe, StageRecipe
-from minigpt4.training.run_folder import append_line, forget_lines_after, metrics_path
+from minigpt4.training.run_folder import (
+    append_line,
+    flush_lines,
+    forget_lines_after,
+    going_on_later,
+    metrics_path,
+)
 from minigpt4.training.schedule import batches_before, learning_rate, num_batches
 from minigpt4.training.stopping import StopRequest, begin_reading, stop_requests
 from minigpt4.training.update import PRECISIONS, Figures, Updater, chosen_precision, make_optimizer
+from minigpt4.weights.files.disk import make_folder
 
 Batches = Callable[[int, StageRecipe], Dataset[dict[str, Any]]]
 """From number and recipe of a stage to its data set: a process's batches, `accumulation` of them an update."""
@@ -136,14 +146,23 @@ def train(
         load_trained(found[0], model)
         observer.goes_on(found[1])
     state = found[1] if found else State()
-    by_the_main_process(lambda: forget_lines_after(recipe, state.stage, state.step), processes)
     step = TrainingStep(model)
     model.train()
-    with stop_requests(observer.told_to_stop) as stop, others_alive(processes), _readers_alive():
+    with (
+        going_on_later(), stop_requests(observer.told_to_stop) as stop, others_alive(processes), _readers_alive(),
+    ):  # fmt: skip
+        by_the_main_process(lambda: _go_back_to(recipe, state), processes)
         run = _Run(recipe, model, step, spread(step, recipe.parallel, processes), processes, observer, stop, state)
         for number in range(state.stage, len(recipe.stages)):
             _train_stage(run, number, batches, found[0] if found and state.step else None)
     model.eval()
+
+
+def _go_back_to(recipe: Recipe, state: State) -> None:
+    """Bring what lies beside the checkpoints to the state of the one that is gone on from."""
+    forget_lines_after(recipe, state.stage, state.step)
+    if state.best is not None and (recipe.output / FOLDER / state.best).exists():
+        mark_best(recipe.output, state.best)
 
 
 def _train_stage(run: _Run, number: int, batches: Batches, checkpoint: Any) -> None:  # noqa: ANN401  (a path or None)
@@ -161,6 +180,7 @@ def _train_stage(run: _Run, number: int, batches: Batches, checkpoint: Any) -> N
     watch = BadSampleWatch(run.recipe, run.processes, run.state)
     data = Subset(batches(number, stage), range(batches_before(stage, first), batches_before(stage, stage.steps)))
     started = time.monotonic()
+    best = False
     for at, group in enumerate(_groups(_loaded(data, run.recipe.workers), stage, first), first):
         _seed(run, at)
         rate = learning_rate(stage, at)
@@ -173,16 +193,16 @@ def _train_stage(run: _Run, number: int, batches: Batches, checkpoint: Any) -> N
         by_the_main_process(lambda: _tell(run, progress), run.processes)  # noqa: B023  (called at once)
         watch.look_at(stage.name, at + 1, group)
         _count_skipped(run, stage, group, figures)
-        _after_update(run, updater.optimizer, stage, figures)
+        best = _after_update(run, updater.optimizer, stage, figures)
     run.state.stage, run.state.step = number + 1, 0
-    _save(run, None)
+    _save(run, None, best=best)
 
 
-def _after_update(run: _Run, optimizer: torch.optim.Optimizer, stage: StageRecipe, figures: Figures) -> None:
-    """Validate, save and stop where it is time for it."""
+def _after_update(run: _Run, optimizer: torch.optim.Optimizer, stage: StageRecipe, figures: Figures) -> bool:
+    """Validate, save and stop where it is time for it; returns whether the validation loss is the smallest so far."""
     done = run.state.step
     loss = run.observer.validation_loss(run.step, stage, done)
-    best = loss is not None and (run.state.best_loss is None or loss < run.state.best_loss)
+    best = loss is not None and math.isfinite(loss) and (run.state.best_loss is None or loss < run.state.best_loss)
     if best:
         run.state.best_loss = loss
     if loss is not None:
@@ -192,34 +212,37 @@ def _after_update(run: _Run, optimizer: torch.optim.Optimizer, stage: StageRecip
         _save(run, optimizer, best=best)
     if figures.stop and done < stage.steps:
         run.stop.obey()
+    return best
 
 
 def _save(run: _Run, optimizer: torch.optim.Optimizer | None, *, best: bool = False) -> None:
     """Write a checkpoint; gathering is the work of all processes, writing that of the main one."""
     tensors = trained_tensors(run.model)
     moments = optimizer_tensors(run.model, optimizer) if optimizer else {}
+    if best:
+        run.state.best = name_of(run.state)
 
     def write() -> None:
-        folder = write_checkpoint(run.recipe.output, tensors, moments, run.state)
+        output = run.recipe.output
+        make_folder(output / FOLDER)
+        flush_lines(output)
+        folder = write_checkpoint(output, tensors, moments, run.state)
         if best:
-            mark_best(run.recipe.output, folder)
-        remove_old(run.recipe.output, run.recipe.keep_checkpoints)
+            mark_best(output, folder.name)
+        remove_old(output, run.state, run.recipe.keep_checkpoints)
 
-    try:
-        by_the_main_process(write, run.processes)
-    except MiniGPT4Error as error:
-        error.exit_status = 3  # of this error alone: the run can go on
-        raise
+    by_the_main_process(write, run.processes)
 
 
 def _tell(run: _Run, progress: Progress) -> None:
-    line = {key: None if value != value else value for key, value in asdict(progress).items()}  # JSON has no NaN
-    append_line(metrics_path(run.recipe.output), line)
+    append_line(metrics_path(run.recipe.output), asdict(progress))
     run.observer.update(progress)
 
 
 def _count_skipped(run: _Run, stage: StageRecipe, group: list[dict[str, Any]], figures: Figures) -> None:
     """Stop a run whose loss stays no number, and leave the examples it was computed from in its folder."""
+    if figures.rescaled:
+        return
     run.state.skipped = run.state.skipped + 1 if figures.skipped else 0
     if run.state.skipped <= run.recipe.max_skipped_steps:
         return

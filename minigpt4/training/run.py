@@ -22,7 +22,7 @@ from minigpt4.training.plot import plot_metrics
 from minigpt4.training.preparing import Prepared, check_libraries, prepare_model
 from minigpt4.training.processes import by_the_main_process, gather_parameters, processes
 from minigpt4.training.recipe import Recipe, StageRecipe
-from minigpt4.training.run_folder import check_recipe, only_run
+from minigpt4.training.run_folder import check_recipe, going_on_later, only_run
 from minigpt4.training.stage_data import RunSources, check_data, has_branches, stage_data
 from minigpt4.training.text_statistics import text_statistics
 from minigpt4.training.trackers import Tracker, check_trackers, open_trackers
@@ -144,9 +144,10 @@ def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) 
             for tracker in trackers:
                 tracker.finish()
         target = recipe.output / ALIGNMENT_FOLDER
-        _save(target, recipe, prepared, here)
-        if here.is_main_process:
-            _draw(recipe.output, told.say)
+        with going_on_later():
+            _save(target, recipe, prepared, here)
+            if here.is_main_process:
+                _draw(recipe.output, told.say)
     return target
 
 

@@ -5,6 +5,7 @@
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 from minigpt4.errors import ConfigError, StorageError
 from minigpt4.training.recipe import Recipe
 from minigpt4.weights.files.atomic import write_file
-from minigpt4.weights.files.disk import make_folder, storing
+from minigpt4.weights.files.disk import fsync, fsync_folder, make_folder, storing
 
 METRICS_FILE = "metrics.jsonl"
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
@@ -89,7 +90,7 @@ def check_recipe(recipe: Recipe, processes: int, *, force: bool) -> None:
                 f"the run in {recipe.output} began with another recipe: {listed}",
                 hint="set another output, undo the change, or go on with it by --force",
             )
-    with write_file(path, "w") as file:
+    with going_on_later(), write_file(path, "w") as file:
         json.dump(now, file, indent=1)
 
 
@@ -107,31 +108,67 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:  # noqa: ANN401  (JSON)
     return {k: v for name, inner in items for k, v in _flat(inner, f"{key}.{name}" if key else str(name)).items()}
 
 
+@contextmanager
+def going_on_later() -> Iterator[None]:
+    """Give a write that fails the exit status of a run that the same command goes on with: 3.
+
+    Raises:
+        StorageError: What the block raised.
+    """
+    try:
+        yield
+    except StorageError as error:
+        error.exit_status = 3  # of this error alone
+        raise
+
+
 def append_line(path: Path, content: dict[str, Any]) -> None:
-    """Add a line of JSON to a file.
+    """Add a line of JSON to a file; a figure that is no number is null there, for which alone JSON has a word.
 
     Raises:
         StorageError: It cannot be written.
     """
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(content) + "\n")
+            file.write(json.dumps({key: _in_json(value) for key, value in content.items()}, allow_nan=False) + "\n")
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}", hint="make room, then run it again") from error
 
 
+def _in_json(value: Any) -> Any:  # noqa: ANN401  (JSON)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def flush_lines(output: Path) -> None:
+    """Bring the lines so far to the disk: a checkpoint must not outlive those of the updates before it.
+
+    Raises:
+        StorageError: It cannot be done.
+    """
+    with storing(output):
+        for path in (output / METRICS_FILE, output / BAD_SAMPLES_FILE):
+            if path.exists():
+                fsync(path)
+        fsync_folder(output)
+
+
 def forget_lines_after(recipe: Recipe, stage: int, step: int) -> None:
-    """Drop the lines of updates that will be made again, and a last line that was cut off."""
+    """Drop the lines of updates that will be made again, and what a crash left in place of a line."""
     numbers = {stage.name: number for number, stage in enumerate(recipe.stages)}
     for name in (METRICS_FILE, BAD_SAMPLES_FILE):
         path = recipe.output / name
         if not path.exists():
             continue
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        with storing(path, doing="read"):
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        for line in lines:
             if not line.endswith("\n"):
                 break
-            content = json.loads(line)
+            try:
+                content = json.loads(line)
+            except ValueError:
+                break  # the power failed: what the last checkpoint counts on was on the disk before it
             if (numbers.get(content["stage"], -1), content["step"]) <= (stage, step):
                 kept.append(line)
         with write_file(path, "w") as file:

@@ -27,6 +27,7 @@ class Figures:
         tokens: Targets.
         images: Pictures.
         skipped: It was left out, since the loss or a gradient is not a number.
+        rescaled: It was left out since `fp16` scaled the loss too far, by a number that is halved now: the loss is one.
         stop: A process was told to stop.
     """
 
@@ -36,6 +37,7 @@ class Figures:
     tokens: int
     images: int
     skipped: bool
+    rescaled: bool
     stop: bool
 
 
@@ -86,8 +88,9 @@ class Updater:
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if not skipped:
             self.scaler.step(self.optimizer)
+        rescaled = skipped and math.isfinite(loss) and self.scaler.is_enabled() and self.scaler.get_scale() > 1
         self.scaler.update()
-        return Figures(loss, right / max(targets, 1), norm, int(targets), int(pictures), skipped, told > 0)
+        return Figures(loss, right / max(targets, 1), norm, int(targets), int(pictures), skipped, rescaled, told > 0)
 
     def _forward(self, batch: dict[str, Any]) -> Outcome:
         device = self.state.device

@@ -1,12 +1,14 @@
 """A checkpoint holds all that a run needs to go on, and only that."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from minigpt4.errors import WeightsError
+from minigpt4.errors import StorageError, WeightsError
 from minigpt4.training.checkpoint import (
     State,
     best_checkpoint,
@@ -103,10 +105,33 @@ def test_a_checkpoint_of_other_trained_parts_is_refused(tmp_path: Path) -> None:
 
 def test_the_last_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
     paths = [saved(tmp_path, State(stage=stage, step=step))[2] for stage, step in [(0, 2), (0, 9), (0, 10), (1, 1)]]
-    mark_best(tmp_path, paths[0])
+    mark_best(tmp_path, paths[0].name)
 
-    remove_old(tmp_path, keep=2)
+    remove_old(tmp_path, State(stage=1, step=1, best=paths[0].name), keep=2)
 
     assert [path.exists() for path in paths] == [True, False, True, True]
     assert best_checkpoint(tmp_path) == paths[0]
     assert last_checkpoint(tmp_path) == (paths[3], State(stage=1, step=1))  # by number, not by name or time
+
+
+def test_a_damaged_later_checkpoint_does_not_take_the_place_of_a_whole_one(tmp_path: Path) -> None:
+    *_, whole = saved(tmp_path, State(stage=0, step=8))
+    *_, damaged = saved(tmp_path, State(stage=0, step=10))
+    flip_a_bit(damaged / "state.json")
+    *_, written = saved(tmp_path, State(stage=0, step=9))  # it went on from the whole one
+
+    remove_old(tmp_path, State(stage=0, step=9), keep=1)
+
+    assert not whole.exists()
+    assert last_checkpoint(tmp_path) == (written, State(stage=0, step=9))
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [saved(tmp_path, State(stage=0, step=step))[2] for step in (1, 2)]
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("shutil.rmtree", read_only)
+    with pytest.raises(StorageError, match=f"{paths[0].name}`: Read-only file system"):
+        remove_old(tmp_path, State(stage=0, step=2), keep=1)

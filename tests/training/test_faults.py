@@ -26,6 +26,7 @@ from minigpt4.training.loop import Progress, train
 from minigpt4.training.processes import processes
 from minigpt4.training.recipe import StageRecipe
 from minigpt4.training.run_folder import BAD_SAMPLES_FILE, check_recipe, metrics_path, only_run
+from minigpt4.training.stopping import stop_requests
 from tests.training import toy
 from tests.training.test_loop import same, tensors, trained
 
@@ -143,6 +144,22 @@ def test_the_readers_outlive_a_signal_to_the_whole_group_so_that_the_trainer_can
     assert found is not None and found[1].step == 3
 
 
+@pytest.mark.parametrize(("under_torchrun", "signals"), [(False, 1), (True, 2)])
+def test_a_request_that_torchrun_passed_on_is_the_same_request(
+    under_torchrun: bool, signals: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler sends it to all processes, torchrun too, which sends it to its own again; one more is another."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if under_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with stop_requests(lambda: None) as request:
+        for _ in range(signals):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert request.asked
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_a_reader_killed_while_it_hands_over_a_batch_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +227,41 @@ def test_a_failing_disk_leaves_the_checkpoint_before(
     assert same(tensors(resumed), tensors(whole))
     names = [path.name for path in (recipe.output / FOLDER).iterdir()]
     assert not [name for name in names if name.startswith(".")], names
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", BAD_SAMPLES_FILE])
+def test_a_line_that_finds_no_room_ends_the_run_as_a_checkpoint_would(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of it is written, as a full disk does; the run then goes on as one that was never disturbed."""
+    data = with_bad({3: 1})
+    whole = toy.model()
+    (tmp_path / "whole").mkdir()
+    train(toy.longer(tmp_path / "whole", "language", 6), whole, data, toy.Watcher(), processes())
+    recipe = toy.longer(tmp_path / "run", "language", 6).model_copy(update={"checkpoint_steps": 1})
+    recipe.output.mkdir()
+    real = Path.open
+
+    def full(path: Path, mode: str = "r", **options: Any) -> Any:  # noqa: ANN401
+        if path.name == file and mode == "a" and len(watcher.steps) >= 2:
+            with real(path, "a", encoding="utf-8") as begun:
+                begun.write('{"stage": "on')
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, mode, **options)
+
+    watcher = toy.Watcher()
+    with monkeypatch.context() as patch, pytest.raises(StorageError, match=f"{file}: No space left") as told:
+        patch.setattr(Path, "open", full)
+        train(recipe, toy.model(), data, watcher, processes())
+    assert told.value.exit_status == 3
+
+    resumed = toy.model()
+    train(recipe, resumed, data, toy.Watcher(), processes())
+
+    assert same(tensors(resumed), tensors(whole))
+    for name in ("metrics.jsonl", BAD_SAMPLES_FILE):
+        kept = [json.loads(line) for line in (recipe.output / name).read_text().splitlines()]
+        assert [line["step"] for line in kept] == [4] if name == BAD_SAMPLES_FILE else [1, 2, 3, 4, 5, 6]
 
 
 def test_the_folder_of_a_run_belongs_to_it_alone(tmp_path: Path) -> None:

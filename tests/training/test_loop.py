@@ -1,7 +1,9 @@
 """Training learns, changes only what it may, and goes on where it stopped as if it never had."""
 
+import functools
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from minigpt4.errors import DataError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
+from minigpt4.training import checkpoint
 from minigpt4.training.loop import Progress, train
 from minigpt4.training.processes import processes
 from minigpt4.training.recipe import Recipe
@@ -17,6 +20,21 @@ from minigpt4.training.run_folder import metrics_path
 from minigpt4.training.schedule import learning_rate
 from minigpt4.training.update import make_optimizer
 from tests.training import toy
+
+INITIAL_SCALE = 2.0**20
+FP16_STAGES = [
+    {"name": "only", "objective": "language", "batch_size": 4, "learning_rate": 0.01, "threads": 1, "steps": 20}
+]
+
+
+def lines_of(output: Path) -> list[dict[str, Any]]:
+    """The figures of a run, in JSON as its standard has it: without `NaN` and `Infinity`."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    text = metrics_path(output).read_text(encoding="utf-8")
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
 def trained(recipe: Recipe, stop_after: int | None = None) -> tuple[MiniGPT4ForConditionalGeneration, list[Progress]]:
@@ -76,6 +94,20 @@ def test_a_run_torn_down_at_any_step_ends_like_one_that_was_not(checkpoint_steps
         assert len(rest) <= 6 - stop_after + checkpoint_steps
 
 
+@pytest.mark.parametrize("lost", ["manifest.json", "state.json", "trained.safetensors", "optimizer.safetensors"])
+def test_a_run_whose_last_checkpoint_lost_a_file_ends_like_one_that_was_not(lost: str, tmp_path: Path) -> None:
+    whole, _ = trained(toy.recipe(tmp_path / "whole", checkpoint_steps=1))
+    recipe = toy.recipe(tmp_path / "torn", checkpoint_steps=1)
+    with pytest.raises(toy.PowerFailureError):
+        trained(recipe, 3)
+    (tmp_path / "torn/checkpoints/stage0-step0000002" / lost).unlink()
+
+    resumed, rest = trained(recipe)
+
+    assert len(rest) == 5  # from the first update's checkpoint on
+    assert same(tensors(resumed), tensors(whole))
+
+
 def test_after_a_resume_every_step_has_one_line_of_figures(tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path, checkpoint_steps=2)
     for stop_after in (1, 3):
@@ -88,6 +120,120 @@ def test_after_a_resume_every_step_has_one_line_of_figures(tmp_path: Path) -> No
 
     lines = [json.loads(line) for line in metrics_path(tmp_path).read_text().splitlines()]
     assert [(line["stage"], line["step"]) for line in lines] == [(s, n) for s in ("first", "second") for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("left", ['{"stage": "fir', "\0\0\0\0\n"])
+def test_what_a_crash_left_of_a_line_is_dropped(left: str, tmp_path: Path) -> None:
+    recipe = toy.recipe(tmp_path, checkpoint_steps=1)
+    with pytest.raises(toy.PowerFailureError):
+        trained(recipe, 3)
+    with metrics_path(tmp_path).open("a") as file:
+        file.write(left)
+
+    trained(recipe)
+
+    assert len([json.loads(line) for line in metrics_path(tmp_path).read_text().splitlines()]) == 6
+
+
+def test_lines_are_on_the_disk_before_the_checkpoint_of_their_updates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else, after the power failed, a run would go on without the figures of updates that it does not make again."""
+    flushed = 0
+    real, at_write = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        nonlocal flushed
+        if os.path.samestat(os.fstat(descriptor), metrics_path(tmp_path).stat()):
+            flushed = os.fstat(descriptor).st_size
+        real(descriptor)
+
+    def write(*arguments: Any) -> Path:
+        at_write.append(metrics_path(tmp_path).stat().st_size - flushed)
+        return checkpoint.write_checkpoint(*arguments)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    monkeypatch.setattr("minigpt4.training.loop.write_checkpoint", write)
+    trained(toy.recipe(tmp_path, checkpoint_steps=2))
+
+    assert at_write == [0, 0, 0, 0]  # after two updates of each stage, and after its end
+
+
+def best_of(output: Path, losses: list[float | None], stop_after: int | None = None, **changes: Any) -> str:
+    """Train with these validation losses, one an update; returns the name of the best checkpoint."""
+    output.mkdir(exist_ok=True)
+    watcher = toy.Watcher(stop_after, losses)
+    train(toy.recipe(output, **changes), toy.model(), toy.ToyBatches, watcher, processes())
+    best = checkpoint.best_checkpoint(output)
+    assert best is not None and best.exists()
+    return best.name
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ([3.0, 2.0, 4.0, 5.0, 5.0, 5.0], "stage0-step0000002"),
+        ([3.0, 2.0, 1.0, 5.0, 5.0, 5.0], "stage1-step0000000"),  # at the end of the first stage
+        ([3.0, 2.0, 1.5, 5.0, 5.0, 1.0], "stage2-step0000000"),  # at the very end
+        ([math.nan, 2.0, 4.0, 5.0, math.nan, 5.0], "stage0-step0000002"),
+    ],
+)
+def test_the_checkpoint_with_the_smallest_validation_loss_is_kept_wherever_it_was(
+    losses: list[float | None], best: str, tmp_path: Path
+) -> None:
+    assert best_of(tmp_path, losses, keep_checkpoints=1, checkpoint_steps=1) == best
+
+
+def test_a_kill_between_the_best_checkpoint_and_its_mark_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise toy.PowerFailureError
+
+    with monkeypatch.context() as patch, pytest.raises(toy.PowerFailureError):
+        patch.setattr("minigpt4.training.loop.mark_best", killed)
+        best_of(tmp_path, [1.0])
+
+    assert best_of(tmp_path, [5.0] * 5, keep_checkpoints=1, checkpoint_steps=1) == "stage0-step0000001"
+
+
+@pytest.fixture
+def too_large_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scale of the loss in fp16 begins where the toy's gradients overflow, as a large model's do at the usual."""
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=INITIAL_SCALE)
+    monkeypatch.setattr("minigpt4.training.loop.torch.amp.GradScaler", scaler)
+
+
+@pytest.mark.usefixtures("too_large_a_scale")
+def test_fp16_scales_the_loss_and_a_resumed_run_goes_on_with_the_scale(tmp_path: Path) -> None:
+    whole, steps = trained(toy.recipe(tmp_path / "whole", precision="fp16", stages=FP16_STAGES))
+    plain, _ = trained(toy.recipe(tmp_path / "plain", precision="fp32", stages=FP16_STAGES))
+    recipe = toy.recipe(tmp_path / "torn", precision="fp16", checkpoint_steps=1, stages=FP16_STAGES)
+    for _ in range(3):
+        with pytest.raises(toy.PowerFailureError):
+            trained(recipe, 6)
+    found = checkpoint.last_checkpoint(recipe.output)
+    assert found is not None and 0 < found[1].scaler["scale"] < INITIAL_SCALE
+
+    resumed, _ = trained(recipe)
+
+    assert any(step.skipped for step in steps) and not steps[-1].skipped
+    assert same(tensors(resumed), tensors(whole))
+    figures = [[line["loss"], line["skipped"]] for line in lines_of(tmp_path / "torn")]
+    assert figures == [[line["loss"], line["skipped"]] for line in lines_of(tmp_path / "whole")]
+    assert steps[0].loss == pytest.approx(lines_of(tmp_path / "plain")[0]["loss"], rel=1e-2)
+    assert not same(tensors(whole), tensors(plain))
+
+
+@pytest.mark.usefixtures("too_large_a_scale")
+def test_finding_the_scale_of_fp16_is_no_reason_to_stop(tmp_path: Path) -> None:
+    recipe = toy.recipe(tmp_path, precision="fp16", max_skipped_steps=0, stages=FP16_STAGES)
+
+    _, steps = trained(recipe)
+
+    assert steps[0].skipped and math.isfinite(steps[0].loss) and not math.isfinite(steps[0].grad_norm)
+    assert lines_of(tmp_path)[0]["grad_norm"] is None
+    assert not (tmp_path / "not_a_number.jsonl").exists()
 
 
 def test_a_run_torn_down_twice_ends_like_one_that_was_not(tmp_path: Path) -> None:
