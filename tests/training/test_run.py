@@ -174,6 +174,20 @@ def test_validation_loss_is_taken_on_the_same_pictures_each_time(
     assert [(one.step, len(one.samples)) for one in read_rounds(output)] == [(2, 3), (4, 3)]
 
 
+def test_nothing_drops_out_in_a_validation(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    config["qformer_config"] |= {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
+    (model_folder / "config.json").write_text(json.dumps(config))
+    validation = {"sources": [{"path": str(pictures)}], "every_steps": 1, "batches": 1, "pictures": 0}
+    stages = [{"name": "only", "steps": 3, "batch_size": 3, "learning_rate": 1e-9, "warmup_steps": 0}]
+    changes = {"validation": validation, "stages": stages, "trainable": ["qformer"]}
+    run(recipe(model_folder, pictures, tmp_path / "run", **changes))
+
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    first, *others = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert others == pytest.approx([first] * 2, rel=1e-5)
+
+
 def test_validation_changes_nothing_that_is_learnt(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
     validation = {"sources": [{"path": str(pictures)}], "every_steps": 1, "batches": 1, "pictures": 2}
     watched = run(recipe(model_folder, pictures, tmp_path / "watched", validation=validation))
