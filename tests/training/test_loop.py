@@ -182,6 +182,8 @@ def test_the_checkpoint_with_the_smallest_validation_loss_is_kept_wherever_it_wa
     losses: list[float | None], best: str, tmp_path: Path
 ) -> None:
     assert best_of(tmp_path, losses, keep_checkpoints=1, checkpoint_steps=1) == best
+    kept = {path.name for path in (tmp_path / checkpoint.FOLDER).iterdir() if path.is_dir()}
+    assert kept == {best, "stage2-step0000000"}
 
 
 def test_a_kill_between_the_best_checkpoint_and_its_mark_loses_neither(

@@ -135,3 +135,17 @@ def test_the_optimizers_groups_hold_the_originals_tensors_by_decay(
         for key in ("weight_decay", "lr", "eps", "amsgrad", "maximize"):
             assert ours[key] == theirs[key], key
         assert list(ours["betas"]) == theirs["betas"]
+
+
+def test_beta2_of_the_options_is_the_optimizers(model_folder: Path, reference: Path) -> None:
+    made, stage = prepared(model_folder, *PROJECTION)
+    recorded = golden(reference, "golden/optimizer_groups.json")["beta2_option"]
+    changed = stage.model_copy(update={"betas": tuple(recorded[0]["betas"])})
+
+    groups = make_optimizer(made.model, changed).param_groups
+
+    assert [list(group["betas"]) for group in groups] == [group["betas"] for group in recorded]
+
+
+def test_every_recorded_setting_is_compared(reference: Path) -> None:
+    assert golden(reference, "golden/optimizer_groups.json").keys() == {*CASES, "beta2_option"}
