@@ -188,6 +188,8 @@ def _sizes(seen: "SourceCheck") -> list[tuple[str, str]]:
 
 
 def _spread(numbers: "Spread") -> str:
+    if numbers.minimum == numbers.maximum:
+        return f"{numbers.median:,}"
     return f"{numbers.minimum:,} to {numbers.maximum:,} (median {numbers.median:,})"
 
 

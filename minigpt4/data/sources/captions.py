@@ -47,7 +47,7 @@ def open_captions(
     Raises:
         DataError: There is nothing of the kind, or the table has no such columns.
     """
-    table = path if path.is_file() else next((path / name for name in TABLES if (path / name).is_file()), None)
+    table = path if path.is_file() else table_in(path)
     folder = images or (path.parent if path.is_file() else path)
     files = {} if images and table else dict(files_in(folder))
     rows = Rows()
@@ -61,21 +61,28 @@ def open_captions(
     return list_source(str(path), table or path, GuardedFolder(folder, within), rows, sizes)
 
 
+def table_in(folder: Path) -> Path | None:
+    """Return a folder's table by its usual names, in large or small letters; of several the first in `TABLES`."""
+    alike = sorted(path for path in folder.iterdir() if path.name.lower() in TABLES and path.is_file())
+    return min(alike, key=lambda path: TABLES.index(path.name.lower()), default=None)
+
+
 def _is_picture(name: str) -> bool:
     return name.lower().endswith(PICTURE_SUFFIXES)
 
 
 def _add_sidecars(rows: Rows, files: Mapping[str, int]) -> None:
-    """Add `cat.jpg` with `cat.txt`, and each of both without the other as bad."""
+    """Add `cat.jpg` with `cat.txt` or `cat.TXT`, and each of both without the other as bad."""
     stems = {name.rpartition(".")[0] for name in files if _is_picture(name)}
+    texts = {name.rpartition(".")[0]: name for name in files if name.lower().endswith(".txt")}
     for name in files:
-        stem, _, suffix = name.rpartition(".")
+        stem = name.rpartition(".")[0]
         if _is_picture(name):
-            if (text := f"{stem}.txt") in files:
+            if (text := texts.get(stem)) is not None:
                 rows.add_sidecar(name, name, text, files[text])
             else:
-                rows.add_bad(BadRecordError(NO_TEXT, f"{name} has no caption, expected {text}"))
-        elif suffix == "txt" and stem not in stems:
+                rows.add_bad(BadRecordError(NO_TEXT, f"{name} has no caption, expected {stem}.txt"))
+        elif name.lower().endswith(".txt") and stem not in stems:
             rows.add_bad(BadRecordError(NO_PICTURE, f"{name} has no picture of its name"))
 
 

@@ -14,7 +14,7 @@ from typing import Literal, Protocol, get_args
 
 from minigpt4.data.record import Source
 from minigpt4.data.sources.alignment import LIST_NAME, open_alignment
-from minigpt4.data.sources.captions import FILE_COLUMNS, TABLES, open_captions
+from minigpt4.data.sources.captions import FILE_COLUMNS, open_captions, table_in
 from minigpt4.data.sources.conversations import open_conversations
 from minigpt4.data.sources.guarded_folder import PICTURE_SUFFIXES, files_in
 from minigpt4.data.sources.hub import PREFIX, cache_of, dataset_folder
@@ -136,7 +136,7 @@ def _of_folder(folder: Path) -> tuple[str, Path]:
         return "shards", folder
     if LIST_NAME in names:
         return "alignment", folder
-    if names.intersection(TABLES):
+    if table_in(folder) is not None:
         return "captions", folder
     if any("question" in name.lower() and name.endswith(".json") for name in names):
         return "vqa", folder

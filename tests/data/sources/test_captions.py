@@ -106,6 +106,27 @@ def test_row_without_picture_and_picture_without_row_are_counted(tmp_path: Path)
     }
 
 
+def test_a_table_in_large_letters_is_a_folders_table(tmp_path: Path) -> None:
+    pictures(tmp_path, "cat.jpg", "unnamed.jpg")
+    write(tmp_path / "Captions.CSV", "image,caption\ncat.jpg,a cat\n")
+
+    source = open_source(tmp_path)
+
+    assert [record.key for record in good(source)] == ["cat.jpg"]
+    assert faults(source) == {"no text": "unnamed.jpg has no caption, Captions.CSV does not name it"}
+
+
+def test_a_text_in_large_letters_is_a_pictures_text(tmp_path: Path) -> None:
+    pictures(tmp_path, "CAT.JPG")
+    for name in ("CAT.TXT", "LOST.TXT"):
+        write(tmp_path / name, "a cat")
+
+    source = open_source(tmp_path)
+
+    assert [record.turns[0][1] for record in good(source)] == ["a cat"]
+    assert faults(source) == {"no picture": "LOST.TXT has no picture of its name"}
+
+
 def test_a_picture_named_in_other_letters_is_pointed_at(tmp_path: Path) -> None:
     pictures(tmp_path, "Cat.JPG", "images/dog.jpg")
     write(tmp_path / "captions.csv", "\ufeffimage;caption\r\nCat.jpg;a cat\r\nDOG;a dog\r\ncow.jpg;a cow\r\n")

@@ -20,6 +20,7 @@ QUESTION = [{"image": "a.jpg", "question": "q", "answer": "a"}]
         ({"filter_cap.json": b"{}", "image/1.jpg": b""}, ("alignment", "")),
         ({"captions.jsonl": b"", "a.jpg": b""}, ("captions", "")),
         ({"metadata.csv": b"", "a.jpg": b""}, ("captions", "")),
+        ({"Captions.CSV": b"", "a.jpg": b""}, ("captions", "")),
         ({"a.jpg": b"", "a.txt": b""}, ("captions", "")),
         ({"deep/a.jpg": b"", "deep/a.txt": b""}, ("captions", "")),
         ({"mine.csv": b"", "a.jpg": b""}, ("captions", "mine.csv")),
