@@ -155,6 +155,12 @@ def last_checkpoint(output: Path) -> tuple[Path, State] | None:
     return None
 
 
+def has_ended(output: Path, num_stages: int) -> bool:
+    """Tell by the newest checkpoint's name whether a run of so many stages has made all its updates."""
+    newest = next(_newest_first(output), None)
+    return newest is not None and int(NAME.findall(newest.name)[0][0]) >= num_stages
+
+
 def _newest_first(output: Path) -> Iterator[Path]:
     folders = [path for path in (output / FOLDER).glob("stage*-step*") if NAME.fullmatch(path.name)]
     return iter(sorted(folders, key=_place, reverse=True))

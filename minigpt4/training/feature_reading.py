@@ -13,7 +13,7 @@ from minigpt4.data.batches import SourceBatches
 from minigpt4.data.examples import pixel_values
 from minigpt4.errors import DataError, ImageError, PromptError
 from minigpt4.training.feature_store import FeatureStore
-from minigpt4.training.stopping import begin_reading
+from minigpt4.training.stopping import begin_reading, end_reading
 
 CHUNK = 8
 """Neighbouring records are read by one worker: they often show the same picture, and lie together on the disk."""
@@ -99,16 +99,19 @@ def read_ahead(
         worker_init_fn=begin_reading,
     )
     chunks = iter(loader)
-    while True:
-        try:
-            chunk = next(chunks)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader" not in str(error):
-                raise
-            raise DataError(
-                f"a process that reads pictures ended: {' '.join(str(error).split())}",
-                hint="it is often out of memory: fewer workers; what was computed is kept",
-            ) from error
-        yield from chunk
+    try:
+        while True:
+            try:
+                chunk = next(chunks)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader" not in str(error):
+                    raise
+                raise DataError(
+                    f"a process that reads pictures ended: {' '.join(str(error).split())}",
+                    hint="it is often out of memory: fewer workers; what was computed is kept",
+                ) from error
+            yield from chunk
+    finally:
+        end_reading(chunks)

@@ -9,8 +9,8 @@ import itertools
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -46,7 +46,7 @@ from minigpt4.training.run_folder import (
     metrics_path,
 )
 from minigpt4.training.schedule import batches_before, learning_rate, num_batches
-from minigpt4.training.stopping import StopRequest, begin_reading, stop_requests
+from minigpt4.training.stopping import StopRequest, begin_reading, end_reading, stop_requests
 from minigpt4.training.update import PRECISIONS, Figures, Updater, chosen_precision, make_optimizer
 from minigpt4.weights.files.disk import make_folder
 
@@ -181,19 +181,20 @@ def _train_stage(run: _Run, number: int, batches: Batches, checkpoint: Any) -> N
     data = Subset(batches(number, stage), range(batches_before(stage, first), batches_before(stage, stage.steps)))
     started = time.monotonic()
     best = False
-    for at, group in enumerate(_groups(_loaded(data, run.recipe.workers), stage, first), first):
-        _seed(run, at)
-        rate = learning_rate(stage, at)
-        figures = updater(group, rate, stop=run.stop.asked)
-        now = time.monotonic()
-        progress = _progress(stage, at, rate, figures, now - started)
-        started = now
-        run.state.step = at + 1
-        run.state.scaler = scaler.state_dict()
-        by_the_main_process(lambda: _tell(run, progress), run.processes)  # noqa: B023  (called at once)
-        watch.look_at(stage.name, at + 1, group)
-        _count_skipped(run, stage, group, figures)
-        best = _after_update(run, updater.optimizer, stage, figures)
+    with closing(_loaded(data, run.recipe.workers)) as batches_read:
+        for at, group in enumerate(_groups(batches_read, stage, first), first):
+            _seed(run, at)
+            rate = learning_rate(stage, at)
+            figures = updater(group, rate, stop=run.stop.asked)
+            now = time.monotonic()
+            progress = _progress(stage, at, rate, figures, now - started)
+            started = now
+            run.state.step = at + 1
+            run.state.scaler = scaler.state_dict()
+            by_the_main_process(lambda: _tell(run, progress), run.processes)  # noqa: B023  (called at once)
+            watch.look_at(stage.name, at + 1, group)
+            _count_skipped(run, stage, group, figures)
+            best = _after_update(run, updater.optimizer, stage, figures)
     run.state.stage, run.state.step = number + 1, 0
     _save(run, None, best=best)
 
@@ -286,10 +287,26 @@ def _progress(stage: StageRecipe, at: int, rate: float, figures: Figures, second
     )
 
 
-def _loaded(data: Dataset[dict[str, Any]], workers: int) -> Iterator[dict[str, Any]]:
+class _Told(Dataset[dict[str, Any] | MiniGPT4Error]):
+    """A data set whose complaints are items: a reader's exception would come here as the text of its traceback."""
+
+    def __init__(self, data: Dataset[dict[str, Any]]) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)  # type: ignore[arg-type]  # one that is gone through by numbers
+
+    def __getitem__(self, item: int) -> dict[str, Any] | MiniGPT4Error:
+        try:
+            return self._data[item]
+        except MiniGPT4Error as error:
+            return error
+
+
+def _loaded(data: Dataset[dict[str, Any]], workers: int) -> Generator[dict[str, Any]]:
     """Read batches ahead; a reader that is killed or stuck is an error, not a wait without end."""
     loader = DataLoader(
-        data,
+        _Told(data),
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=workers,
@@ -298,16 +315,21 @@ def _loaded(data: Dataset[dict[str, Any]], workers: int) -> Iterator[dict[str, A
         worker_init_fn=begin_reading,
     )
     batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches, None)
-        except (EOFError, ConnectionError) as error:
-            if "DataLoader worker" in str(error):  # raised by the data set, and brought here by the library
-                raise
-            raise _reader_ended(error) from error  # killed while it handed a batch over, and not missed yet
-        if batch is None:
-            return
-        yield batch
+    try:
+        while True:
+            try:
+                batch = next(batches, None)
+            except (EOFError, ConnectionError) as error:
+                if "DataLoader worker" in str(error):  # raised by the data set, and brought here by the library
+                    raise
+                raise _reader_ended(error) from error  # killed while it handed a batch over, and not missed yet
+            if batch is None:
+                return
+            if isinstance(batch, MiniGPT4Error):
+                raise batch
+            yield batch
+    finally:
+        end_reading(batches)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4.errors import ConfigError, StorageError
+from minigpt4.training.checkpoint import has_ended
 from minigpt4.training.recipe import Recipe
 from minigpt4.weights.files.atomic import write_file
 from minigpt4.weights.files.disk import fsync, fsync_folder, make_folder, storing
@@ -29,6 +30,8 @@ CHANGEABLE = (
     "max_skipped_steps", "gradient_checkpointing", "stages.*.threads",
 )  # fmt: skip
 """Keys that another start of a run may change: they change nothing that is learnt."""
+
+_AFTER_THE_END = "that run has ended and learns no more: set another output, or undo the change"
 
 
 def metrics_path(output: Path) -> Path:
@@ -69,7 +72,7 @@ def check_recipe(recipe: Recipe, processes: int, *, force: bool) -> None:
     Args:
         recipe: The recipe now.
         processes: How many there are now.
-        force: Go on although they differ; the new recipe takes the old one's place.
+        force: Go on although they differ; the new recipe takes the old one's place. Not where all updates were made.
 
     Raises:
         ConfigError: They differ in what is learnt; names the keys.
@@ -79,7 +82,8 @@ def check_recipe(recipe: Recipe, processes: int, *, force: bool) -> None:
     now = {**_flat(recipe.model_dump(mode="json")), "processes": processes}
     # Before its first update a run holds nothing of its recipe but the model that was put together.
     begun = path.exists() and any((recipe.output / name).exists() for name in (METRICS_FILE, COMPOSED_FOLDER))
-    if begun and not force:
+    ended = has_ended(recipe.output, len(recipe.stages))
+    if begun and (ended or not force):
         before = json.loads(path.read_text(encoding="utf-8"))
         differing = sorted(
             key for key in now.keys() | before.keys() if now.get(key) != before.get(key) and not _may_change(key)
@@ -88,7 +92,7 @@ def check_recipe(recipe: Recipe, processes: int, *, force: bool) -> None:
             listed = ", ".join(f"{key} ({before.get(key)!r}, now {now.get(key)!r})" for key in differing[:5])
             raise ConfigError(
                 f"the run in {recipe.output} began with another recipe: {listed}",
-                hint="set another output, undo the change, or go on with it by --force",
+                hint=_AFTER_THE_END if ended else "set another output, undo the change, or go on with it by --force",
             )
     with going_on_later(), write_file(path, "w") as file:
         json.dump(now, file, indent=1)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -106,3 +106,17 @@ def begin_reading(worker: int) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, outlive)
+
+
+def end_reading(batches: Iterator[Any]) -> None:
+    """End the processes that read for an iterator of `DataLoader`, if there are any.
+
+    Left to the collection of garbage, they would live as long as the traceback of an error does: to the end of the
+    program, which then waits for readers that outlive its one signal.
+
+    Args:
+        batches: The iterator.
+    """
+    end = getattr(batches, "_shutdown_workers", None)
+    if end:
+        end()

@@ -32,13 +32,16 @@ class TextStatistics:
     def sentence(self, stage: str) -> str:
         """Say it in one line."""
         if not self.lengths:
-            return f"stage {stage}: none of the first {LOOKED_AT} examples can be used"
-        middle, high = (quantiles([*self.lengths, self.lengths[0]], n=20)[at] for at in (9, 18))
+            return f"stage {stage}: none of its first examples can be used"
+        shortest, longest = min(self.lengths), max(self.lengths)
+        middle, high = (quantiles([*self.lengths, self.lengths[0]], n=20, method="inclusive")[at] for at in (9, 18))
         line = (
-            f"stage {stage}: answers of {min(self.lengths)} to {counted(max(self.lengths), 'token')}, "
-            f"half of them at most {middle:.0f}, 95 % at most {high:.0f} "
-            f"({counted(len(self.lengths), 'example')} looked at)"
+            f"stage {stage}: answers of {counted(longest, 'token')}"
+            if shortest == longest
+            else f"stage {stage}: answers of {shortest} to {counted(longest, 'token')}, "
+            f"half of them at most {middle:.0f}, 95 % at most {high:.0f}"
         )
+        line += f" ({counted(len(self.lengths), 'example')} looked at)"
         share = self.cut / len(self.lengths)
         if share <= WORTH_A_WARNING:
             return line

@@ -301,6 +301,71 @@ def test_a_changed_recipe_is_refused_with_the_keys_that_differ(tmp_path: Path) -
     check_recipe(changed, 1, force=False)  # it is the run's recipe now
 
 
+COMPLAINT = """
+import sys
+from pathlib import Path
+from minigpt4.errors import DataError
+from minigpt4.training.loop import train
+from minigpt4.training.processes import processes
+from tests.training import toy
+
+class Batches(toy.ToyBatches):
+    def __getitem__(self, item):
+        if sys.argv[2] == "reader":
+            raise DataError("too many are bad")
+        return super().__getitem__(item)
+
+class Watcher(toy.Watcher):
+    def update(self, progress):
+        raise DataError("too many are bad")
+
+try:
+    train(toy.recipe(Path(sys.argv[1]), workers=2), toy.model(), Batches, Watcher(), processes())
+except DataError as error:
+    print(error.message, flush=True)
+    sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize("where", ["reader", "trainer"])
+def test_an_error_ends_the_program_and_does_not_wait_for_the_readers(where: str, tmp_path: Path) -> None:
+    """In a program of its own, which holds the error while it ends, as the command line does."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPLAINT, str(tmp_path), where],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+
+    assert (done.returncode, done.stdout, done.stderr) == (2, "too many are bad\n", "")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_the_data_complains_of_is_told_as_it_is(workers: int, tmp_path: Path) -> None:
+    class Complaining(toy.ToyBatches):
+        def __getitem__(self, step: int) -> dict[str, Any]:
+            raise DataError("nothing here is a picture", "look at it")
+
+    with pytest.raises(DataError) as told:
+        train(toy.recipe(tmp_path, workers=workers), toy.model(), Complaining, toy.Watcher(), processes())
+
+    assert (told.value.message, told.value.hint) == ("nothing here is a picture", "look at it")
+
+
+def test_a_changed_recipe_is_not_forced_on_a_run_that_has_ended(tmp_path: Path) -> None:
+    recipe = toy.recipe(tmp_path)
+    check_recipe(recipe, 1, force=False)
+    metrics_path(tmp_path).touch()
+    last = len(recipe.stages)
+    for stage, hint in ((last - 1, "by --force"), (last, "that run has ended and learns no more: set another output")):
+        checkpoints.write_checkpoint(tmp_path, {}, {}, checkpoints.State(stage=stage))
+
+        changed = recipe.model_copy(update={"seed": 9})
+        with pytest.raises(ConfigError) as told:
+            check_recipe(changed, 1, force=stage == last)
+
+        assert hint in told.value.hint
+        assert ("--force" in told.value.hint) == (stage < last)
+
+
 def poisoned(steps: set[tuple[int, int]]) -> Callable[[int, StageRecipe], toy.ToyBatches]:
     class Poisoned(toy.ToyBatches):
         def __getitem__(self, item: int) -> dict[str, Any]:
