@@ -355,8 +355,13 @@ def _explain(path: Path, where: str, error: ValidationError) -> ConfigError:
         keys.append(last)
     place = where + ".".join(str(part) for part in keys)
     if first["type"] != "extra_forbidden":
+        if first["type"] == "missing":
+            return ConfigError(f"{path}: {place} is missing", hint="add that key; the files in recipes/ have it")
         reason = first["msg"].removeprefix("Value error, ")
-        return ConfigError(f"{path}: {place}: {reason}", hint=f"the value there is {first['input']!r}"[:200])
+        found = "" if isinstance(first["input"], BaseModel | dict) else f", but it is {first['input']!r}"[:200]
+        in_brackets = first["type"] in ("list_type", "tuple_type")
+        hint = "put it in brackets: [...]" if in_brackets else "mend that value; the files in recipes/ have examples"
+        return ConfigError(f"{path}: {place}: {reason[:1].lower()}{reason[1:]}{found}", hint=hint)
     near = difflib.get_close_matches(str(last), known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
     return ConfigError(f"{path}: unknown key {place}", hint=hint)

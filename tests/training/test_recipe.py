@@ -76,8 +76,17 @@ def test_eight_bits_cannot_be_spread(tmp_path: Path) -> None:
 
 
 def test_missing_key_is_refused_with_its_place(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.photos: Field required"):
+    with pytest.raises(ConfigError, match=r"data\.photos is missing$") as told:
         read_recipe(written(tmp_path, data={}))
+
+    assert told.value.hint == "add that key; the files in recipes/ have it"
+
+
+def test_one_name_where_a_list_is_expected_is_told_how_to_be_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"report_to: input should be a valid list, but it is 'wandb'$") as told:
+        read_recipe(written(tmp_path), ["report_to=wandb"])
+
+    assert told.value.hint == "put it in brackets: [...]"
 
 
 def test_overrides_reach_every_place(tmp_path: Path) -> None:

@@ -148,8 +148,12 @@ def _places(name: str) -> list[str]:
 
 
 def _in_other_letters(name: str, files: Mapping[str, str]) -> str:
-    """Say which of the files, by their names in lower case, a picture that is not there may be."""
-    found = next((files[place.lower()] for place in _places(name) if place.lower() in files), None)
+    """Say which of the files, by their names in lower case, a picture that is not there may be.
+
+    A name may have been written on another system, with backslashes.
+    """
+    places = [place.lower() for place in _places(name.replace("\\", "/"))]
+    found = next((files[place] for place in places if place in files), None)
     return f", but {found} is" if found else ""
 
 

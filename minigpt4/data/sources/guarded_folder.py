@@ -19,6 +19,7 @@ from minigpt4.data.sources.faults import (
     MISSING_PICTURE,
     NO_PICTURE,
     OUTSIDE,
+    WHOLE_PATH,
     WRONG_TEXT,
     BadRecordError,
     checked_text,
@@ -81,6 +82,11 @@ class GuardedFolder:
     def _inside(self, name: str, key: str) -> Path | None:
         """Return the file's real path; None where there is no such file."""
         if leaves_folder(name):
+            path = Path(name)
+            if ".." not in path.parts and path.is_relative_to(self.path.absolute()):
+                raise BadRecordError(
+                    WHOLE_PATH, f"{key}: {name[:200]!r} is a whole path, expected one relative to {self.path}"
+                )
             raise BadRecordError(OUTSIDE, f"{key}: the picture {name[:200]!r} is outside the folder of the pictures")
         try:
             path = Path(os.path.realpath(self.path / name))

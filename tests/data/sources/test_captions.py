@@ -129,12 +129,15 @@ def test_a_text_in_large_letters_is_a_pictures_text(tmp_path: Path) -> None:
 
 def test_a_picture_named_in_other_letters_is_pointed_at(tmp_path: Path) -> None:
     pictures(tmp_path, "Cat.JPG", "images/dog.jpg")
-    write(tmp_path / "captions.csv", "\ufeffimage;caption\r\nCat.jpg;a cat\r\nDOG;a dog\r\ncow.jpg;a cow\r\n")
+    write(
+        tmp_path / "captions.csv",
+        "\ufeffimage;caption\r\nCat.jpg;a cat\r\nDOG;a dog\r\ncow.jpg;a cow\r\nimages\\dog.jpg;it\r\n",
+    )
 
     source = open_source(tmp_path)
 
     told = []
-    for number in range(3):
+    for number in range(4):
         with pytest.raises(BadRecordError) as error:
             source.read(number)
         told.append(error.value.message)
@@ -142,6 +145,7 @@ def test_a_picture_named_in_other_letters_is_pointed_at(tmp_path: Path) -> None:
         "captions.csv:2: the picture 'Cat.jpg' is not there, but Cat.JPG is",
         "captions.csv:3: the picture 'DOG' is not there, but images/dog.jpg is",
         "captions.csv:4: the picture 'cow.jpg' is not there",
+        "captions.csv:5: the picture 'images\\\\dog.jpg' is not there, but images/dog.jpg is",
     ]
 
 

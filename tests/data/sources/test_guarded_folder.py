@@ -47,6 +47,13 @@ def test_name_that_leads_out_is_refused(name: str, folder: Path) -> None:
     assert told.value.kind == "picture outside its folder"
 
 
+def test_a_whole_path_into_the_folder_is_not_said_to_lie_outside(folder: Path) -> None:
+    with pytest.raises(BadRecordError, match=r"^key: '.*1\.jpg' is a whole path, expected one relative to ") as told:
+        GuardedFolder(folder).read_picture([str(folder / "a" / "1.jpg")], "key")
+
+    assert told.value.kind == "picture named by its whole path"
+
+
 @pytest.mark.parametrize("of", ["file", "folder"])
 def test_link_that_leads_out_is_refused_unless_the_outer_folder_is_allowed(of: str, folder: Path) -> None:
     if of == "file":
