@@ -31,6 +31,9 @@ CHANGEABLE = (
 )  # fmt: skip
 """Keys that another start of a run may change: they change nothing that is learnt."""
 
+_OF_THE_CHECKPOINT = ("trainable", "lora")
+"""Keys that say which numbers a checkpoint holds: no run goes on with others."""
+
 _AFTER_THE_END = "that run has ended and learns no more: set another output, or undo the change"
 
 
@@ -72,7 +75,8 @@ def check_recipe(recipe: Recipe, processes: int, *, force: bool) -> None:
     Args:
         recipe: The recipe now.
         processes: How many there are now.
-        force: Go on although they differ; the new recipe takes the old one's place. Not where all updates were made.
+        force: Go on although they differ; the new recipe takes the old one's place. Not where all updates were
+            made, or other numbers would learn.
 
     Raises:
         ConfigError: They differ in what is learnt; names the keys.
@@ -83,17 +87,18 @@ def check_recipe(recipe: Recipe, processes: int, *, force: bool) -> None:
     # Before its first update a run holds nothing of its recipe but the model that was put together.
     begun = path.exists() and any((recipe.output / name).exists() for name in (METRICS_FILE, COMPOSED_FOLDER))
     ended = has_ended(recipe.output, len(recipe.stages))
-    if begun and (ended or not force):
+    if begun:
         before = json.loads(path.read_text(encoding="utf-8"))
         differing = sorted(
             key for key in now.keys() | before.keys() if now.get(key) != before.get(key) and not _may_change(key)
         )
-        if differing:
+        final = ended or any(key.split(".")[0] in _OF_THE_CHECKPOINT for key in differing)
+        if differing and (final or not force):
             listed = ", ".join(f"{key} ({before.get(key)!r}, now {now.get(key)!r})" for key in differing[:5])
-            raise ConfigError(
-                f"the run in {recipe.output} began with another recipe: {listed}",
-                hint=_AFTER_THE_END if ended else "set another output, undo the change, or go on with it by --force",
-            )
+            hint = "set another output, undo the change, or go on with it by --force"
+            if final:
+                hint = _AFTER_THE_END if ended else "its checkpoints hold other numbers: set another output, or undo it"
+            raise ConfigError(f"the run in {recipe.output} began with another recipe: {listed}", hint=hint)
     with going_on_later(), write_file(path, "w") as file:
         json.dump(now, file, indent=1)
 

@@ -350,6 +350,18 @@ def test_what_the_data_complains_of_is_told_as_it_is(workers: int, tmp_path: Pat
     assert (told.value.message, told.value.hint) == ("nothing here is a picture", "look at it")
 
 
+def test_what_learns_cannot_be_changed_by_force_and_the_run_goes_on_as_it_began(tmp_path: Path) -> None:
+    recipe = toy.recipe(tmp_path)
+    check_recipe(recipe, 1, force=False)
+    metrics_path(tmp_path).touch()
+
+    with pytest.raises(ConfigError, match=r"trainable.* now 'qformer'") as told:
+        check_recipe(recipe.model_copy(update={"trainable": ["qformer"]}), 1, force=True)
+
+    assert told.value.hint == "its checkpoints hold other numbers: set another output, or undo it"
+    check_recipe(recipe, 1, force=False)
+
+
 def test_a_changed_recipe_is_not_forced_on_a_run_that_has_ended(tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path)
     check_recipe(recipe, 1, force=False)
