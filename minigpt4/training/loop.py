@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from minigpt4.errors import DataError
+from minigpt4.errors import DataError, MiniGPT4Error
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.plurals import counted
 from minigpt4.training.bad_samples import BadSampleWatch

@@ -22,7 +22,7 @@ from minigpt4.training.plot import plot_metrics
 from minigpt4.training.preparing import Prepared, check_libraries, prepare_model
 from minigpt4.training.processes import by_the_main_process, gather_parameters, processes
 from minigpt4.training.recipe import Recipe, StageRecipe
-from minigpt4.training.run_folder import check_recipe, going_on_later, only_run
+from minigpt4.training.run_folder import BAD_SAMPLES_FILE, check_recipe, going_on_later, only_run
 from minigpt4.training.stage_data import RunSources, check_data, has_branches, stage_data
 from minigpt4.training.text_statistics import text_statistics
 from minigpt4.training.trackers import Tracker, check_trackers, open_trackers
@@ -147,6 +147,7 @@ def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) 
         with going_on_later():
             _save(target, recipe, prepared, here)
             if here.is_main_process:
+                _say_what_was_bad(recipe.output, told.say)
                 _draw(recipe.output, told.say)
     return target
 
@@ -179,6 +180,13 @@ def _named_from(target: Path, recipe: Recipe, origin: Origin) -> Origin:
     if Path(named).is_absolute() or not (before / named).is_dir():  # nano, an id of a hub, a folder of its own place
         return origin
     return replace(origin, frozen_parts=os.path.relpath(origin.frozen_parts, target.resolve()))
+
+
+def _say_what_was_bad(output: Path, say: Callable[[str], None]) -> None:
+    path = output / BAD_SAMPLES_FILE
+    count = len(path.read_bytes().splitlines()) if path.exists() else 0
+    if count:
+        say(f"another example stood in for a bad one {counted(count, 'time')}: {path} lists them")
 
 
 def _draw(output: Path, say: Callable[[str], None]) -> None:

@@ -208,6 +208,18 @@ def test_what_learns_and_how_long_texts_are_is_said_before(model_folder: Path, p
     assert "WARNING: 50% lose their end, max_text_tokens is 5" in said[1]
 
 
+def test_examples_that_others_stood_in_for_are_told_of_at_the_end(
+    model_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    (pictures / "red.png").write_bytes(b"nothing")
+    said: list[str] = []
+    run(recipe(model_folder, pictures, tmp_path / "run"), Reports(say=said.append))
+
+    lines = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
+    times = f"{len(lines)} time{'s' if len(lines) > 1 else ''}"
+    assert lines and f"another example stood in for a bad one {times}: {tmp_path / 'run'}" in said[-2]
+
+
 def test_a_finished_run_is_not_trained_again(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
     wanted = recipe(model_folder, pictures, tmp_path / "run")
     first = (run(wanted) / "alignment.safetensors").read_bytes()
