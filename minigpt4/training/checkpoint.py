@@ -6,9 +6,7 @@ and the random numbers are functions of seed, stage and step, so they need no st
 
 import json
 import logging
-import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minigpt4.errors import MiniGPT4Error, StorageError, WeightsError
+from minigpt4.training.run_folder import CHECKPOINT_FOLDER, newest_first, place_of
 from minigpt4.weights.files.atomic import MANIFEST_NAME, clean_stale, verify_folder, write_file, write_folder
 from minigpt4.weights.files.disk import storing
 
-FOLDER = "checkpoints"
 BEST_FILE = "best.json"
-NAME = re.compile(r"stage(\d+)-step(\d+)")
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +82,7 @@ def write_checkpoint(output: Path, tensors: dict[str, Tensor], moments: dict[str
     Raises:
         StorageError: It cannot be written; what was there before stays.
     """
-    target = output / FOLDER / name_of(state)
+    target = output / CHECKPOINT_FOLDER / name_of(state)
     if target.exists() and not (target / MANIFEST_NAME).exists():  # damaged and passed over, and now made again
         with storing(target):
             shutil.rmtree(target)
@@ -104,7 +101,7 @@ def remove_old(output: Path, state: State, keep: int) -> None:
     Raises:
         StorageError: One cannot be removed.
     """
-    so_far = [folder for folder in _newest_first(output) if _place(folder) <= [state.stage, state.step]]
+    so_far = [folder for folder in newest_first(output) if place_of(folder) <= [state.stage, state.step]]
     for folder in so_far[keep:]:
         if folder.name != state.best:
             with storing(folder):
@@ -117,7 +114,7 @@ def mark_best(output: Path, name: str) -> None:
     Raises:
         StorageError: It cannot be written.
     """
-    with write_file(output / FOLDER / BEST_FILE, "w") as file:
+    with write_file(output / CHECKPOINT_FOLDER / BEST_FILE, "w") as file:
         file.write(json.dumps(name))
 
 
@@ -127,9 +124,9 @@ def best_checkpoint(output: Path) -> Path | None:
     Raises:
         StorageError: The file that says so cannot be read.
     """
-    path = output / FOLDER / BEST_FILE
+    path = output / CHECKPOINT_FOLDER / BEST_FILE
     with storing(path, doing="read"):
-        return output / FOLDER / json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return output / CHECKPOINT_FOLDER / json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def last_checkpoint(output: Path) -> tuple[Path, State] | None:
@@ -140,10 +137,10 @@ def last_checkpoint(output: Path) -> tuple[Path, State] | None:
     Raises:
         WeightsError: There are checkpoints, and all are damaged.
     """
-    if (output / FOLDER).exists():
-        clean_stale(output / FOLDER)
+    if (output / CHECKPOINT_FOLDER).exists():
+        clean_stale(output / CHECKPOINT_FOLDER)
     reason: MiniGPT4Error | None = None
-    for folder in _newest_first(output):
+    for folder in newest_first(output):
         try:
             verify_folder(folder)
             return folder, State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
@@ -153,22 +150,6 @@ def last_checkpoint(output: Path) -> tuple[Path, State] | None:
     if reason is not None:
         raise WeightsError(f"no checkpoint of {output} is whole: {reason.message}", hint="start anew in another folder")
     return None
-
-
-def has_ended(output: Path, num_stages: int) -> bool:
-    """Tell by the newest checkpoint's name whether a run of so many stages has made all its updates."""
-    newest = next(_newest_first(output), None)
-    return newest is not None and int(NAME.findall(newest.name)[0][0]) >= num_stages
-
-
-def _newest_first(output: Path) -> Iterator[Path]:
-    folders = [path for path in (output / FOLDER).glob("stage*-step*") if NAME.fullmatch(path.name)]
-    return iter(sorted(folders, key=_place, reverse=True))
-
-
-def _place(checkpoint: Path) -> list[int]:
-    """Return the stage and the step of a checkpoint."""
-    return [int(number) for number in NAME.findall(checkpoint.name)[0]]
 
 
 def load_trained(checkpoint: Path, model: nn.Module) -> None:

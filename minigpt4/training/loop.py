@@ -23,7 +23,6 @@ from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.plurals import counted
 from minigpt4.training.bad_samples import BadSampleWatch
 from minigpt4.training.checkpoint import (
-    FOLDER,
     State,
     last_checkpoint,
     load_optimizer,
@@ -39,6 +38,7 @@ from minigpt4.training.objectives import TrainingStep
 from minigpt4.training.processes import by_the_main_process, others_alive, spread
 from minigpt4.training.recipe import Recipe, StageRecipe
 from minigpt4.training.run_folder import (
+    CHECKPOINT_FOLDER,
     append_line,
     flush_lines,
     forget_lines_after,
@@ -161,7 +161,7 @@ def train(
 def _go_back_to(recipe: Recipe, state: State) -> None:
     """Bring what lies beside the checkpoints to the state of the one that is gone on from."""
     forget_lines_after(recipe, state.stage, state.step)
-    if state.best is not None and (recipe.output / FOLDER / state.best).exists():
+    if state.best is not None and (recipe.output / CHECKPOINT_FOLDER / state.best).exists():
         mark_best(recipe.output, state.best)
 
 
@@ -225,7 +225,7 @@ def _save(run: _Run, optimizer: torch.optim.Optimizer | None, *, best: bool = Fa
 
     def write() -> None:
         output = run.recipe.output
-        make_folder(output / FOLDER)
+        make_folder(output / CHECKPOINT_FOLDER)
         flush_lines(output)
         folder = write_checkpoint(output, tensors, moments, run.state)
         if best:

@@ -6,6 +6,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4.errors import ConfigError, StorageError
-from minigpt4.training.checkpoint import has_ended
 from minigpt4.training.recipe import Recipe
 from minigpt4.weights.files.atomic import write_file
 from minigpt4.weights.files.disk import fsync, fsync_folder, make_folder, storing
 
 METRICS_FILE = "metrics.jsonl"
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
+CHECKPOINT_FOLDER = "checkpoints"
+CHECKPOINT_NAME = re.compile(r"stage(\d+)-step(\d+)")
 RECIPE_FILE = "recipe.json"
 LOCK_FILE = ".run.lock"
 COMPOSED_FOLDER = "model"
@@ -115,6 +117,24 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:  # noqa: ANN401  (JSON)
         return {key: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
     return {k: v for name, inner in items for k, v in _flat(inner, f"{key}.{name}" if key else str(name)).items()}
+
+
+def has_ended(output: Path, num_stages: int) -> bool:
+    """Tell by the newest checkpoint's name whether a run of so many stages has made all its updates."""
+    newest = next(newest_first(output), None)
+    return newest is not None and int(CHECKPOINT_NAME.findall(newest.name)[0][0]) >= num_stages
+
+
+def newest_first(output: Path) -> Iterator[Path]:
+    """Go through the checkpoints of a run, the last one first."""
+    found = (output / CHECKPOINT_FOLDER).glob("stage*-step*")
+    named = [path for path in found if CHECKPOINT_NAME.fullmatch(path.name)]
+    return iter(sorted(named, key=place_of, reverse=True))
+
+
+def place_of(checkpoint: Path) -> list[int]:
+    """Return the stage and the step of a checkpoint."""
+    return [int(number) for number in CHECKPOINT_NAME.findall(checkpoint.name)[0]]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from minigpt4.training.checkpoint import FOLDER
+from minigpt4.training.run_folder import CHECKPOINT_FOLDER
 from tests.training import toy_process
 
 UNEQUAL = ("seconds", "memory_bytes")  # figures of the clock and the machine
@@ -140,7 +140,7 @@ def result(output: Path) -> dict[str, Any]:
     """What must be equal: final tensors, the optimizer's last checkpoint, the figures."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     figures = [{key: value for key, value in line.items() if key not in UNEQUAL} for line in lines]
-    last = sorted((output / FOLDER).glob("stage1-*"))[-1]
+    last = sorted((output / CHECKPOINT_FOLDER).glob("stage1-*"))[-1]
     files = [output / "final.safetensors", last / "optimizer.safetensors"]
     tensors = {
         f"{file.name} {name}": tensor.numpy().tobytes() for file in files for name, tensor in load_file(file).items()

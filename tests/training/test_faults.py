@@ -21,11 +21,11 @@ from minigpt4.data.batches import BadSample
 from minigpt4.data.sources.faults import NO_PICTURE
 from minigpt4.errors import ConfigError, DataError, StorageError
 from minigpt4.training import checkpoint as checkpoints
-from minigpt4.training.checkpoint import FOLDER, last_checkpoint
+from minigpt4.training.checkpoint import last_checkpoint
 from minigpt4.training.loop import Progress, train
 from minigpt4.training.processes import processes
 from minigpt4.training.recipe import StageRecipe
-from minigpt4.training.run_folder import BAD_SAMPLES_FILE, check_recipe, metrics_path, only_run
+from minigpt4.training.run_folder import BAD_SAMPLES_FILE, CHECKPOINT_FOLDER, check_recipe, metrics_path, only_run
 from minigpt4.training.stopping import stop_requests
 from tests.training import toy
 from tests.training.test_loop import same, tensors, trained
@@ -225,7 +225,7 @@ def test_a_failing_disk_leaves_the_checkpoint_before(
 
     resumed, _ = trained(recipe)
     assert same(tensors(resumed), tensors(whole))
-    names = [path.name for path in (recipe.output / FOLDER).iterdir()]
+    names = [path.name for path in (recipe.output / CHECKPOINT_FOLDER).iterdir()]
     assert not [name for name in names if name.startswith(".")], names
 
 

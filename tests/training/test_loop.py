@@ -12,7 +12,7 @@ import torch
 
 from minigpt4.errors import DataError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
-from minigpt4.training import checkpoint
+from minigpt4.training import checkpoint, run_folder
 from minigpt4.training.loop import Progress, train
 from minigpt4.training.processes import processes
 from minigpt4.training.recipe import Recipe
@@ -182,7 +182,7 @@ def test_the_checkpoint_with_the_smallest_validation_loss_is_kept_wherever_it_wa
     losses: list[float | None], best: str, tmp_path: Path
 ) -> None:
     assert best_of(tmp_path, losses, keep_checkpoints=1, checkpoint_steps=1) == best
-    kept = {path.name for path in (tmp_path / checkpoint.FOLDER).iterdir() if path.is_dir()}
+    kept = {path.name for path in (tmp_path / run_folder.CHECKPOINT_FOLDER).iterdir() if path.is_dir()}
     assert kept == {best, "stage2-step0000000"}
 
 

@@ -19,12 +19,12 @@ import torch
 
 from minigpt4.errors import StorageError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
-from minigpt4.training.checkpoint import FOLDER, best_checkpoint
+from minigpt4.training.checkpoint import best_checkpoint
 from minigpt4.training.loop import train
 from minigpt4.training.objectives import TrainingStep
 from minigpt4.training.processes import processes
 from minigpt4.training.recipe import StageRecipe
-from minigpt4.training.run_folder import check_recipe
+from minigpt4.training.run_folder import CHECKPOINT_FOLDER, check_recipe
 from minigpt4.weights.files.disk import make_folder
 from tests.training import toy
 from tests.weights.files.faults import Fault
@@ -60,7 +60,7 @@ def result(output: Path) -> dict[str, Any]:
     return {
         "tensors": [p.detach().numpy().tobytes().hex() for p in model.parameters() if p.requires_grad],
         "figures": [{k: v for k, v in line.items() if k not in ("seconds", "memory_bytes")} for line in lines],
-        "kept": sorted(name for name in os.listdir(output / FOLDER) if not name.endswith(".lock")),  # harmless
+        "kept": sorted(n for n in os.listdir(output / CHECKPOINT_FOLDER) if not n.endswith(".lock")),  # harmless
         "best": best.name if best and best.exists() else None,
     }
 
