@@ -4,6 +4,7 @@
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -291,15 +292,16 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         raise ConfigError(f"{path} holds no keys", hint="copy one of the files in recipes/")
     for override in overrides or []:
         _set(content, override)
-    return make_recipe(content, path)
+    return make_recipe(content, path, [override.partition("=")[0] for override in overrides or []])
 
 
-def make_recipe(content: dict[str, Any], origin: Path) -> Recipe:
+def make_recipe(content: dict[str, Any], origin: Path, overridden: Sequence[str] = ()) -> Recipe:
     """Validate a recipe's content.
 
     Args:
         content: The keys.
         origin: The file they come from, for the complaint.
+        overridden: Keys that come from the command line, by their places.
 
     Raises:
         ConfigError: An unknown key or a wrong value, with its place.
@@ -315,7 +317,7 @@ def make_recipe(content: dict[str, Any], origin: Path) -> Recipe:
             place = f"stages.{number}.data."
             recipe.data_of(stage)
     except ValidationError as error:
-        raise _explain(origin, place, error) from error
+        raise _explain(origin, overridden, place, error) from error
     return recipe
 
 
@@ -344,7 +346,7 @@ _SECTIONS = (
 )  # fmt: skip
 
 
-def _explain(path: Path, where: str, error: ValidationError) -> ConfigError:
+def _explain(path: Path, overridden: Sequence[str], where: str, error: ValidationError) -> ConfigError:
     # A misspelt key is often also a missing one; the misspelling is the cause.
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     known = sorted({name for section in _SECTIONS for name in section.model_fields})
@@ -354,14 +356,15 @@ def _explain(path: Path, where: str, error: ValidationError) -> ConfigError:
     if isinstance(last, int) or last in known or first["type"] == "extra_forbidden":
         keys.append(last)
     place = where + ".".join(str(part) for part in keys)
+    origin = "--set" if any(f"{place}.".startswith(f"{key}.") for key in overridden) else str(path)
     if first["type"] != "extra_forbidden":
         if first["type"] == "missing":
-            return ConfigError(f"{path}: {place} is missing", hint="add that key; the files in recipes/ have it")
+            return ConfigError(f"{origin}: {place} is missing", hint="add that key; the files in recipes/ have it")
         reason = first["msg"].removeprefix("Value error, ")
         found = "" if isinstance(first["input"], BaseModel | dict) else f", but it is {first['input']!r}"[:200]
         in_brackets = first["type"] in ("list_type", "tuple_type")
         hint = "put it in brackets: [...]" if in_brackets else "mend that value; the files in recipes/ have examples"
-        return ConfigError(f"{path}: {place}: {reason[:1].lower()}{reason[1:]}{found}", hint=hint)
+        return ConfigError(f"{origin}: {place}: {reason[:1].lower()}{reason[1:]}{found}", hint=hint)
     near = difflib.get_close_matches(str(last), known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
-    return ConfigError(f"{path}: unknown key {place}", hint=hint)
+    return ConfigError(f"{origin}: unknown key {place}", hint=hint)

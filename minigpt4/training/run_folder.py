@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def check_recipe(recipe: Recipe, processes: int, *, force: bool) -> None:
     begun = path.exists() and any((recipe.output / name).exists() for name in (METRICS_FILE, COMPOSED_FOLDER))
     ended = has_ended(recipe.output, len(recipe.stages))
     if begun:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = _written_recipe(path)
         differing = sorted(
             key for key in now.keys() | before.keys() if now.get(key) != before.get(key) and not _may_change(key)
         )
@@ -117,6 +117,24 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:  # noqa: ANN401  (JSON)
         return {key: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
     return {k: v for name, inner in items for k, v in _flat(inner, f"{key}.{name}" if key else str(name)).items()}
+
+
+def _written_recipe(path: Path) -> dict[str, Any]:
+    """Read the recipe that a run began with.
+
+    Raises:
+        ConfigError: The file is damaged.
+        StorageError: It cannot be read.
+    """
+    before: Any = None
+    with storing(path, doing="read"), suppress(ValueError):
+        before = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(before, dict):
+        raise ConfigError(
+            f"{path} is damaged, so that nobody can tell with which recipe the run began",
+            hint="delete that file if the recipe is the same, and the run goes on; else set another output",
+        )
+    return before
 
 
 def has_ended(output: Path, num_stages: int) -> bool:

@@ -281,6 +281,21 @@ def test_the_folder_of_a_run_belongs_to_it_alone(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("content", ["", '{"seed": 1', "[]"])
+def test_a_damaged_recipe_of_a_run_is_told(content: str, tmp_path: Path) -> None:
+    recipe = toy.recipe(tmp_path)
+    check_recipe(recipe, 1, force=False)
+    metrics_path(tmp_path).touch()
+    (tmp_path / "recipe.json").write_text(content)
+
+    with pytest.raises(ConfigError, match=r"recipe\.json is damaged") as told:
+        check_recipe(recipe, 1, force=True)
+
+    assert "delete that file" in told.value.hint
+    (tmp_path / "recipe.json").unlink()
+    check_recipe(recipe, 1, force=False)
+
+
 def test_a_changed_recipe_is_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path)
     check_recipe(recipe, 1, force=False)

@@ -66,7 +66,7 @@ def test_unknown_key_is_refused_with_the_nearest_known(
     ],
 )
 def test_wrong_value_is_refused_with_its_place(override: str, place: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"recipe\.yaml: {place}: "):
+    with pytest.raises(ConfigError, match=rf"--set: {place}: "):
         read_recipe(written(tmp_path), [override])
 
 
@@ -102,6 +102,29 @@ def test_overrides_reach_every_place(tmp_path: Path) -> None:
 def test_override_of_no_place_is_refused(override: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such place"):
         read_recipe(written(tmp_path), [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("stages.0.stps=7", "--set: unknown key stages.0.stps"),
+        ("stages.0.steps=many", "--set: stages.0.steps: input should be a valid integer"),
+        ("lora={rnk: 4}", "--set: unknown key lora.rnk"),
+    ],
+)
+def test_a_mistake_in_an_override_is_told_as_one(override: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as told:
+        read_recipe(written(tmp_path), [override, "seed=3"])
+
+    assert told.value.message.startswith(sentence)
+
+
+def test_a_mistake_in_the_file_stays_the_files(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    path.write_text(path.read_text() + "sed: 4\n")
+
+    with pytest.raises(ConfigError, match=r"recipe\.yaml: unknown key sed$"):
+        read_recipe(path, ["seed=3"])
 
 
 def test_override_without_a_value_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """LLaVA's form of conversations: `[{"id", "image", "conversations": [{"from", "value"}, ...]}, ...]`.
 
+The form of OpenAI's messages is read as well, which other trainers take: `messages` with `role` and `content`, and
+`images`, a list of one; a message of the role `system` at the beginning is passed over, as the template has its own.
 `<image>` and the line breaks round it are removed from the text: where the picture stands, the prompt template says.
 A record without a picture is text alone. The picture may also lie there under COCO's long name, `COCO_train2014_...`,
 which the original puts before every name.
@@ -13,6 +15,8 @@ from minigpt4.data.sources.faults import NO_PICTURE, NO_TEXT, WRONG_TEXT, BadRec
 from minigpt4.data.sources.guarded_folder import GuardedFolder
 from minigpt4.data.sources.listed import ListSource, Rows, items_of, list_source
 
+TURNS = ("conversations", "conversation", "messages")
+"""Names of the list of turns."""
 COCO_PREFIX = "COCO_train2014_"
 _MARK = re.compile(r"\n*<image>\n*")
 _ASKS, _ANSWERS = frozenset(["human", "user"]), frozenset(["gpt", "assistant"])
@@ -47,19 +51,29 @@ def coco_names(name: str) -> list[str]:
 def _add(rows: Rows, place: str, item: Any) -> None:  # noqa: ANN401  (whatever a list holds)
     if isinstance(item, BadRecordError):
         raise item
-    turns = item.get("conversations") if isinstance(item, dict) else None
+    turns = next((item[name] for name in TURNS if name in item), None) if isinstance(item, dict) else None
     if not isinstance(turns, list) or not turns:
         raise BadRecordError(WRONG_TEXT, f"{place} has no list of conversations")
+    if len(turns) % 2 and _said(turns[0])[0] == "system":
+        turns = turns[1:]
+        rows.skipped["system messages"] += 1
     key = f"{place} ({item['id']})"[:200] if isinstance(item.get("id"), str | int) else place
-    image = item.get("image")
+    image = item.get("image", item.get("images"))
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
     if image is not None and not (isinstance(image, str) and image.strip()):
         raise BadRecordError(NO_PICTURE, f"{key}: its image is not the name of one picture")
     pairs = [_pair(turns[start : start + 2], start, key) for start in range(0, len(turns), 2)]
-    if image is None and any("<image>" in str(turn.get("value")) for turn in turns[::2]):
+    if image is None and any("<image>" in str(_said(turn)[1]) for turn in turns[::2]):
         raise BadRecordError(NO_PICTURE, f"{key} speaks of <image> and names none")
     rows.add(key, None if image is None else coco_names(image), pairs)
+
+
+def _said(turn: Any) -> tuple[Any, Any]:  # noqa: ANN401  (whatever a list holds)
+    """Return who says a turn, and what."""
+    if not isinstance(turn, dict):
+        return None, None
+    return turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
 
 
 def _pair(turns: list[Any], start: int, key: str) -> tuple[str, str]:
@@ -67,12 +81,12 @@ def _pair(turns: list[Any], start: int, key: str) -> tuple[str, str]:
     if len(turns) < 2:
         raise BadRecordError(NO_TEXT, f"{key} ends with a question, expected an answer")
     for offset, (turn, roles, role) in enumerate(zip(turns, (_ASKS, _ANSWERS), ("human", "gpt"), strict=True)):
-        who = turn.get("from") if isinstance(turn, dict) else None
+        who = _said(turn)[0]
         if not isinstance(who, str) or who not in roles:
             raise BadRecordError(
                 WRONG_TEXT, f"{key}: turn {start + offset + 1} is from {str(who)[:40]!r}, expected {role}"
             )
-    question, answer = (turn.get("value") for turn in turns)
+    question, answer = (_said(turn)[1] for turn in turns)
     # A picture alone may be the whole question: the recipe's prompts then ask.
     asked = _MARK.sub("", checked_text(question, key, "question")).strip()
     return asked, checked_text(answer, key, "answer")

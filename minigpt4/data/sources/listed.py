@@ -8,6 +8,7 @@ read ahead share them, and the pictures, read from a guarded folder when they ar
 import hashlib
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,12 +36,14 @@ class Rows:
         ends: Where each ends.
         lengths: Bytes of what each says.
         bad: Numbers of those that are bad as they stand.
+        skipped: What was passed over, by kind.
     """
 
     text: bytearray = field(default_factory=bytearray)
     ends: "array[int]" = field(default_factory=lambda: array("Q"))
     lengths: "array[int]" = field(default_factory=lambda: array("L"))
     bad: list[int] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
 
     def add(self, key: str, pictures: Sequence[str] | None, turns: Turns) -> None:
         """Add a record.
@@ -104,8 +107,8 @@ class ListSource:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Nothing is passed over here."""
-        return {}
+        """What was passed over, by kind."""
+        return dict(self.rows.skipped)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -15,7 +15,7 @@ from typing import Literal, Protocol, get_args
 from minigpt4.data.record import Source
 from minigpt4.data.sources.alignment import LIST_NAME, open_alignment
 from minigpt4.data.sources.captions import FILE_COLUMNS, open_captions, table_in
-from minigpt4.data.sources.conversations import open_conversations
+from minigpt4.data.sources.conversations import TURNS, open_conversations
 from minigpt4.data.sources.guarded_folder import PICTURE_SUFFIXES, files_in
 from minigpt4.data.sources.hub import PREFIX, cache_of, dataset_folder
 from minigpt4.data.sources.listed import ListSource, read_json, read_json_lines
@@ -183,7 +183,7 @@ def _of_list(path: Path) -> str | None:
         else:
             entries = content[:_LOOKED_AT] if isinstance(content, list) else []
     keys = {str(key).lower() for entry in entries if isinstance(entry, dict) for key in entry}
-    if "conversations" in keys:
+    if keys.intersection(TURNS):
         return "conversations"
     if "question" in keys:
         return "vqa"

@@ -67,6 +67,22 @@ def test_lines_and_folders_are_read_too(tmp_path: Path) -> None:
     assert open_source(tmp_path).read(0) == Record("x.jsonl:1", picture(), (("q", "a"),))
 
 
+def test_messages_of_other_trainers_are_read_too(tmp_path: Path) -> None:
+    said = [("system", "Be brief."), ("user", "<image>What is it?"), ("assistant", "A bus.")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    write(tmp_path / "a.jpg", picture())
+    write(
+        tmp_path / "messages.json",
+        [{"messages": messages, "images": ["a.jpg"]}, {"conversation": messages[1:], "image": "a.jpg"}],
+    )
+
+    source = open_source(tmp_path / "messages.json")
+
+    assert [source.read(number).turns for number in (0, 1)] == [(("What is it?", "A bus."),)] * 2
+    assert source.read(0).picture == picture()
+    assert source.skipped == {"system messages": 1}
+
+
 BAD: dict[str, tuple[object, str]] = {
     "no object": (7, "has no list of conversations"),
     "no turns": ({"conversations": []}, "has no list of conversations"),
