@@ -1,8 +1,8 @@
 """A whole training run, from recipe to alignment folder."""
 
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,28 +121,8 @@ def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) 
         by_the_main_process(lambda: check_recipe(recipe, here.num_processes, force=force), here)
         sources = RunSources(told.sources)
         check_data(recipe, sources)
-        torch.manual_seed(recipe.seed)
-        prepared = prepare_model(recipe, here, told.parts)
-        if has_branches(recipe):
-            check_branches(prepared.model)
-        kept = cached_pictures(recipe, prepared, here, told.features, sources) if recipe.features == "cache" else None
-        batches = stage_data(recipe, prepared, here, kept, sources)
-        validation = None
-        if recipe.validation:
-            validation = Validation(recipe, recipe.validation, prepared, here, sources, kept)
-        if here.is_main_process:
-            _say_what_is_learnt(recipe, prepared, batches, told.say)
-        trackers = _open_trackers(recipe) if here.is_main_process else []
-        try:
-            train(recipe, prepared.model, batches, _Watcher(recipe, told, validation, trackers), here)
-        except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(_stopped(recipe) if here.is_main_process else "") from stop
-        except SystemExit:
-            told.say(_stopped(recipe))
-            raise
-        finally:
-            for tracker in trackers:
-                tracker.finish()
+        with _tracking(recipe, here) as trackers:
+            prepared = _prepare_and_train(recipe, here, told, sources, trackers)
         target = recipe.output / ALIGNMENT_FOLDER
         with going_on_later():
             _save(target, recipe, prepared, here)
@@ -150,6 +130,31 @@ def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) 
                 _say_what_was_bad(recipe.output, told.say)
                 _draw(recipe.output, told.say)
     return target
+
+
+def _prepare_and_train(
+    recipe: Recipe, here: PartialState, told: Reports, sources: RunSources, trackers: list[Tracker]
+) -> Prepared:
+    """Load the model, and make the updates that are left."""
+    torch.manual_seed(recipe.seed)
+    prepared = prepare_model(recipe, here, told.parts)
+    if has_branches(recipe):
+        check_branches(prepared.model)
+    kept = cached_pictures(recipe, prepared, here, told.features, sources) if recipe.features == "cache" else None
+    batches = stage_data(recipe, prepared, here, kept, sources)
+    validation = None
+    if recipe.validation:
+        validation = Validation(recipe, recipe.validation, prepared, here, sources, kept)
+    if here.is_main_process:
+        _say_what_is_learnt(recipe, prepared, batches, told.say)
+    try:
+        train(recipe, prepared.model, batches, _Watcher(recipe, told, validation, trackers), here)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(_stopped(recipe) if here.is_main_process else "") from stop
+    except SystemExit:
+        told.say(_stopped(recipe))
+        raise
+    return prepared
 
 
 def _stopped(recipe: Recipe) -> str:
@@ -197,11 +202,25 @@ def _draw(output: Path, say: Callable[[str], None]) -> None:
         say(f"no curves were drawn: {error.message}")
 
 
-def _open_trackers(recipe: Recipe) -> list[Tracker]:
-    found = last_checkpoint(recipe.output)
-    state = found[1] if found else State()
-    first = sum(stage.steps for stage in recipe.stages[: state.stage]) + state.step
-    return open_trackers(recipe.report_to, recipe.output, recipe.model_dump(mode="json"), first_step=first)
+@contextmanager
+def _tracking(recipe: Recipe, here: PartialState) -> Iterator[list[Tracker]]:
+    """Open the trackers, in the main process and before the model loads: one may not be logged in."""
+    trackers: list[Tracker] = []
+
+    def begin() -> None:
+        found = last_checkpoint(recipe.output)
+        state = found[1] if found else State()
+        first = sum(stage.steps for stage in recipe.stages[: state.stage]) + state.step
+        trackers.extend(
+            open_trackers(recipe.report_to, recipe.output, recipe.model_dump(mode="json"), first_step=first)
+        )
+
+    by_the_main_process(begin, here)
+    try:
+        yield trackers
+    finally:
+        for tracker in trackers:
+            tracker.finish()
 
 
 def updates_before(recipe: Recipe, stage: str) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import Blip2VisionModel
@@ -313,6 +314,20 @@ def test_an_output_that_cannot_be_written_is_told_before_the_model_is_loaded(pic
 
     with pytest.raises(StorageError, match="file/run"):
         run(recipe(tmp_path / "no model", pictures, tmp_path / "file/run"))
+
+
+def test_a_tracker_that_is_not_logged_in_is_told_before_the_model_is_loaded(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    wandb.teardown()  # it reads the environment once
+
+    with pytest.raises(ConfigError, match="Weights & Biases cannot be opened: No API key"):
+        run(recipe(tmp_path / "no model", pictures, tmp_path / "run", report_to=["wandb"]))
+    wandb.teardown()
 
 
 def test_figures_go_to_tensorboard_too(model_folder: Path, pictures: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
+import wandb
 
 from minigpt4.errors import ConfigError, StorageError
 from minigpt4.training import trackers
@@ -86,6 +87,7 @@ def test_unknown_tracker_is_refused() -> None:
 
 def test_weights_and_biases_keeps_its_run_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()  # it reads the environment once
 
     for start in (0, 2):
         (tracker,) = open_trackers(["wandb"], tmp_path, {"model": "nano"}, first_step=start)
