@@ -68,7 +68,7 @@ def sleep_while_waiting() -> None:
     """Let torch's threads sleep while they wait for each other, unless the environment says otherwise.
 
     They spin by default, and lose their turns to whatever else the machine does: beside one busy program the first
-    word about a picture then takes ten times as long (`benchmarks/busy_machine.py`). Read when torch loads.
+    word about a picture then takes 17 times as long (`benchmarks/busy_machine.py`). Read when torch loads.
     """
     if not {"GOMP_SPINCOUNT", "KMP_BLOCKTIME"}.intersection(os.environ):
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
