@@ -22,20 +22,21 @@ ALIKE = 0.1
 """How far a text beside another may lie from the same text alone, relative to one that follows the other."""
 
 
-def branches(model: MiniGPT4ForConditionalGeneration, batch: dict[str, Any]) -> dict[str, Tensor]:
+def branches(model: MiniGPT4ForConditionalGeneration, batch: dict[str, Any], first: int = 0) -> dict[str, Tensor]:
     """Return what tells the language model of a batch's branches; nothing where no row has any.
 
     Args:
         model: The model.
         batch: With `branch_ids` and `position_ids` `(batch, length)` where rows have several texts.
+        first: Where the language model begins to read; it has read what comes before.
     """
     if "branch_ids" not in batch:
         return {}
-    seen = branch_mask(batch["branch_ids"])
+    seen = branch_mask(batch["branch_ids"])[:, :, first:]
     if model.config.text_config._attn_implementation == "eager":  # adds the mask to its scores
         dtype = model.get_input_embeddings().weight.dtype
         seen = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
-    return {"attention_mask": seen, "position_ids": batch["position_ids"]}
+    return {"attention_mask": seen, "position_ids": batch["position_ids"][:, first:]}
 
 
 @torch.no_grad()

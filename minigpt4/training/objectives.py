@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.model.modeling_minigpt4 import MiniGPT4ImageFeatures
+from minigpt4.training.beginnings import Beginning, Beginnings
 from minigpt4.training.branches import branches
 
 COSINE_SCALE = 20.0
@@ -45,6 +46,7 @@ class TrainingStep(nn.Module):
         super().__init__()
         self.model = model
         self.objective = objective
+        self._beginnings = Beginnings()
 
     def forward(self, batch: dict[str, Any]) -> Outcome:
         """Compute a batch's loss.
@@ -53,6 +55,8 @@ class TrainingStep(nn.Module):
             batch: What the objective reads, and the pictures as `pixel_values`, as `vision_outputs` (what the vision
                 encoder made of them), or as `qformer_outputs` (what the projection reads).
         """
+        if self.objective == "language":
+            batch = batch | {"beginning": self._beginnings.of(self.model, batch)}
         return OBJECTIVES[self.objective](self.model, batch)
 
 
@@ -97,16 +101,19 @@ def language(model: MiniGPT4ForConditionalGeneration, batch: dict[str, Any]) -> 
         model: The model.
         batch: Pictures; `input_ids` and `labels` `(batch, length)`, padded on the right, -100 outside answers. No
             place reads what comes after it, so padding there needs no mask. With several texts in a row also
-            `branch_ids` and `position_ids` `(batch, length)`.
+            `branch_ids` and `position_ids` `(batch, length)`. `beginning`, where it is given, was read before.
     """
     features = image_features(model, batch)
+    beginning: Beginning | None = batch.get("beginning")
+    first = beginning.length if beginning else 0
     hidden = model.model(
-        input_ids=batch["input_ids"],
+        input_ids=batch["input_ids"][:, first:],
         mm_encoder_outputs={"image": features} if features is not None else None,
+        past_key_values=beginning.cache(len(batch["input_ids"])) if beginning else None,
         use_cache=False,
-        **branches(model, batch),
+        **branches(model, batch, first),
     ).last_hidden_state
-    targets = batch["labels"][:, 1:]
+    targets = batch["labels"][:, first + 1 :]
     outcome = _outcome(model.compute_logits(hidden[:, :-1][targets != -100]), targets[targets != -100])
     if features is not None:
         return outcome
