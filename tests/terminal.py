@@ -39,10 +39,14 @@ class Terminal:
             assert self.read_more(), "the program ended"
 
     def wait_for_end(self) -> int:
-        """Read until the program ends; return its exit status."""
+        """Read until the program ends; return its exit status as a shell tells it.
+
+        Python ends by the signal itself where an import was interrupted.
+        """
         while self.read_more():
             pass
-        return self.process.wait()
+        status = self.process.wait()
+        return status if status >= 0 else 128 - status
 
     def read_more(self) -> bool:
         """Read what is printed next; False once the program has ended."""

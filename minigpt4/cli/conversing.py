@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minigpt4.cli.interrupts import heard
 from minigpt4.cli.pictures import open_all
 from minigpt4.cli.terminal import note
 from minigpt4.errors import StorageError, UsageError
@@ -98,6 +99,7 @@ def lines() -> Iterator[str]:
                     print("> ", end="", file=sys.stderr, flush=True)
                 line = input("> " if on_screen else "")
             except KeyboardInterrupt:
+                heard()
                 note("")  # the prompt's line is not ended yet
                 if interrupted:
                     raise

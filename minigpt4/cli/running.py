@@ -20,6 +20,7 @@ from minigpt4.cli import (  # noqa: F401  (each registers its commands)
     training,
 )
 from minigpt4.cli.app import app
+from minigpt4.cli.interrupts import insisting
 from minigpt4.cli.original import spread_options
 from minigpt4.cli.plotting import join_names
 from minigpt4.cli.terminal import complain, forgiving_streams, note
@@ -42,7 +43,8 @@ def run() -> None:
     forgiving_streams()
     sleep_while_waiting()
     try:
-        _run(arguments)
+        with insisting():
+            _run(arguments)
     except MiniGPT4Error as error:
         if debug:
             raise
