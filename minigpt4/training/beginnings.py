@@ -22,6 +22,8 @@ from minigpt4.model import MiniGPT4ForConditionalGeneration
 
 SHORTEST = 2
 """Fewer places are not worth it."""
+MOST = 16
+"""Beginnings that are kept; a run has one, or as many as its prompts have words before the picture."""
 TRIED_WITH = 16
 """Places of the text that a language model is tried with."""
 ALIKE = 0.1
@@ -61,12 +63,15 @@ class Beginnings:
     def of(self, model: MiniGPT4ForConditionalGeneration, batch: dict[str, Any]) -> Beginning | None:
         """Return what all rows of a batch begin with, up to the first picture or answer; None to read all of it.
 
+        Text alone begins otherwise each time, so that is read as a whole.
+
         Args:
             model: The model.
             batch: With `input_ids` and `labels` `(batch, length)`.
         """
-        ids = beginning_of(batch, model.config.image_token_id)
-        if len(ids) < SHORTEST or not stays_as_it_is(model):
+        image_token_id = model.config.image_token_id
+        ids = beginning_of(batch, image_token_id)
+        if len(ids) < SHORTEST or not (batch["input_ids"] == image_token_id).any() or not stays_as_it_is(model):
             return None
         # Autocast decides in which numbers keys and values are.
         device = model.get_input_embeddings().weight.device.type
@@ -77,6 +82,8 @@ class Beginnings:
             if not self._works:
                 return None
             if key not in self._read:
+                if len(self._read) == MOST:
+                    self._read.clear()
                 self._read[key] = read(model, ids)
         return self._read[key]
 

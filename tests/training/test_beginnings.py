@@ -141,6 +141,19 @@ def test_a_language_model_that_goes_on_otherwise_reads_all_of_it(monkeypatch: py
     assert given(model) is None
 
 
+def test_text_alone_is_read_as_a_whole() -> None:
+    rows = [TextExample([1, 40, 41, 42, 43, 20], [IGNORED] * 5 + [20], 0)]
+    assert Beginnings().of(model_of("llama", "sdpa"), padded(rows, 0)) is None
+
+
+def test_only_some_beginnings_are_kept() -> None:
+    kept, model = Beginnings(), model_of("llama", "sdpa")
+    for number in range(3 * beginnings.MOST):
+        found = kept.of(model, padded([example([10], [20], before=[1, 40, 4 + number, 5])], 0))
+        assert found is not None and found.length == 4
+        assert len(kept._read) <= beginnings.MOST
+
+
 def test_a_short_beginning_is_read_each_time() -> None:
     rows = [example([10], [20], before=[1])]
     assert Beginnings().of(model_of("llama", "sdpa"), padded(rows, 0)) is None
