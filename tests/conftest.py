@@ -5,6 +5,7 @@ A test that fetches a frozen part of a model carries the marker `network`. It al
 """
 
 import os
+import signal
 
 # Read by torch and the tokenizers when they are first imported, so it comes before any test module:
 # pytest-xdist runs one process per core, and sums are bit-equal only for one number of threads.
@@ -15,6 +16,10 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# A shell starts what runs in its background with SIGINT ignored, and programs that tests start would take it over.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A time limit per example would measure what else the machine is doing.
 settings.register_profile("project", deadline=None)

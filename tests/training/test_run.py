@@ -169,7 +169,8 @@ def test_validation_loss_is_taken_on_the_same_pictures_each_time(
     losses = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
     assert losses.keys() == {2, 4}
     assert losses[2] == pytest.approx(losses[4], rel=1e-4)  # next to nothing was learnt in between
-    assert json.loads((output / "checkpoints/best.json").read_text()).startswith("stage0-step")
+    best = json.loads((output / "checkpoints/best.json").read_text())
+    assert best in {"stage0-step0000002", "stage1-step0000000"}  # which of both is a matter of rounding
     page = (output / "samples.html").read_text()
     assert page.count("data:image/") == 3 and "it is " in page
     assert [(one.step, len(one.samples)) for one in read_rounds(output)] == [(2, 3), (4, 3)]
