@@ -48,7 +48,7 @@ def _shared(examples: Sequence[TextExample]) -> int:
     What a place predicts is one thing, so the first place of each text is not learnt: it belongs to the question.
     """
     shared = 0
-    for ids, labels in zip(
+    for ids, labels in zip(  # up to the end of the shortest text, whose last place is not shared
         zip(*(example.input_ids for example in examples), strict=False),
         zip(*(example.labels[1:] for example in examples), strict=False),
         strict=False,
