@@ -14,6 +14,7 @@ from minigpt4.processing.pictures import content_hash
 from minigpt4.serving.engine import Engine
 from minigpt4.serving.request import Event, Request
 from tests import tiny_chat
+from tests.serving.slowness import slow_steps
 
 NEW = 12
 
@@ -166,6 +167,7 @@ def test_a_stop_string_ends_an_answer_and_is_not_said(engine: Engine) -> None:
 
 def test_a_full_queue_refuses_at_once_and_loses_nothing() -> None:
     engine = Engine(tiny_chat.model(), tiny_chat.processor(), max_concurrent=1, max_queue=3)
+    slow_steps(engine, 0.01)
     running, refused = [], 0
     for number in range(12):
         try:
@@ -192,6 +194,7 @@ def test_what_comes_before_the_first_is_taken_up_has_its_place_too() -> None:
 
 
 def test_a_cancelled_answer_ends_within_a_token_and_frees_its_place(engine: Engine) -> None:
+    slow_steps(engine, 0.01)
     request, heard = ask(engine, [said("go", picture(1))], max_new_tokens=900)
     while request.answer.completion_tokens < 5:
         time.sleep(0.001)
@@ -205,6 +208,7 @@ def test_a_cancelled_answer_ends_within_a_token_and_frees_its_place(engine: Engi
 
 def test_a_request_cancelled_while_it_waits_is_never_answered() -> None:
     engine = Engine(tiny_chat.model(), tiny_chat.processor(), max_concurrent=1, max_queue=8)
+    slow_steps(engine, 0.01)
     first, _ = ask(engine, [said("go", picture(1))], max_new_tokens=200)
     second, heard = ask(engine, [said("go", picture(2))])
     second.cancel()
@@ -215,6 +219,7 @@ def test_a_request_cancelled_while_it_waits_is_never_answered() -> None:
 
 
 def test_a_deadline_gives_an_answer_up(engine: Engine) -> None:
+    slow_steps(engine, 0.01)
     heard = Heard()
     request = engine.submit([said("go", picture(1))], {"max_new_tokens": 900}, heard, timeout=0.3)
     heard.text()

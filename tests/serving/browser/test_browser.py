@@ -18,8 +18,9 @@ import pytest
 from minigpt4.serving.page import read_page
 from minigpt4.serving.settings import Limits, Settings
 from tests import tiny_chat
-from tests.serving.browser.slow_server import slow_down
+from tests.serving.browser.slow_server import SECONDS
 from tests.serving.live import Live, live, picture_file
+from tests.serving.slowness import slow_steps
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra `test`")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -45,7 +46,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def server() -> Iterator[Live]:
     with live(page=read_page()) as running:
-        slow_down(running.engine)
+        slow_steps(running.engine, SECONDS)
         yield running
 
 
@@ -399,7 +400,7 @@ def test_a_server_that_wants_a_key_is_given_one_for_this_tab(browser: Any) -> No
 def test_the_place_in_the_queue_is_shown(browser: Any) -> None:  # noqa: ANN401
     often = Settings("tiny", decoders=1, limits=Limits(ping_seconds=0.2))
     with live(often, page=read_page(), max_concurrent=1) as narrow:
-        slow_down(narrow.engine, 0.2)
+        slow_steps(narrow.engine, 0.2)
         first, second = Visitor(browser, narrow.url), Visitor(browser, narrow.url)
         first.ask("Talk", 300)
         first.wait_for_text()
