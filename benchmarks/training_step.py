@@ -4,8 +4,8 @@
 
 The projection alone learns, as in both of MiniGPT-4's stages. The original's algorithm: the picture through the frozen
 vision encoder and Q-Former at every update, logits in float32 for all places, examples in batches as they come, padded
-to the longest, with a mask. Its update is written down here once more; then one thing after another is done as this
-project does it, with `minigpt4.training` as it is from "no mask" on:
+to the longest, with a mask (`original_update.py`). Then one thing after another is done as this project does it, with
+`minigpt4.training` as it is from "no mask" on:
 
 - targets only: no logits where nothing is learned.
 - buckets: batches of like length, out of a window of batches.
@@ -13,6 +13,8 @@ project does it, with `minigpt4.training` as it is from "no mask" on:
 - beginning once: what stands before every picture is read once for all updates.
 - cached features: what the projection reads of a picture is kept, as `features: cache` in a recipe does.
 - side by side: texts about one picture in one row, as `texts_per_picture` in a recipe does.
+- bfloat16: the frozen parts have 16 bits, as `precision: bf16` in a recipe does; the original's algorithm so, too. Only
+  where it is asked for, since a processor without AVX512-BF16 or AMX loses more by it than it gains by all the rest.
 
 A round makes the same window of updates once in every way, and begins with another way each time. The first round is
 not timed: there the loss and the gradient of the window must be the same in all ways, or the program ends. Two kinds
@@ -25,6 +27,7 @@ nano's encoder is small; with `--encoder dinov2-small` one of that shape, with r
 """
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -40,6 +43,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from original_update import Batch, MaskedStep, OriginalStep, original_update
 from torch import Tensor, nn
 
 from minigpt4.data.examples import IGNORED, TextExample, padded
@@ -76,8 +80,6 @@ DINOV2_SMALL: dict[str, Any] = {
     "patch_size": 14, "image_size": 224,
 }  # fmt: skip
 
-Batch = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Kind:
@@ -110,52 +112,6 @@ KINDS = [
 ]
 
 
-class OriginalStep(nn.Module):
-    """The original's way from a batch to a loss, from the description of its algorithm."""
-
-    def __init__(self, model: MiniGPT4ForConditionalGeneration) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch) -> Outcome:
-        joined = self.model.model
-        with torch.no_grad():
-            seen = joined.vision_model(batch["pixel_values"], return_dict=True)
-        pictures = joined.align_image_features(seen).pooler_output
-        ids = batch["input_ids"]
-        words = joined.get_input_embeddings()(ids)
-        first = int((ids[0] == self.model.config.image_token_id).nonzero()[0])  # one prompt for a whole batch
-        after = words[:, first + pictures.shape[1] :]
-        embeddings = torch.cat([words[:, :first], pictures.to(words.dtype), after], dim=1)
-        hidden = joined.language_model(
-            inputs_embeds=embeddings, attention_mask=batch["attention_mask"], use_cache=False
-        ).last_hidden_state
-        logits = self.model.lm_head(hidden).float()[:, :-1].contiguous()
-        targets = batch["labels"][:, 1:].contiguous()
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        return Outcome(loss, torch.zeros(()))
-
-
-class MaskedStep(nn.Module):
-    """The same with logits for the targets alone."""
-
-    def __init__(self, model: MiniGPT4ForConditionalGeneration) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch) -> Outcome:
-        hidden = self.model.model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            pixel_values=batch["pixel_values"],
-            use_cache=False,
-        ).last_hidden_state[:, :-1]
-        targets = batch["labels"][:, 1:]
-        logits = self.model.lm_head(hidden[targets != IGNORED]).float()
-        loss = nn.functional.cross_entropy(logits, targets[targets != IGNORED], reduction="sum")
-        return Outcome(loss, torch.zeros(()))
-
-
 class EachTimeStep(TrainingStep):
     """This project's, which reads all of each text at every update."""
 
@@ -171,11 +127,13 @@ class Way:
         name: What it does besides the one before.
         step: From a batch to a loss.
         batches: The window.
+        precision: Of the computation.
     """
 
     name: str
     step: nn.Module
     batches: Sequence[Batch]
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -231,7 +189,7 @@ def examples(model: MiniGPT4ForConditionalGeneration, kind: Kind, count: int) ->
     return texts, pictures.repeat_interleave(kind.texts, 0)
 
 
-def ways(model: MiniGPT4ForConditionalGeneration, kind: Kind, window: int) -> list[Way]:
+def ways(model: MiniGPT4ForConditionalGeneration, kind: Kind, window: int, *, bfloat16: bool) -> list[Way]:
     """List the ways, from the original's to this project's."""
     texts, pictures = examples(model, kind, kind.batch_size * window)
     in_order = [list(range(first, first + kind.batch_size)) for first in range(0, len(texts), kind.batch_size)]
@@ -256,7 +214,21 @@ def ways(model: MiniGPT4ForConditionalGeneration, kind: Kind, window: int) -> li
     ]
     if kind.texts > 1:
         listed.append(Way("+ side by side", ours, joined(model, kind, texts, in_order, features)))
+    if bfloat16:
+        other = in_bfloat16(model)
+        kept = [batch | {"qformer_outputs": batch["qformer_outputs"].bfloat16()} for batch in listed[-1].batches]
+        listed.append(Way("+ bfloat16", TrainingStep(other), kept, "bf16"))
+        listed.append(Way("the original's, in bfloat16", OriginalStep(other), as_they_come, "bf16"))
     return listed
+
+
+def in_bfloat16(model: MiniGPT4ForConditionalGeneration) -> MiniGPT4ForConditionalGeneration:
+    """Return a copy with half the bits, but for what learns."""
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return other
 
 
 def joined(
@@ -284,15 +256,15 @@ def qformer_outputs(model: MiniGPT4ForConditionalGeneration, pictures: Tensor) -
     return read[0].clone()
 
 
-def make_updater(way: Way, kind: Kind, precision: str) -> Updater:
+def make_updater(way: Way, kind: Kind) -> Updater:
     stage = StageRecipe(
         name=kind.name, steps=1, batch_size=kind.batch_size, learning_rate=1e-4, clip_norm=None, loss_over="tokens"
     )
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return Updater(way.step, make_optimizer(way.step, stage), scaler, stage, PRECISIONS[precision], PartialState())
+    return Updater(way.step, make_optimizer(way.step, stage), scaler, stage, PRECISIONS[way.precision], PartialState())
 
 
-def compare(all_ways: Sequence[Way], kind: Kind, precision: str) -> dict[str, list[float]]:
+def compare(all_ways: Sequence[Way], kind: Kind) -> dict[str, list[float]]:
     """Take loss and gradient of the whole window in every way.
 
     Returns:
@@ -301,24 +273,25 @@ def compare(all_ways: Sequence[Way], kind: Kind, precision: str) -> dict[str, li
     apart: dict[str, list[float]] = {}
     first: tuple[float, Tensor] | None = None
     for way in all_ways:
-        updater = make_updater(way, kind, precision)
+        updater = make_updater(way, kind)
         figures = updater(way.batches, rate=0.0)  # the weights stay as they are
         gradient = torch.cat([p.grad.flatten() for p in way.step.parameters() if p.grad is not None])
         first = first or (figures.loss, gradient)
         apart[way.name] = [abs(figures.loss / first[0] - 1), float((gradient - first[1]).norm() / first[1].norm())]
-        assert apart[way.name][0] < TOLERANCE[precision] / 10, f"{way.name}: the loss differs: {apart[way.name]}"
-        assert apart[way.name][1] < TOLERANCE[precision], f"{way.name}: the gradient differs: {apart[way.name]}"
+        most = TOLERANCE[way.precision]
+        assert apart[way.name][0] < most / 10, f"{way.name}: the loss differs: {apart[way.name]}"
+        assert apart[way.name][1] < most, f"{way.name}: the gradient differs: {apart[way.name]}"
     return apart
 
 
-def timed(way: Way, kind: Kind, precision: str) -> Times:
+def timed(way: Way, kind: Kind) -> Times:
     """Make the updates of the window, from the same weights every time."""
     projection = way.step.get_submodule("model.model.language_projection")
     before = {name: value.clone() for name, value in projection.state_dict().items()}
     update: Callable[[Batch], object]
-    updater = make_updater(way, kind, precision)
+    updater = make_updater(way, kind)
     if isinstance(way.step, OriginalStep):
-        update = original_update(way.step, updater.optimizer, precision)
+        update = original_update(way.step, updater.optimizer, PRECISIONS[way.precision])
     else:
         update = lambda batch: updater([batch], rate=1e-4)  # noqa: E731
     wall, cpu = time.perf_counter(), time.process_time()
@@ -329,28 +302,15 @@ def timed(way: Way, kind: Kind, precision: str) -> Times:
     return times
 
 
-def original_update(step: OriginalStep, optimizer: torch.optim.Optimizer, precision: str) -> Callable[[Batch], object]:
-    """The original's update, which looks neither at the gradient's length nor at what would have been said."""
-
-    def update(batch: Batch) -> None:
-        optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=PRECISIONS[precision], enabled=precision != "fp32"):
-            loss = step(batch).loss
-        (loss / (batch["labels"] != IGNORED).sum()).backward()
-        optimizer.step()
-
-    return update
-
-
 def measure(model: MiniGPT4ForConditionalGeneration, kind: Kind, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure one kind of examples."""
-    all_ways = ways(model, kind, arguments.window)
-    apart = compare(all_ways, kind, arguments.precision)
+    all_ways = ways(model, kind, arguments.window, bfloat16=arguments.bfloat16)
+    apart = compare(all_ways, kind)
     times: dict[str, list[Times]] = {way.name: [] for way in all_ways}
     for number in range(arguments.rounds):
         first = number % len(all_ways)
         for way in [*all_ways[first:], *all_ways[:first]]:
-            times[way.name].append(timed(way, kind, arguments.precision))
+            times[way.name].append(timed(way, kind))
             print(f"{kind.name}, round {number + 1}: {way.name:25} {times[way.name][-1]}", file=sys.stderr, flush=True)
     return {
         way.name: {
@@ -387,7 +347,7 @@ def main() -> None:
     )
     names = [kind.name for kind in KINDS]
     parser.add_argument("--kinds", nargs="+", choices=names, default=names, help="of examples")
-    parser.add_argument("--precision", choices=list(TOLERANCE), default="fp32", help="of all ways")
+    parser.add_argument("--bfloat16", action="store_true", help="two more ways, for a processor that computes in it")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--window", type=int, default=8, help="updates in a round, and batches in a bucket's window")
     parser.add_argument("--threads", type=int, default=1)

@@ -65,6 +65,8 @@ def prepare_model(recipe: Recipe, here: PartialState, report: Report | None = No
         name, is_new = _composed(name, recipe, here, report), True
     if name == "nano" and recipe.joining_parts == "new":
         model, tokenizer = nano.assemble(*nano.frozen_parts(report))
+        for parameter in model.parameters():  # as the library loads others: buffers keep their bits
+            parameter.data = parameter.data.to(getattr(torch, dtype))
         processor, is_new = nano.make_processor(model.config, tokenizer), True
     else:
         # Fewer bits are made where the model is loaded, and it stays there.

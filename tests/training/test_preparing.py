@@ -44,6 +44,23 @@ def test_a_model_that_will_be_spread_is_not_put_on_a_device_as_a_whole(
     assert {tensor.device.type for tensor in prepared.model.state_dict().values()} == {where}
 
 
+@pytest.mark.parametrize("named", ["nano", "folder"])
+def test_frozen_parts_have_the_bits_of_the_precision_and_what_learns_has_all(
+    named: str, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cast at every update instead, they would take the memory and the time of both."""
+    made = tiny_chat.model()
+    monkeypatch.setattr(preparing.nano, "frozen_parts", lambda _: ())
+    monkeypatch.setattr(preparing.nano, "assemble", lambda: (made, tiny_chat.tokenizer()))
+    asked = (Path("nano"), {"joining_parts": "new"}) if named == "nano" else (model_folder, {})
+    here = SimpleNamespace(device=torch.device("cpu"), num_processes=1, is_main_process=True)
+
+    model = prepare_model(recipe(asked[0], precision="bf16", **asked[1]), here).model
+
+    assert {(p.requires_grad, p.dtype) for p in model.parameters()} == {(False, torch.bfloat16), (True, torch.float32)}
+    assert {tensor.dtype for name, tensor in model.named_buffers() if "inv_freq" in name} == {torch.float32}
+
+
 @pytest.mark.parametrize(("quantize", "device"), [("none", "cpu"), ("int8", "meta"), ("nf4", "meta")])
 def test_fewer_bits_are_made_on_the_device(
     quantize: str, device: str, model_folder: Path, monkeypatch: pytest.MonkeyPatch
