@@ -7,6 +7,7 @@ bits than a whole one, or if a stage was never hit.
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import random
@@ -42,6 +43,7 @@ def begin(output: Path, options: list[str], processes: int) -> list[int]:
         child = os.fork()
         if child == 0:
             os.setsid()
+            faulthandler.register(signal.SIGUSR1, where_is(output, rank).open("w"))
             if processes > 1:
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
@@ -55,7 +57,7 @@ def begin(output: Path, options: list[str], processes: int) -> list[int]:
     return children
 
 
-def end(children: list[int], due: Callable[[], bool] | None, victim: int) -> bool:
+def end(output: Path, children: list[int], due: Callable[[], bool] | None, victim: int) -> bool:
     """Wait for a run, or kill one of its processes once that is due; returns whether all ended well.
 
     As torchrun does, the others are asked to end once one has failed; they have 30 s for it.
@@ -77,11 +79,26 @@ def end(children: list[int], due: Callable[[], bool] | None, victim: int) -> boo
             for child in waiting:
                 os.kill(child, signal.SIGTERM)
         if asked is not None and time.monotonic() > asked + 30 and waiting:
-            for child in waiting:
-                kill_group(child)
-            sys.exit("a process was left waiting for 30 s after another was killed")
+            sys.exit(left_waiting(output, {children.index(child): child for child in waiting}))
         time.sleep(0.002)
     return not any(codes)
+
+
+def left_waiting(output: Path, children: dict[int, int]) -> str:
+    """Kill processes that did not end, by rank; returns a sentence that says where each was."""
+    told = "a process was left waiting for 30 s after another was killed"
+    for rank, child in children.items():
+        os.kill(child, signal.SIGUSR1)
+        time.sleep(1)
+        in_kernel = Path(f"/proc/{child}/wchan").read_text()
+        told += f"\nrank {rank}, in the kernel at {in_kernel}:\n{where_is(output, rank).read_text()}"
+        kill_group(child)
+    return told
+
+
+def where_is(output: Path, rank: int) -> Path:
+    """The file to which a process writes where it is when it is asked by a signal."""
+    return output.parent / f"{output.name}.{rank}.where"
 
 
 def kill_group(child: int) -> None:
@@ -161,7 +178,7 @@ def main() -> None:
     drawn = random.Random(arguments.seed)
     whole = arguments.folder / "whole"
     started = time.monotonic()
-    if not end(begin(whole, options, arguments.processes), None, 0):
+    if not end(whole, begin(whole, options, arguments.processes), None, 0):
         sys.exit("the run that nobody kills failed")
     length = time.monotonic() - started
     expected = result(whole)
@@ -180,7 +197,8 @@ def main() -> None:
                 due = among_updates(output, STAGES[attempt], drawn.randint(1, 2), drawn.uniform(0, update))
             elif attempt < 3:
                 due = after(drawn.uniform(0, 1.1 * length))
-            if end(begin(output, options, arguments.processes), due, drawn.randrange(arguments.processes)):
+            children = begin(output, options, arguments.processes)
+            if end(output, children, due, drawn.randrange(arguments.processes)):
                 break
             fell[stage_killed(before, lines_of(output))] += 1
         if result(output) != expected:
