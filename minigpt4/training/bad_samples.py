@@ -22,7 +22,7 @@ WINDOW = 1000
 """So many of the last examples are looked at together."""
 
 GROUP_LIMIT = 20
-"""So many bad examples of a shard, and not one good, are the shard's own fault."""
+"""So many bad examples of a shard, and not one good since the first of them, are the shard's own fault."""
 
 
 @dataclass(frozen=True)
@@ -92,5 +92,5 @@ class BadSampleWatch:
         for group, (good, wrong) in self.state.groups.items():
             if wrong >= GROUP_LIMIT and not good:
                 raise DataError(
-                    f"{wrong} examples of {group} are bad and none is good", hint=f"{path} lists them; mend the data"
+                    f"the last {wrong} examples of {group} are all bad", hint=f"{path} lists them; mend the data"
                 )

@@ -35,7 +35,7 @@ class State:
         step: The next update to make in it.
         skipped: Updates in a row that were left out because of a number that is none.
         recent_bad: Bad examples of each of the last updates, as `[bad, read]`.
-        groups: Good and bad examples of each shard that had a bad one.
+        groups: Good and bad examples of each shard, since its first bad one.
         best_loss: The smallest validation loss so far.
         best: Name of the checkpoint that had it.
         scaler: Of the loss, in `fp16`.

@@ -69,5 +69,5 @@ def test_a_shard_with_one_good_example_is_not_given_up(one_is_good: bool, tmp_pa
     if one_is_good:
         watched.look_at("one", 2, batch)
     else:
-        with pytest.raises(DataError, match=rf"{GROUP_LIMIT + 1} examples of bad\.tar are bad and none is good"):
+        with pytest.raises(DataError, match=rf"the last {GROUP_LIMIT + 1} examples of bad\.tar are all bad"):
             watched.look_at("one", 2, batch)

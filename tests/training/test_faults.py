@@ -474,7 +474,7 @@ def test_the_one_bad_example_that_is_too_many_is_no_plural(tmp_path: Path) -> No
 
 def test_a_shard_without_one_good_example_stops_the_run(tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path, max_bad_fraction=0.5)
-    with pytest.raises(DataError, match=r"24 examples of photos: 1\.tar are bad and none is good"):
+    with pytest.raises(DataError, match=r"the last 24 examples of photos: 1\.tar are all bad"):
         train(recipe, toy.model(), with_bad({0: 8, 1: 16}), toy.Watcher(), processes())
 
 
