@@ -14,12 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -29,7 +24,7 @@ from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing.pictures import PictureSource, content_hash, open_image
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from minigpt4.processing.prompts import template as template_named
-from minigpt4.reading import ImageCache, Read, check_length, embed, never_said, stops, take_up
+from minigpt4.reading import ImageCache, Read, answer_rules, check_length, embed, never_said, stops, take_up
 
 
 @dataclass
@@ -243,15 +238,13 @@ class ChatSession:
         options = dict(generation)
         if (seed := options.pop("seed")) is not None:
             torch.manual_seed(seed)
-        # Only on what is newly said, as in the original, whose `generate` never sees the prompt's ids. The library
-        # lets this one take the place of its own, which would count them.
-        penalty = options.pop("repetition_penalty", self.model.generation_config.repetition_penalty or 1.0)
-        processor = RepetitionPenaltyLogitsProcessor(float(penalty), prompt_ignore_length=len(ids))
+        rules = answer_rules(self.model, options, len(ids))
+        options.pop("repetition_penalty", None)
         input_ids = torch.tensor([ids], device=self.model.device)
         output: list[int] = self.model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            logits_processor=LogitsProcessorList([processor]),
+            logits_processor=rules,
             stopping_criteria=StoppingCriteriaList([_Cancelled(self._cancelled)]),
             streamer=streamer,
             **inputs,

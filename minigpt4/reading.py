@@ -1,20 +1,22 @@
 """What a language model has read, and how the next question reads only what is new.
 
 A cache of keys and values belongs to a list of ids and to the pictures among them. A longer conversation takes it up
-where the two part; pictures are embedded once, by content. Neither changes an answer.
+where the two part; pictures are embedded once, by content. Neither changes an answer. What does, beside an answer's
+options, is the same for all who answer and stands here too: what is never said, what ends an answer, and its scores.
 """
 
+import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from PIL import Image
-from torch import Tensor
-from transformers import DynamicCache
+from torch import FloatTensor, LongTensor, Tensor
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.cache_utils import DynamicLayer
 
-from minigpt4.errors import ContextOverflowError
+from minigpt4.errors import ContextOverflowError, WeightsError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from minigpt4.processing.prompts import PromptTemplate
@@ -129,6 +131,37 @@ def check_length(model: MiniGPT4ForConditionalGeneration, prompt_tokens: int, ma
 def never_said(model: MiniGPT4ForConditionalGeneration) -> list[int]:
     """List what the model's own settings forbid, and the image token: said, it would be a picture's place."""
     return [*(model.generation_config.suppress_tokens or []), model.config.image_token_id]
+
+
+class _NumbersOnly(LogitsProcessor):
+    """Refuses scores that are no numbers: the most likely of them, or one drawn, would be a token like any other."""
+
+    def __call__(self, input_ids: LongTensor, scores: FloatTensor) -> FloatTensor:
+        """Return the scores as they are."""
+        if not bool(scores.max() < math.inf):  # also where one is NaN
+            raise WeightsError(
+                "the language model's scores are no numbers",
+                hint="its weights are damaged, or need more bits: load it as float32",
+            )
+        return scores
+
+
+def answer_rules(
+    model: MiniGPT4ForConditionalGeneration, options: Mapping[str, Any], prompt_length: int
+) -> LogitsProcessorList:
+    """Return what the scores of every answer go through, said alone, beside others or by a search.
+
+    A penalty for repetition counts what is newly said alone, as in the original, whose `generate` never sees the
+    prompt's ids. `generate` lets this one take the place of its own, which would count them.
+
+    Args:
+        model: The model; its own penalty holds where the options have none.
+        options: As `generation_options` returns them.
+        prompt_length: Ids before the answer.
+    """
+    penalty = options.get("repetition_penalty", model.generation_config.repetition_penalty or 1.0)
+    repetition = RepetitionPenaltyLogitsProcessor(float(penalty), prompt_ignore_length=prompt_length)
+    return LogitsProcessorList([_NumbersOnly(), repetition])
 
 
 def stops(

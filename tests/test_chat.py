@@ -11,7 +11,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from minigpt4 import ChatSession
 from minigpt4.chat import ImageCache
-from minigpt4.errors import ContextOverflowError, ImageError, PromptError, UsageError
+from minigpt4.errors import ContextOverflowError, ImageError, PromptError, UsageError, WeightsError
 from minigpt4.generation import generation_options
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing import MiniGPT4Processor
@@ -462,6 +462,17 @@ def question_that_holds_its_answer(chat: ChatSession) -> tuple[str, str]:
         if first and set(chat.processor.tokenizer.encode(first, add_special_tokens=False)) <= set(ids):
             return question, first
     raise AssertionError("no question holds its answer")
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"num_beams": 2}])
+def test_scores_that_are_no_numbers_are_an_error(options: dict[str, Any], processor: MiniGPT4Processor) -> None:
+    """The most likely of them would be a token like any other."""
+    chat = ChatSession(tiny_chat.model(), processor)
+    chat.add_image(tiny_chat.picture())
+    with torch.no_grad():
+        chat.model.model.language_projection.weight[0, 0] = torch.nan
+    with pytest.raises(WeightsError, match="scores are no numbers"):
+        chat.ask("what is this?", max_new_tokens=4, **options)
 
 
 def test_repetition_penalty_counts_what_is_newly_said_and_not_the_question(

@@ -1,8 +1,9 @@
 """One model and many who ask: a bounded queue, several answers in progress at once, and nothing lost.
 
 A thread of its own owns the model. Requests wait in the order they came; up to `max_concurrent` are answered together,
-token by token (`batch`). Image embeddings and what was read of earlier conversations are shared. A request that is
-cancelled, or whose deadline has passed, gives its place back within one token.
+token by token (`batch`), also between the tokens of a search (`beams`), of which there is one at a time. Image
+embeddings and what was read of earlier conversations are shared. A request that is cancelled, or whose deadline has
+passed, gives its place back within one token. What goes wrong ends the answers it concerns, never the engine.
 
 Knows no HTTP.
 """
@@ -12,12 +13,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import StoppingCriteriaList
+from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from minigpt4.chat import Answer
@@ -26,24 +26,15 @@ from minigpt4.generation import AnswerWriter, generation_options
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing import MiniGPT4Processor
 from minigpt4.processing.prompts import PromptTemplate
-from minigpt4.reading import ImageCache, Read, check_length, embed, never_said, stops, take_up
+from minigpt4.reading import ImageCache, Read, check_length, embed, stops, take_up
 from minigpt4.serving.batch import DecodeBatch, can_be_batched
+from minigpt4.serving.beams import search
 from minigpt4.serving.memory import ReadMemory
-from minigpt4.serving.request import Counts, Event, GivenUp, Request
+from minigpt4.serving.request import Counts, Event, Request
+from minigpt4.serving.row import Row
 from minigpt4.serving.sampling import Sampler
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Row:
-    """A request that is being answered."""
-
-    request: Request
-    sampler: Sampler
-    writer: AnswerWriter
-    ids: list[int]
-    started: float
 
 
 class Engine:
@@ -78,8 +69,8 @@ class Engine:
         self._memory = ReadMemory(read_bytes)
         self._end_ids: list[int] = stops(model, processor, self.template)["eos_token_id"]
         self._waiting: deque[Request] = deque()
-        self._rows: list[_Row] = []
-        self._beginning = 0
+        self._rows: list[Row] = []
+        self._beginning: list[Request] = []
         self._batch = DecodeBatch(model)
         self._counts = dict.fromkeys(("accepted", "completed", "cancelled", "failed", "refused"), 0)
         self._change = threading.Condition()
@@ -91,13 +82,13 @@ class Engine:
     def counts(self) -> Counts:
         """How the engine stands."""
         with self._change:
-            return Counts(len(self._waiting), len(self._rows) + self._beginning, **self._counts)
+            return Counts(len(self._waiting), len(self._rows) + len(self._beginning), **self._counts)
 
     @property
     def room(self) -> int:
         """How many more requests would be accepted now."""
         with self._change:
-            answering = len(self._rows) + self._beginning
+            answering = len(self._rows) + len(self._beginning)
             return self.max_concurrent + self.max_queue - answering - len(self._waiting)
 
     def submit(
@@ -171,7 +162,7 @@ class Engine:
             self._change.notify()
         self._thread.join(seconds)
         with self._change:
-            for request in (*self._waiting, *(row.request for row in self._rows)):
+            for request in (*self._waiting, *self._beginning, *(row.request for row in self._rows)):
                 request.cancel()
             self._change.notify()
         self._thread.join(patience)
@@ -186,53 +177,73 @@ class Engine:
 
     def _work(self) -> None:
         """The thread's work, until it is closed and nothing is left."""
-        while True:
-            with self._change:
-                while not self._waiting and not self._rows:
-                    if self._closing:
-                        return
-                    self._change.wait()
-                self._drop_given_up()
-                free = self.max_concurrent - len(self._rows)
-                new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
-                self._beginning = len(new)
-            for request in new:
-                row = self._guarded(request, self._begin)
-                with self._change:  # at once: counted twice or not at all, it would change who is refused
-                    self._beginning -= 1
-                    if row is not None:
-                        self._rows.append(row)
-            if self._rows:
-                self._step()
+        while self._wait():
+            self._turn()
 
-    def _drop_given_up(self) -> None:
-        """Take those out of the queue that nobody waits for any more; holding the lock."""
-        for request in [request for request in self._waiting if request.given_up]:
-            self._waiting.remove(request)
-            self._finish(request, "cancelled")
-
-    def _guarded(self, request: Request, work: Callable[[Request], _Row | None]) -> _Row | None:
-        """Let what goes wrong with one request be that request's own."""
-        try:
-            return work(request)
-        except BaseException as error:
-            logger.debug("an answer failed", exc_info=error)
-            known = error if isinstance(error, MiniGPT4Error) else MiniGPT4Error("the answer failed")
-            self._counts["failed"] += 1
-            request.state = "done"
-            request.deliver(known)
-            return None
+    def _wait(self) -> bool:
+        """Wait for something to do; returns whether there is any, or will be."""
+        with self._change:
+            while not self._waiting and not self._rows:
+                if self._closing:
+                    return False
+                self._change.wait()
+        return True
 
     @torch.inference_mode()
-    def _begin(self, request: Request) -> _Row | None:
+    def _turn(self, *, in_search: bool = False) -> None:
+        """Take up who waits, as far as there are places, and say one token of every answer in progress.
+
+        Args:
+            in_search: Between two tokens of a search; another one waits for its end.
+        """
+        try:
+            while (request := self._next(in_search)) is not None:
+                row = self._begun(request)
+                with self._change:  # at once: counted twice or not at all, it would change who is refused
+                    self._beginning.remove(request)
+                    if row is not None:
+                        self._rows.append(row)
+            self._step()
+        except BaseException as error:  # an engine that ended would leave all who come waiting
+            self._batch = DecodeBatch(self.model)  # what it holds is not known any more
+            with self._change:
+                rows, self._rows = self._rows, []
+            for row in rows:
+                self._failed(row.request, error)
+
+    def _next(self, in_search: bool) -> Request | None:
+        """Return the request that is answered next, if one waits and has a place."""
+        with self._change:
+            for request in [request for request in self._waiting if request.given_up]:
+                self._waiting.remove(request)
+                self._finish(request, "cancelled")
+            if len(self._rows) + len(self._beginning) >= self.max_concurrent:
+                return None
+            for request in self._waiting:
+                if not (in_search and request.options["num_beams"] > 1):
+                    self._waiting.remove(request)
+                    self._beginning.append(request)
+                    return request
+        return None
+
+    def _begun(self, request: Request) -> Row | None:
+        """Begin an answer; what goes wrong with it is its own."""
+        try:
+            return self._begin(request)
+        except BaseException as error:
+            self._failed(request, error)
+            return None
+
+    def _begin(self, request: Request) -> Row | None:
         """Read the prompt, from where an earlier conversation has it, and say the first token.
 
         Returns:
-            Its row, which has joined the batch; None when the answer has ended.
+            Its row, which has joined the batch where it can; None when the answer has ended.
         """
         request.state = "answering"
+        writer = AnswerWriter(self.processor.tokenizer, request.stop_strings)
         if request.options["num_beams"] > 1:
-            self._with_beams(request)
+            self._search(request, writer)
             return None
         keys = [key for key, _ in request.pictures]
         width = self.model.config.num_image_tokens
@@ -246,24 +257,23 @@ class Engine:
             logits_to_keep=1,
             **self._picture_inputs(request.pictures[old:]),
         )
-        sampler = Sampler(request.options, len(request.ids), self._end_ids, never_said(self.model), self.model.device)
-        writer = AnswerWriter(self.processor.tokenizer, request.stop_strings)
-        row = _Row(request, sampler, writer, list(request.ids), time.monotonic())
+        sampler = Sampler(request.options, self.model, len(request.ids), self._end_ids)
+        row = Row(request, sampler, writer, list(request.ids))
         cache = output.past_key_values
-        ended = self._say(row, output.logits[0, -1])
-        if ended or not can_be_batched(cache):
-            while not ended and not self._given_up(row):
-                output = self.model(
-                    input_ids=torch.tensor([[row.ids[-1]]], device=self.model.device),
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-                ended = self._say(row, output.logits[0, -1])
-            self._memory.keep(Read(row.ids[: cache.get_seq_length()], keys, cache))
-            self._end(row)
+        if row.say(output.logits[0, -1]):
+            self._end(row, cache, "completed")
             return None
-        self._batch.join(cache)
+        if can_be_batched(cache):
+            self._batch.join(cache)
+        else:
+            row.cache = cache
         return row
+
+    def _search(self, request: Request, writer: AnswerWriter) -> None:
+        pictures = self._picture_inputs(request.pictures)
+        ends = stops(self.model, self.processor, self.template)
+        whole = search(self.model, request, writer, lambda: self._turn(in_search=True), ends, pictures)
+        self._finish(request, "completed" if whole else "cancelled")
 
     def _picture_inputs(self, pictures: Sequence[tuple[str, Image.Image]]) -> dict[str, Any]:
         rows = []
@@ -278,54 +288,48 @@ class Engine:
 
     def _step(self) -> None:
         """One token for every answer in progress."""
-        for number in reversed(range(len(self._rows))):
-            if self._given_up(self._rows[number]):
-                self._take_out(number)
-        if not self._rows:
+        for row in [row for row in self._rows if row.request.given_up]:
+            self._leave(row, "cancelled")
+        together = self._together
+        if together:
+            for row, logits in zip(together, self._batch.step([row.ids[-1] for row in together]), strict=True):
+                self._say(row, logits)
+        for row in [row for row in self._rows if row.cache is not None]:
+            ids = torch.tensor([[row.ids[-1]]], device=self.model.device)
+            output = self.model(input_ids=ids, past_key_values=row.cache, use_cache=True)
+            self._say(row, output.logits[0, -1])
+
+    @property
+    def _together(self) -> list[Row]:
+        """The rows of the batch, in its order."""
+        return [row for row in self._rows if row.cache is None]
+
+    def _say(self, row: Row, logits: torch.Tensor) -> None:
+        """Say an answer's next token; what goes wrong with it is its own."""
+        try:
+            ended = row.say(logits)
+        except BaseException as error:
+            self._take_out(row)
+            self._failed(row.request, error)
             return
-        logits = self._batch.step([row.ids[-1] for row in self._rows])
-        ended = [self._say(row, logits[number]) for number, row in enumerate(self._rows)]
-        for number in reversed(range(len(self._rows))):
-            if ended[number]:
-                self._take_out(number)
+        if ended:
+            self._leave(row, "completed")
 
-    def _take_out(self, number: int) -> None:
-        cache = self._batch.leave(number)
+    def _leave(self, row: Row, how: str) -> None:
+        self._end(row, self._take_out(row), how)
+
+    def _take_out(self, row: Row) -> DynamicCache:
+        cache = row.cache if row.cache is not None else self._batch.leave(self._together.index(row))
         with self._change:
-            row = self._rows.pop(number)
-        keys = [key for key, _ in row.request.pictures]
-        self._memory.keep(Read(row.ids[: cache.get_seq_length()], keys, cache))
-        self._end(row)
+            self._rows.remove(row)
+        return cache
 
-    @staticmethod
-    def _given_up(row: _Row) -> bool:
-        if not row.request.given_up:
-            return False
-        row.request.answer.finish_reason = "cancelled"
-        return True
-
-    def _say(self, row: _Row, logits: torch.Tensor) -> bool:
-        """Choose a row's next token and hand out its text; returns whether the answer has ended."""
-        answer = row.request.answer
-        token = row.sampler.choose(row.ids, logits)
-        row.ids.append(token)
-        if not answer.completion_tokens:
-            answer.seconds_to_first_token = time.monotonic() - row.request.asked_at
-        answer.completion_tokens += 1
-        if text := row.writer.write(token):
-            row.request.deliver(text)
-        if token in self._end_ids or row.writer.ended:
-            answer.finish_reason = "stop"
-            return True
-        answer.finish_reason = "length"
-        return answer.completion_tokens >= int(row.request.options["max_new_tokens"])
-
-    def _end(self, row: _Row) -> None:
+    def _end(self, row: Row, cache: DynamicCache, how: str) -> None:
+        """Keep what was read for those that go on from it, and say that the answer has ended."""
         request = row.request
-        if (text := row.writer.end()) and request.answer.finish_reason != "cancelled":
-            request.deliver(text)
-        request.answer.text = row.writer.text
-        self._finish(request, "cancelled" if request.answer.finish_reason == "cancelled" else "completed")
+        self._memory.keep(Read(row.ids[: cache.get_seq_length()], [key for key, _ in request.pictures], cache))
+        row.end(deliver=how == "completed")
+        self._finish(request, how)
 
     def _finish(self, request: Request, how: str) -> None:
         request.answer.seconds = time.monotonic() - request.asked_at
@@ -335,34 +339,8 @@ class Engine:
         self._counts[how] += 1
         request.deliver(None)
 
-    def _with_beams(self, request: Request) -> None:
-        """Follow several answers at once by the library's own search; the text comes whole, others wait."""
-        options = dict(request.options)
-        if (seed := options.pop("seed")) is not None:
-            torch.manual_seed(seed)
-        input_ids = torch.tensor([request.ids], device=self.model.device)
-        output: list[int] = self.model.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            suppress_tokens=never_said(self.model),
-            stopping_criteria=StoppingCriteriaList([GivenUp(request)]),
-            **self._picture_inputs(request.pictures),
-            **options,
-            **stops(self.model, self.processor, self.template),
-        )[0].tolist()
-        if request.given_up:
-            self._finish(request, "cancelled")
-            return
-        writer = AnswerWriter(self.processor.tokenizer, request.stop_strings)
-        said = output[len(request.ids) :]
-        for token in said:
-            if text := writer.write(token):
-                request.deliver(text)
-        if text := writer.end():
-            request.deliver(text)
-        request.answer.text = writer.text
-        request.answer.completion_tokens = len(said)
-        ended = writer.ended or bool(said and said[-1] in self._end_ids)
-        request.answer.finish_reason = "stop" if ended else "length"
-        request.answer.seconds_to_first_token = time.monotonic() - request.asked_at
-        self._finish(request, "completed")
+    def _failed(self, request: Request, error: BaseException) -> None:
+        logger.debug("an answer failed", exc_info=error)
+        self._counts["failed"] += 1
+        request.state = "done"
+        request.deliver(error if isinstance(error, MiniGPT4Error) else MiniGPT4Error("the answer failed"))

@@ -5,9 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from PIL import Image
-from transformers import StoppingCriteria
 
 from minigpt4.chat import Answer
 
@@ -15,7 +13,7 @@ Event = str | BaseException | None
 """A piece of text, what went wrong, or the end."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """One answer that was asked for.
 
@@ -60,14 +58,3 @@ class Counts:
     cancelled: int
     failed: int
     refused: int
-
-
-class GivenUp(StoppingCriteria):
-    """Ends a search over several answers when nobody waits for it any more."""
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Say of each row whether it ends: all or none."""
-        return torch.full((len(input_ids),), self.request.given_up, device=input_ids.device, dtype=torch.bool)

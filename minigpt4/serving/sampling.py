@@ -12,12 +12,14 @@ from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from minigpt4.model import MiniGPT4ForConditionalGeneration
+from minigpt4.reading import answer_rules, never_said
 
 
 @dataclass
@@ -26,30 +28,25 @@ class Sampler:
 
     Args:
         options: As `generation_options` returns them.
+        model: The model that says them.
         prompt_length: Ids before the answer.
         end_ids: Ids that end an answer.
-        suppressed: Ids that are never said.
-        device: Where the model is.
     """
 
     options: dict[str, Any]
+    model: MiniGPT4ForConditionalGeneration
     prompt_length: int
     end_ids: list[int]
-    suppressed: list[int]
-    device: torch.device
     _rules: LogitsProcessorList = field(init=False)
     _random: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
         """Build the rules."""
-        options = self.options
-        rules: list[Any] = [SuppressTokensLogitsProcessor(self.suppressed, device=str(self.device))]
-        if (penalty := options.get("repetition_penalty", 1.0)) != 1.0:
-            rules.append(RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=self.prompt_length))
+        options, device = self.options, str(self.model.device)
+        rules = answer_rules(self.model, options, self.prompt_length)
+        rules.append(SuppressTokensLogitsProcessor(never_said(self.model), device=device))
         if least := options.get("min_new_tokens"):
-            rules.append(
-                MinNewTokensLengthLogitsProcessor(self.prompt_length, least, self.end_ids, device=str(self.device))
-            )
+            rules.append(MinNewTokensLengthLogitsProcessor(self.prompt_length, least, self.end_ids, device=device))
         if options["do_sample"]:
             rules.append(TemperatureLogitsWarper(float(options["temperature"])))
             if top_k := options.get("top_k"):
@@ -58,8 +55,8 @@ class Sampler:
                 rules.append(TopPLogitsWarper(top_p))
             if min_p := options.get("min_p"):
                 rules.append(MinPLogitsWarper(min_p))
-        self._rules = LogitsProcessorList(rules)
-        self._random = torch.Generator(self.device)
+        self._rules = rules
+        self._random = torch.Generator(self.model.device)
         seed = options.get("seed")
         if seed is None:
             self._random.seed()
@@ -72,8 +69,11 @@ class Sampler:
         Args:
             ids: All so far, the prompt's too.
             logits: `(vocabulary,)`.
+
+        Raises:
+            WeightsError: They are no numbers.
         """
-        so_far: Any = torch.tensor([ids], device=self.device)
+        so_far: Any = torch.tensor([ids], device=self.model.device)
         scores = self._rules(so_far, logits.float()[None])[0]
         if not self.options["do_sample"]:
             return int(scores.argmax())

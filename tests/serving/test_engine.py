@@ -1,15 +1,19 @@
 """Many who ask at once get the answers they would get alone, nothing is lost, and a place is given back at once."""
 
+import functools
+import itertools
+import math
 import queue
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from minigpt4.chat import ChatSession
-from minigpt4.errors import ContextOverflowError, MiniGPT4Error, ServerBusyError, UsageError
+from minigpt4.errors import ContextOverflowError, MiniGPT4Error, ServerBusyError, UsageError, WeightsError
 from minigpt4.processing.pictures import content_hash
 from minigpt4.serving.engine import Engine
 from minigpt4.serving.request import Event, Request
@@ -155,6 +159,58 @@ def test_beams_are_the_sessions(engine: Engine) -> None:
     assert [heard.text()] == alone(["what is this?"], 1, num_beams=3)
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("of_the_model", [False, True])
+def test_a_penalty_for_repetition_is_the_sessions(
+    of_the_model: bool, num_beams: int, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question, options = "cir bsy the the the cir bsy man man", {"num_beams": num_beams}
+    free = alone([question], 1, **options)
+    model = tiny_chat.model()
+    if of_the_model:
+        for one in (engine.model, model):
+            monkeypatch.setattr(one.generation_config, "repetition_penalty", 3.0)
+    else:
+        options["repetition_penalty"] = 3.0  # type: ignore[assignment]
+    chat = ChatSession(model, tiny_chat.processor())
+    chat.add_image(picture(1))
+    expected = chat.ask(question, max_new_tokens=NEW, **options)
+
+    _, heard = ask(engine, [said(question, picture(1))], **options)
+
+    assert heard.text() == expected
+    assert [expected] != free
+
+
+def test_others_are_answered_and_leave_between_the_tokens_of_a_search() -> None:
+    engine = Engine(tiny_chat.model(), tiny_chat.processor(), max_concurrent=2, max_queue=8)
+    long = {"num_beams": 4, "max_new_tokens": 900, "min_length": 900}
+    search, searched = ask(engine, [said("go", picture(1))], **long)
+    another, not_answered = ask(engine, [said("go", picture(2))], **long)
+    _, heard = ask(engine, [said("what is this?", picture(3))])
+    assert [heard.text()] == alone(["what is this?"], 3)
+    left, nothing = ask(engine, [said("go", picture(4))], **long)
+    left.cancel()
+    assert nothing.text() == ""
+    assert (search.state, another.state) == ("answering", "waiting")
+
+    engine.close(0)
+    assert (searched.text(), not_answered.text()) == ("", "")
+    assert (search.answer.finish_reason, another.answer.finish_reason) == ("cancelled", "cancelled")
+    assert engine.counts.answering == 0
+
+
+def test_a_search_is_the_same_with_others_between_its_tokens(engine: Engine) -> None:
+    options = {"num_beams": 3, "temperature": 1.5, "seed": 3}
+    expected = alone(["what is this?"], 1, **options)
+    with engine._change:
+        _, searched = ask(engine, [said("what is this?", picture(1))], **options)
+        others = [ask(engine, [said("go", picture(n))], temperature=1.0)[1] for n in range(3)]
+    assert [searched.text()] == expected
+    for other in others:
+        other.text()
+
+
 def test_a_stop_string_ends_an_answer_and_is_not_said(engine: Engine) -> None:
     _, heard = ask(engine, [said("what is this?", picture(1))])
     whole = heard.text()
@@ -255,6 +311,77 @@ def test_what_goes_wrong_with_one_is_told_to_it_alone(engine: Engine, monkeypatc
     assert "secret" not in str(told.value)
     _, heard = ask(engine, [said("what is this?", picture(1))])
     assert [heard.text()] == alone(["what is this?"], 1)
+
+
+def test_a_step_that_fails_ends_those_in_progress_and_not_the_engine(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where memory runs out: what the batch holds is not known then."""
+    slow_steps(engine, 0.01)
+    step, steps = engine._batch.step, itertools.count()
+
+    def failing(tokens: list[int]) -> torch.Tensor:
+        if next(steps) == 20:
+            raise torch.OutOfMemoryError("a secret")
+        return step(tokens)
+
+    monkeypatch.setattr(engine._batch, "step", failing)
+    running = [ask(engine, [said("go", picture(n))], max_new_tokens=900)[1] for n in range(2)]
+
+    for heard in running:
+        with pytest.raises(MiniGPT4Error, match=r"^the answer failed$"):
+            heard.text()
+    _, heard = ask(engine, [said("what is this?", picture(1))])
+    assert [heard.text()] == alone(["what is this?"], 1)
+    counts = engine.counts
+    assert (counts.failed, counts.completed, counts.answering) == (2, 1, 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"num_beams": 2}])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_scores_that_are_no_numbers_are_an_error_of_the_answer_they_belong_to(
+    number: float, options: dict[str, Any], engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = engine.model.forward
+
+    @functools.wraps(forward)
+    def broken(*arguments: Any, **more: Any) -> object:
+        output = forward(*arguments, **more)
+        if more.get("mm_encoder_outputs") is not None:  # the one with a picture
+            output.logits[0, -1, 5] = number
+        return output
+
+    monkeypatch.setattr(engine.model, "forward", broken)
+    _, sound = ask(engine, [said("hello")])
+    _, heard = ask(engine, [said("what is this?", picture(1))], **options)
+    with pytest.raises(WeightsError, match="scores are no numbers"):
+        heard.text()
+
+    monkeypatch.undo()
+    assert sound.text() == ChatSession(tiny_chat.model(), tiny_chat.processor()).ask("hello", max_new_tokens=NEW)
+    _, heard = ask(engine, [said("what is this?", picture(1))])
+    assert [heard.text()] == alone(["what is this?"], 1)
+
+
+def test_an_answer_among_others_whose_scores_are_no_numbers_fails_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_steps(engine, 0.01)
+    step = engine._batch.step
+
+    def broken(tokens: list[int]) -> torch.Tensor:
+        logits = step(tokens)
+        if len(tokens) == 3:
+            logits[1] = math.nan
+        return logits
+
+    monkeypatch.setattr(engine._batch, "step", broken)
+    with engine._change:  # its thread takes nothing up meanwhile
+        running = [ask(engine, [said("what is this?", picture(number))])[1] for number in range(3)]
+
+    with pytest.raises(WeightsError):
+        running[1].text()
+    assert [running[n].text() for n in (0, 2)] == [alone(["what is this?"], n)[0] for n in (0, 2)]
 
 
 def test_closing_finishes_what_is_accepted_and_takes_nothing_more() -> None:

@@ -62,6 +62,32 @@ def test_several_turns_and_a_system_message(client: openai.OpenAI) -> None:
     assert made.usage.prompt_tokens_details.cached_tokens > 0
 
 
+def test_an_answer_can_be_sent_back_as_it_came(client: openai.OpenAI) -> None:
+    """Whatever form the client gives it: its object, a dictionary with every field, a stream's last state."""
+    question = [seeing("what?", picture_file(1))]
+    asked = {"model": MODEL, "messages": question, "max_tokens": 12, "stop": alone("what?", picture_file(1))[3:5]}
+    message = client.chat.completions.create(**asked).choices[0].message
+    with client.chat.completions.stream(**asked) as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    by_hand = {"role": "assistant", "content": message.content}
+    forms = [by_hand, message, message.model_dump(), streamed, streamed.model_dump(), {**by_hand, "tool_calls": []}]
+
+    answers = [
+        client.chat.completions.create(
+            model=MODEL, messages=[*question, form, {"role": "user", "content": "and why?"}], max_tokens=6
+        ).choices[0].message.content
+        for form in forms
+    ]  # fmt: skip
+
+    assert answers == [answers[0]] * len(forms)
+
+
+def test_what_an_answer_of_ours_never_holds_is_refused(client: openai.OpenAI) -> None:
+    called = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function"}]}
+    with pytest.raises(openai.BadRequestError, match=r"messages\[1\]\.tool_calls"):
+        client.chat.completions.create(model=MODEL, messages=[seeing("what?"), called, seeing("why?")])
+
+
 def test_a_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI) -> None:
     messages = [seeing("what?", picture_file(1))]
     whole = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=12)

@@ -38,6 +38,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": (),
 }
 
+NOT_SAID = {
+    "annotations", "audio", "function_call", "parsed", "reasoning", "reasoning_content", "refusal", "tool_calls",
+}  # fmt: skip
+"""Fields of an answer that clients send back with it: empty, they say nothing."""
+
 OPTIONS = ("num_beams", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "length_penalty", "seed")
 """Fields handed to the engine under their own names."""
 
@@ -95,6 +100,13 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
     name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_is_not_said(cls, value: Any) -> Any:  # noqa: ANN401  (anything a client sends)
+        if not isinstance(value, dict) or value.get("role") != "assistant":
+            return value
+        return {name: given for name, given in value.items() if name not in NOT_SAID or given not in (None, [])}
 
 
 class StreamOptions(_Strict):
