@@ -97,7 +97,8 @@ class Layout:
         messages: list[dict[str, Any]] = []
         for (question, _), answer in zip(kept, answers, strict=True):
             parts = [{"type": "image"}] if not messages and record.picture is not None else []
-            messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
+            text = {"type": "text", "text": _without_marks(question)}
+            messages.append({"role": "user", "content": [*parts, text]})
             messages.append({"role": "assistant", "content": answer})
         prompt = self.processor.encode(messages, add_generation_prompt=False, return_assistant_mask=True)
         labels = [
@@ -149,6 +150,17 @@ class Layout:
             question = f"<Img>{IMAGE_MARK}</Img> {question}"
         before, _, after = self.prompt_template.format(question).partition(IMAGE_MARK)
         return before, after
+
+
+def _without_marks(question: str) -> str:
+    """Return a question without the marks that a prompt of the original has at its picture's place.
+
+    In its own template they are text that the language model was aligned with; in another they would be odd words.
+    """
+    if IMAGE_MARK not in question:
+        return question
+    texts = question.replace(f"<Img>{IMAGE_MARK}</Img>", IMAGE_MARK).split(IMAGE_MARK)
+    return " ".join(text.strip() for text in texts if text.strip())
 
 
 def as_read(example: TextExample, processor: MiniGPT4Processor) -> str:

@@ -36,8 +36,8 @@ class State:
         skipped: Updates in a row that were left out because of a number that is none.
         recent_bad: Bad examples of each of the last updates, as `[bad, read]`.
         groups: Good and bad examples of each shard, since its first bad one.
-        best_loss: The smallest validation loss so far.
-        best: Name of the checkpoint that had it.
+        best_loss: The smallest validation loss of the stage so far.
+        best: Name of the checkpoint that had it, or of the last that had a stage's before.
         scaler: Of the loss, in `fp16`.
     """
 
@@ -127,6 +127,17 @@ def best_checkpoint(output: Path) -> Path | None:
     path = output / CHECKPOINT_FOLDER / BEST_FILE
     with storing(path, doing="read"):
         return output / CHECKPOINT_FOLDER / json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def read_trained(checkpoint: Path) -> dict[str, Tensor]:
+    """Return a checkpoint's trained tensors.
+
+    Raises:
+        StorageError: It cannot be read.
+        WeightsError: It is damaged.
+    """
+    verify_folder(checkpoint)
+    return load_file(checkpoint / "trained.safetensors")
 
 
 def last_checkpoint(output: Path) -> tuple[Path, State] | None:

@@ -225,7 +225,7 @@ def _works(
             raise TypeError("refused before")
         yield stage.name, source_batches(recipe, prepared.processor, number, stage, data, process, None, opened)
         if recipe.validation:
-            batches = validation_batches(recipe.validation, prepared.processor, stage, process, opened)
+            batches = validation_batches(recipe, recipe.validation, prepared.processor, stage, process, opened)
             samples = -(-num_sample_places(recipe.validation) // (batches.batch_size * process.world_size))
             yield f"{stage.name}'s validation", replace(batches, length=max(batches.length, samples))
 

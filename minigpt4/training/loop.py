@@ -196,6 +196,7 @@ def _train_stage(run: _Run, number: int, batches: Batches, checkpoint: Any) -> N
             _count_skipped(run, stage, group, figures)
             best = _after_update(run, updater.optimizer, stage, figures)
     run.state.stage, run.state.step = number + 1, 0
+    run.state.best_loss = None  # the next stage's is another loss, of other texts
     _save(run, None, best=best)
 
 

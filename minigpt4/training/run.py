@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 
 from minigpt4.data.batches import SourceBatches
-from minigpt4.errors import ConfigError
+from minigpt4.errors import ConfigError, MiniGPT4Error
 from minigpt4.plurals import counted
 from minigpt4.training.branches import check_branches
-from minigpt4.training.checkpoint import State, last_checkpoint, whole
+from minigpt4.training.checkpoint import State, best_checkpoint, last_checkpoint, read_trained, whole
 from minigpt4.training.features import cached_pictures
 from minigpt4.training.loop import Batches, Progress, train
 from minigpt4.training.objectives import TrainingStep
@@ -31,6 +32,8 @@ from minigpt4.weights.alignment import ALIGNMENT_FILE, Origin, alignment_tensors
 from minigpt4.weights.folder import Report
 
 ALIGNMENT_FOLDER = "alignment"
+BEST_ALIGNMENT_FOLDER = "alignment-best"
+"""Of the checkpoint with the smallest validation loss, of runs that are validated."""
 
 
 def _nobody(*_: object) -> None:
@@ -123,13 +126,12 @@ def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) 
         check_data(recipe, sources)
         with _tracking(recipe, here) as trackers:
             prepared = _prepare_and_train(recipe, here, told, sources, trackers)
-        target = recipe.output / ALIGNMENT_FOLDER
         with going_on_later():
-            _save(target, recipe, prepared, here)
+            _save(recipe, prepared, here, told.say)
             if here.is_main_process:
                 _say_what_was_bad(recipe.output, told.say)
                 _draw(recipe.output, told.say)
-    return target
+    return recipe.output / ALIGNMENT_FOLDER
 
 
 def _prepare_and_train(
@@ -161,16 +163,30 @@ def _stopped(recipe: Recipe) -> str:
     return f"stopped and saved in {recipe.output}; the same command goes on"
 
 
-def _save(target: Path, recipe: Recipe, prepared: Prepared, here: PartialState) -> None:
-    """Write the alignment; gathering is the work of all processes, writing that of the main one."""
+def _save(recipe: Recipe, prepared: Prepared, here: PartialState, say: Callable[[str], None]) -> None:
+    """Write the alignment, and that of the best checkpoint; gathering is the work of all processes, writing of one."""
     held = {name: whole(t) for name, t in alignment_tensors(prepared.model, prepared.origin).items()}
     gather_parameters(prepared.model.get_input_embeddings())  # the language model is known by them
 
-    def save() -> None:
+    def write(name: str, tensors: dict[str, Tensor]) -> None:
+        target = recipe.output / name
         origin = _named_from(target, recipe, prepared.origin)
-        save_alignment(target, prepared.model, prepared.processor, origin=origin, tensors=held, overwrite=True)
+        save_alignment(target, prepared.model, prepared.processor, origin=origin, tensors=tensors, overwrite=True)
 
-    by_the_main_process(save, here)
+    def write_both() -> None:
+        write(ALIGNMENT_FOLDER, held)
+        best = best_checkpoint(recipe.output)
+        if best is None:
+            return
+        try:
+            trained = {name.removeprefix("model."): tensor for name, tensor in read_trained(best).items()}
+        except MiniGPT4Error as error:
+            say(f"the checkpoint with the smallest validation loss cannot be used: {error.message}")
+            return
+        write(BEST_ALIGNMENT_FOLDER, held | {name: trained[name] for name in held.keys() & trained.keys()})
+        say(f"{recipe.output / BEST_ALIGNMENT_FOLDER} is as {best.name}, where the validation loss was smallest")
+
+    by_the_main_process(write_both, here)
 
 
 def _named_from(target: Path, recipe: Recipe, origin: Origin) -> Origin:

@@ -201,6 +201,7 @@ def num_sample_places(settings: ValidationRecipe) -> int:
 
 
 def validation_batches(
+    recipe: Recipe,
     settings: ValidationRecipe,
     processor: MiniGPT4Processor,
     stage: StageRecipe,
@@ -208,8 +209,12 @@ def validation_batches(
     opened: RunSources,
     kept: KeptPictures | None = None,
 ) -> SourceBatches:
-    """Return the batches that a stage is validated with, for one process: whole pictures, the same every time."""
+    """Return the batches that a stage is validated with, for one process: whole pictures, the same every time.
+
+    Texts are written and asked for as the stage's own are, so that the two losses can be compared.
+    """
     sources = opened.open(settings.sources)
+    data = recipe.data_of(stage)
     order = Order(
         sizes=tuple(len(source) for source in sources),
         shares=tuple(source.share for source in settings.sources),
@@ -220,11 +225,13 @@ def validation_batches(
         sources=sources,
         order=order,
         layout=layout_of(stage, processor),
-        prompts=[] if stage.layout == "original" else DEFAULT_PROMPTS,
+        prompts=list(DEFAULT_PROMPTS) if isinstance(data, NanoData) else prompts_of(stage, data),
         length=settings.batches,
         batch_size=stage.batch_size,
         process=process,
         crop=False,
+        prompt_for=stage.prompt_for,
+        blip_captions=[source.captions == "blip" for source in settings.sources],
         kept=kept,
     )
 

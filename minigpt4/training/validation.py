@@ -115,7 +115,9 @@ class Validation:
 
     def _batches(self, stage: StageRecipe) -> SourceBatches:
         process = Process(self.processes.process_index, self.processes.num_processes)
-        return validation_batches(self.settings, self.prepared.processor, stage, process, self.opened, self.kept)
+        return validation_batches(
+            self.recipe, self.settings, self.prepared.processor, stage, process, self.opened, self.kept
+        )
 
     def _computing(self) -> Any:  # noqa: ANN401  (a context)
         device = self.processes.device

@@ -54,6 +54,22 @@ def test_a_caption_is_asked_for_by_the_prompt(layout: Layout) -> None:
     assert said(layout, example.labels) == "a dog<|im_end|>"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [
+        ("<Img><ImageHere></Img> What is it?", "(picture)What is it?"),
+        ("Look at <Img><ImageHere></Img> and say what it is.", "(picture)Look at and say what it is."),
+        ("What is <ImageHere>", "(picture)What is"),
+    ],
+)
+def test_a_prompt_of_the_originals_is_read_without_its_marks(prompt: str, read: str, layout: Layout) -> None:
+    """They would be words that nobody asks with."""
+    example = layout.encode(record(("", "a cat")), prompt)
+    assert f"{read}<|im_end|>" in as_read(example, layout.processor).replace("\\n", "")
+    alone = layout.encode(record(("", "a cat"), with_picture=False), prompt)
+    assert "Image" not in as_read(alone, layout.processor)
+
+
 def test_a_long_answer_is_cut_and_keeps_its_end(layout: Layout) -> None:
     short = Layout(layout.processor, max_text_tokens=8)
     example = short.encode(record(("What?", "a dog that runs and runs and runs")), "")

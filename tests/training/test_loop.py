@@ -172,13 +172,14 @@ def best_of(output: Path, losses: list[float | None], stop_after: int | None = N
 @pytest.mark.parametrize(
     ("losses", "best"),
     [
-        ([3.0, 2.0, 4.0, 5.0, 5.0, 5.0], "stage0-step0000002"),
-        ([3.0, 2.0, 1.0, 5.0, 5.0, 5.0], "stage1-step0000000"),  # at the end of the first stage
-        ([3.0, 2.0, 1.5, 5.0, 5.0, 1.0], "stage2-step0000000"),  # at the very end
-        ([math.nan, 2.0, 4.0, 5.0, math.nan, 5.0], "stage0-step0000002"),
+        ([1.0, 1.0, 1.0, 5.0, 4.0, 5.0], "stage1-step0000002"),  # the first stage's is another loss
+        ([1.0, 1.0, 1.0, 5.0, 5.0, 4.0], "stage2-step0000000"),  # at the very end
+        ([3.0, 2.0, 4.0, None, None, None], "stage0-step0000002"),
+        ([3.0, 2.0, 1.0, None, None, None], "stage1-step0000000"),  # at the end of the first stage
+        ([1.0, 1.0, 1.0, math.nan, 2.0, math.nan], "stage1-step0000002"),
     ],
 )
-def test_the_checkpoint_with_the_smallest_validation_loss_is_kept_wherever_it_was(
+def test_the_checkpoint_with_the_smallest_validation_loss_of_the_last_stage_is_kept_wherever_it_was(
     losses: list[float | None], best: str, tmp_path: Path
 ) -> None:
     assert best_of(tmp_path, losses, keep_checkpoints=1, checkpoint_steps=1) == best
@@ -196,7 +197,8 @@ def test_a_kill_between_the_best_checkpoint_and_its_mark_loses_neither(
         patch.setattr("minigpt4.training.loop.mark_best", killed)
         best_of(tmp_path, [1.0])
 
-    assert best_of(tmp_path, [5.0] * 5, keep_checkpoints=1, checkpoint_steps=1) == "stage0-step0000001"
+    losses = [5.0, 5.0, None, None, None]
+    assert best_of(tmp_path, losses, keep_checkpoints=1, checkpoint_steps=1) == "stage0-step0000001"
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from minigpt4.errors import ConfigError, DataError, StorageError, WeightsError
 from minigpt4.training.recipe import Recipe, make_recipe
 from minigpt4.training.run import Reports, run
 from minigpt4.training.samples import read_rounds
+from minigpt4.training.validation import Validation
 from minigpt4.weights.files.atomic import write_folder
 from minigpt4.weights.folder import load_processor
 from tests import tiny_chat
@@ -174,6 +175,73 @@ def test_validation_loss_is_taken_on_the_same_pictures_each_time(
     page = (output / "samples.html").read_text()
     assert page.count("data:image/") == 3 and "it is " in page
     assert [(one.step, len(one.samples)) for one in read_rounds(output)] == [(2, 3), (4, 3)]
+
+
+LAYOUTS = {
+    "template": {"layout": "template"},
+    "original": {"layout": "original", "prompt_template": "###Human: {} ###Assistant: ", "end_symbol": "###"},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_validation_reads_texts_as_its_stage_does(
+    layout: str, model_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Over the pictures that are learnt from, its loss is the update's: the same question, cleaning and end."""
+    sources = [{"path": str(pictures), "captions": "blip"}]
+    (pictures / "captions.csv").write_text("file_name,caption\n" + "".join(f"{c}.png,It is: {c}!\n" for c in COLOURS))
+    data = {"sources": sources, "crop": False, "prompts": ["<Img><ImageHere></Img> Which colour?"]}
+    validation = {"sources": sources, "every_steps": 1, "batches": 1, "pictures": 0}
+    stages = [
+        {
+            **STAGE,
+            "batch_size": len(COLOURS),
+            "learning_rate": 1e-12,
+            "warmup_steps": 0,
+            "bucket_batches": 1,
+            **LAYOUTS[layout],
+        }
+    ]
+    run(recipe(model_folder, pictures, tmp_path / "run", data=data, validation=validation, stages=stages))
+
+    update, validated = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert validated["validation_loss"] == pytest.approx(update["loss"], rel=1e-4)
+
+
+@pytest.fixture
+def second_is_best(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A section `validation` whose loss is the smallest after the second of four updates."""
+    monkeypatch.setattr(Validation, "loss", lambda _, module, stage, step: [2.0, 1.0, 3.0, 4.0][step - 1])
+    return {"sources": [{"path": str(pictures)}]}
+
+
+def test_a_validated_run_leaves_an_alignment_of_its_best_checkpoint(
+    second_is_best: dict[str, Any], model_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    folder = run(recipe(model_folder, pictures, tmp_path / "run", validation=second_is_best), Reports(say=said.append))
+
+    checkpoint = load_file(tmp_path / "run/checkpoints/stage0-step0000002/trained.safetensors")
+    made, last = (load_file(f / "alignment.safetensors") for f in (tmp_path / "run/alignment-best", folder))
+    assert {f"model.{name}" for name in made} == checkpoint.keys()
+    assert all(torch.equal(tensor, checkpoint[f"model.{name}"]) for name, tensor in made.items())
+    assert not torch.equal(made["language_projection.weight"], last["language_projection.weight"])
+    assert any("alignment-best is as stage0-step0000002" in sentence for sentence in said)
+    model, _ = minigpt4.load(tmp_path / "run/alignment-best", device="cpu")
+    assert torch.equal(model.model.language_projection.weight, made["language_projection.weight"])
+
+
+def test_a_damaged_best_checkpoint_is_told_and_the_run_ends_well(
+    second_is_best: dict[str, Any], model_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    wanted = recipe(model_folder, pictures, tmp_path / "run", validation=second_is_best)
+    run(wanted)
+    (tmp_path / "run/checkpoints/stage0-step0000002/trained.safetensors").write_bytes(b"nothing")
+    said: list[str] = []
+
+    assert run(wanted, Reports(say=said.append)).is_dir()
+
+    assert any("smallest validation loss cannot be used" in sentence for sentence in said)
 
 
 def test_nothing_drops_out_in_a_validation(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
