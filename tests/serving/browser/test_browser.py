@@ -3,13 +3,11 @@
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,101 +16,13 @@ import pytest
 from minigpt4.serving.page import read_page
 from minigpt4.serving.settings import Limits, Settings
 from tests import tiny_chat
-from tests.serving.browser.slow_server import SECONDS
+from tests.serving.browser.visitor import EYE, STRINGS, Visitor, until
 from tests.serving.live import Live, live, picture_file
 from tests.serving.slowness import slow_steps
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra `test`")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ROOT = Path(__file__).resolve().parents[3]
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs the system's Chromium")]
-
-STRINGS: dict[str, dict[str, str]] = json.loads(re.findall(r'id="strings">(.*?)</script>', read_page(), re.DOTALL)[0])
-EYE = "button[aria-label='Where the model looked']"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"],
-        )
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Live]:
-    with live(page=read_page()) as running:
-        slow_steps(running.engine, SECONDS)
-        yield running
-
-
-def until(page: Any, expression: str, seconds: float = 30) -> None:  # noqa: ANN401
-    """Wait for an expression to be true; Playwright's own way evaluates text in the page, which its policy forbids."""
-    deadline = time.monotonic() + seconds
-    while not page.evaluate(expression):
-        assert time.monotonic() < deadline, expression
-        page.wait_for_timeout(50)
-
-
-class Visitor:
-    """A page, what is done on it, and what it complained of."""
-
-    def __init__(self, browser: Any, url: str, **options: Any) -> None:  # noqa: ANN401
-        settings = {"viewport": {"width": 1180, "height": 860}, "locale": "en-GB", **options}
-        self.context = browser.new_context(**settings)
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(30_000)
-        self.troubles: list[str] = []
-        self.hosts: set[str] = set()
-        self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
-        self.page.on("console", lambda said: self.troubles.append(said.text) if said.type == "error" else None)
-        self.page.on(
-            "request", lambda request: self.hosts.add(request.url.split("/")[2] if "//" in request.url else "")
-        )
-        self.url = url
-        self.arrive()
-
-    def arrive(self) -> None:
-        self.page.goto(self.url)
-        self.page.wait_for_selector(".dot.ready")
-
-    def bring(self, *files: tuple[str, bytes]) -> None:
-        self.page.set_input_files(
-            "#files", [{"name": name, "mimeType": "image/png", "buffer": content} for name, content in files]
-        )
-
-    def ask(self, question: str, tokens: int = 20) -> None:
-        """Type and press Enter."""
-        self.page.evaluate(f"localStorage.setItem('minigpt4.settings', JSON.stringify({{max_tokens: {tokens}}}))")
-        self.page.click("#show-settings")
-        self.page.fill("#max_tokens", str(tokens))
-        self.page.keyboard.press("Escape")
-        self.page.fill("#question", question)
-        self.page.press("#question", "Enter")
-
-    def wait_answered(self) -> str:
-        self.page.wait_for_selector("#send:visible")
-        answers: list[str] = self.page.locator(".said").all_inner_texts()
-        return answers[-1] if answers else ""
-
-    def wait_for_text(self) -> str:
-        until(self.page, "[...document.querySelectorAll('.said.busy')].some((e) => e.textContent.length > 3)")
-        text: str = self.page.locator(".said.busy").inner_text()
-        return text
-
-
-@pytest.fixture
-def visitor(browser: Any, server: Live) -> Iterator[Visitor]:  # noqa: ANN401
-    made = Visitor(browser, server.url)
-    yield made
-    made.context.close()
-    server.wait_idle()
-    assert made.troubles == []
-    assert made.hosts <= {server.url.removeprefix("http://"), ""}  # "" for data URLs
+pytestmark = pytest.mark.slow
 
 
 def test_a_picture_is_uploaded_and_the_answer_arrives_before_it_is_complete(visitor: Visitor) -> None:
@@ -302,12 +212,8 @@ def test_conversations_are_saved_as_markdown_and_json(visitor: Visitor) -> None:
     visitor.bring(("noise.png", picture_file()))
     visitor.ask("What is it?")
     said = visitor.wait_answered()
-    for button, check in (("#save-markdown", "**You asked:** What is it?"), ("#save-json", '"role": "assistant"')):
-        visitor.page.click("#show-save")
-        with visitor.page.expect_download() as saving:
-            visitor.page.click(button)
-        assert check in saving.value.path().read_text("utf-8")
-    assert json.loads(saving.value.path().read_text("utf-8"))["messages"][1]["content"].strip() == said.strip()
+    assert "**You asked:** What is it?" in visitor.save("#save-markdown")
+    assert json.loads(visitor.save("#save-json"))["messages"][1]["content"].strip() == said.strip()
 
 
 def test_what_users_and_models_write_stays_text(visitor: Visitor) -> None:
