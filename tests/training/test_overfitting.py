@@ -35,6 +35,7 @@ from tests.model import tiny
 from tests.training import toy
 
 ROOT = Path(__file__).resolve().parents[2]
+SHARDS = ROOT.parent / "shared/data/photos-train"
 QUESTION = "what is this?"
 TOKENS = 32
 TINY_CAPTIONS = (
@@ -248,8 +249,14 @@ def test_one_bit_of_a_frozen_tensor_is_noticed(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.timeout(1800)
-def test_both_stages_of_nano_run_from_the_command_line_and_answer(tmp_path: Path) -> None:
-    data = folder_of_drawings(tmp_path / "drawings")
+@pytest.mark.parametrize("kind", ["own pictures", "shards"])
+def test_both_stages_of_nano_run_from_the_command_line_and_answer(kind: str, tmp_path: Path) -> None:
+    data, picture = SHARDS, ROOT / "examples/sunflower.jpg"
+    if kind == "own pictures":
+        data = folder_of_drawings(tmp_path / "drawings")
+        picture = data / "0.png"
+    elif not SHARDS.is_dir():
+        pytest.skip("the folder of photos in tar shards is not beside this checkout")
 
     def stage(number: int, *more: str) -> Path:
         output = tmp_path / f"stage{number}"
@@ -264,7 +271,7 @@ def test_both_stages_of_nano_run_from_the_command_line_and_answer(tmp_path: Path
 
     first = stage(1)
     second = stage(2, f"model={first}")
-    said = command("ask", str(data / "0.png"), "What is in this picture?", "-m", str(second))
+    said = command("ask", str(picture), "What is in this picture?", "-m", str(second))
 
     assert said.strip()
     losses = [line for line in (tmp_path / "stage1/metrics.jsonl").read_text(encoding="utf-8").splitlines() if line]
