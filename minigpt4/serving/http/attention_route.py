@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from minigpt4.serving.attention import AttentionMaps  # loads torch
 
 MAX_WAITING = 4
-"""Maps in the making and waiting; a map takes as long as reading its conversation three times."""
+"""Maps in the making and waiting; a map takes as long as reading its conversation three times.
+
+Bodies that are still arriving are none of them: `BodyReader` bounds those, in number of bytes and in time.
+"""
 
 
 class AttentionRequest(BaseModel):
@@ -71,6 +74,13 @@ def add_attention(app: FastAPI, desk: Desk, responses: dict[int | str, dict[str,
             made.append(AttentionMaps(desk.engine.model, desk.engine.processor))
         return made[0]
 
+    def check_room() -> None:
+        if desk.closing:
+            raise ApiError(503, "the server is closing")
+        if waiting >= MAX_WAITING:
+            said = f"{waiting} maps are being made or wait already"
+            raise ApiError(429, said, "wait a few seconds", headers={"Retry-After": "5"})
+
     schema = {"$ref": "#/components/schemas/AttentionRequest"}
 
     @app.post(
@@ -84,17 +94,13 @@ def add_attention(app: FastAPI, desk: Desk, responses: dict[int | str, dict[str,
         from minigpt4.serving.attention import check_can_look
 
         check_can_look(desk.engine.model)
-        if desk.closing:
-            raise ApiError(503, "the server is closing")
-        if waiting >= MAX_WAITING:
-            raise ApiError(
-                429, f"{waiting} maps are being made already", "wait a few seconds", headers={"Retry-After": "5"}
-            )
+        check_room()
+        async with desk.bodies.read(http) as body:
+            asked = await asyncio.to_thread(_parsed, body, desk)
+            body.clear()
+        check_room()  # only now: a place taken before would be held by whoever sends slowly
         waiting += 1
         try:
-            async with desk.bodies.read(http) as body:
-                asked = await asyncio.to_thread(_parsed, body, desk)
-                body.clear()
             messages = await open_messages(asked.messages, desk.settings, desk.pool, target_of(desk.engine))
             span = None if asked.span is None else (asked.span[0], asked.span[1])
             loop = asyncio.get_running_loop()
