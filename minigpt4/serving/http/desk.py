@@ -56,9 +56,9 @@ class Desk:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.metrics = Metrics()
         self.bodies = BodyReader(settings.limits)
         self.pool = PicturePool(settings.limits.image, children=settings.decoders)
+        self.metrics = Metrics(self.pool)
         self.closing = False
         self.started = int(time.time())
         self._engine: Engine | None = None
@@ -118,6 +118,7 @@ class Desk:
         engine = self.engine
         now = time.monotonic()
         if self.closing or sum(place.until > now for place in self._places) >= engine.room:
+            self.metrics.refused += 1
             waiting = engine.counts.waiting
             raise ApiError(
                 429,
@@ -212,26 +213,22 @@ class Desk:
 
     async def _submitted(self, asked: ChatRequest, place: Place) -> Listening:
         engine = self.engine
-        deaths = self.pool.deaths
-        try:
-            messages = await open_messages(asked.messages, self.settings, self.pool, target_of(engine))
-            mailbox = Mailbox()
+        messages = await open_messages(asked.messages, self.settings, self.pool, target_of(engine))
+        mailbox = Mailbox()
 
-            def submit() -> "EngineRequest":
-                submitted = engine.submit(
-                    messages,
-                    asked.options,
-                    mailbox,
-                    stop=asked.stop_strings,
-                    timeout=self.settings.limits.answer_seconds,
-                )
-                # Here, where it begins to count with the engine: counted twice, it would have another one refused.
-                self.give_back(place)
-                return submitted
+        def submit() -> "EngineRequest":
+            submitted = engine.submit(
+                messages,
+                asked.options,
+                mailbox,
+                stop=asked.stop_strings,
+                timeout=self.settings.limits.answer_seconds,
+            )
+            # Here, where it begins to count with the engine: counted twice, it would have another one refused.
+            self.give_back(place)
+            return submitted
 
-            request = await self._apart(submit)
-        finally:
-            self.metrics.decoder_deaths.inc(self.pool.deaths - deaths)
+        request = await self._apart(submit)
         return Listening(engine, request, mailbox, self.metrics.answered)
 
     async def _apart(self, work: Callable[[], T]) -> T:

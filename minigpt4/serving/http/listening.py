@@ -13,9 +13,8 @@ from minigpt4.serving.http.completions import Writer, event
 from minigpt4.serving.http.openai_errors import ApiError, as_api_error, error_body
 
 if TYPE_CHECKING:  # they load torch
-    from minigpt4.chat import Answer
     from minigpt4.serving.engine import Engine
-from minigpt4.serving.request import Event, Request
+    from minigpt4.serving.request import Event, Request
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -30,11 +29,18 @@ class Mailbox:
     def __init__(self) -> None:
         self.events: asyncio.Queue[Event | Literal[False]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[BaseException | None] = self._loop.create_future()
+        """Done when the engine has ended the answer, with what went wrong; also when nobody listens any more."""
 
     def __call__(self, delivered: "Event") -> None:
         """Take one event."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended and nobody listens
-            self._loop.call_soon_threadsafe(self.events.put_nowait, delivered)
+            self._loop.call_soon_threadsafe(self._take, delivered)
+
+    def _take(self, delivered: "Event") -> None:
+        if not isinstance(delivered, str) and not self.ended.done():
+            self.ended.set_result(delivered)
+        self.events.put_nowait(delivered)
 
     def left(self) -> None:
         """Take the news that the client left."""
@@ -48,16 +54,21 @@ class Listening:
         engine: Answers.
         request: What it was asked.
         mailbox: Where it delivers to.
-        answered: Told of the answer when it has ended.
+        answered: Told, once the engine has ended the answer, of the request and of what went wrong.
     """
 
     def __init__(
-        self, engine: "Engine", request: "Request", mailbox: Mailbox, answered: Callable[["Answer"], None]
+        self,
+        engine: "Engine",
+        request: "Request",
+        mailbox: Mailbox,
+        answered: Callable[["Request", BaseException | None], None],
     ) -> None:
         self.engine = engine
         self.request = request
         self.mailbox = mailbox
-        self.answered = answered
+        # Not when the client leaves: the engine has not ended then, and its figures are not there yet.
+        mailbox.ended.add_done_callback(lambda ended: answered(request, ended.result()))
 
     async def pieces(self, receive: Receive, ping_seconds: float | None) -> AsyncIterator[str | None]:
         """Yield text as it is said, and None when there was nothing to say for so many seconds.
@@ -89,7 +100,6 @@ class Listening:
         finally:
             self.request.cancel()  # nothing, where it has ended
             watcher.cancel()
-            self.answered(self.request.answer)
         if self.request.answer.finish_reason == "cancelled":
             raise ApiError(
                 503, "the answer was given up: it took too long, or the server is closing",
