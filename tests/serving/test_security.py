@@ -226,3 +226,27 @@ def test_names_that_a_host_header_may_say() -> None:
     for name in ("http://x", "x:80", "a b", ""):
         with pytest.raises(UsageError):
             known_hosts("127.0.0.1", [name], None)
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed", "key", "named", "status"),
+    [
+        ("127.0.0.1", [], None, "ai.example.org", 400),
+        ("127.0.0.1", [], KEY, "ai.example.org", 400),
+        ("127.0.0.1", ["ai.example.org"], KEY, "ai.example.org", 200),
+        ("0.0.0.0", [], None, "ai.example.org", 400),  # --insecure
+        ("0.0.0.0", [], KEY, "ai.example.org", 200),
+        ("0.0.0.0", ["ai.example.org"], KEY, "ai.example.org", 200),
+        ("0.0.0.0", ["ai.example.org"], KEY, "evil.example", 400),
+        ("192.0.2.1", ["ai.example.org"], KEY, "192.0.2.1", 200),
+        ("192.0.2.1", ["ai.example.org"], KEY, "localhost", 200),
+    ],
+)
+def test_the_name_of_a_host_is_looked_at_as_the_documents_say(
+    host: str, allowed: list[str], key: str | None, named: str, status: int
+) -> None:
+    application = make_app(None, Settings(MODEL, key, known_hosts(host, allowed, key)))
+    credentials = [(b"authorization", f"Bearer {key}".encode())] if key else []
+    assert call(application, "/v1/models", credentials, host=named.encode())[0] == status
+    if key:
+        assert call(application, "/v1/models", [], host=named.encode())[0] == 401
