@@ -1,39 +1,35 @@
 """Features of pictures on disk: what the frozen parts of a model made of each, found again by the picture's bytes.
 
-A store is a folder. `store.json` says what made the features. Every `*.safetensors` holds some pictures': the sha256 of
-each picture's encoded bytes (`digests`), a row for each in every other tensor, and in its header the pictures that
-cannot be opened, with the reason. `done/` notes which work was gone through to the end. Files are only added, each
-whole or not at all, so a killed program loses at most the shard it was about to write.
+A store is a folder. `store.json` says what made the features, every `*.safetensors` holds some pictures'
+(`feature_shard`), and `done/` notes which work was gone through to the end, and which shards there were then: without
+one of them it is gone through again. Files are only added, each whole or not at all, so a killed program loses at most
+the shard it was about to write; only a damaged one is removed.
 
 Knows digests and tensors; what the features are of, and how they are made, it does not.
 """
 
 import hashlib
 import json
-import math
+import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from minigpt4.errors import ConfigError, ImageError, StorageError, WeightsError
+from minigpt4.errors import ConfigError, ImageError, StorageError
+from minigpt4.training.feature_shard import DIGEST_BYTES, DamagedShardError, Shard, open_shard, write_shard
 from minigpt4.weights.files.atomic import lock, make_folder, write_file
 from minigpt4.weights.files.disk import storing
-from minigpt4.weights.files.safetensors_header import read_safetensors_header
-from minigpt4.weights.files.stored import StoredTensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ABOUT_FILE = "store.json"
 DONE_FOLDER = "done"
-DIGESTS = "digests"
-BAD = "bad"
 
 SHARD_BYTES = 64 * 2**20
 """A shard is written when its features take so many bytes,"""
@@ -43,6 +39,8 @@ SHARD_SECONDS = 300.0
 """or were collected for so long: a kill loses no more."""
 
 Kind = Literal["qformer_outputs", "vision_outputs"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,11 +72,12 @@ class Fingerprint:
 class FeatureStore:
     """The features in a folder, to be read in any number of processes.
 
-    The digests are kept in memory (48 bytes a picture), features are mapped from the files when they are asked for.
+    Digests and checksums are kept in memory (64 bytes a picture). Features are mapped from the files when they are
+    asked for, and compared with their checksum then.
 
     Args:
         folder: Of the store.
-        shards: The tensors of each shard but its digests.
+        shards: Its files.
         digests: `(pictures, 32)` bytes, sorted.
         places: `(pictures, 2)`: shard and row of each.
         bad: Pictures that cannot be opened, and why.
@@ -87,7 +86,7 @@ class FeatureStore:
     def __init__(
         self,
         folder: Path,
-        shards: list[dict[str, StoredTensor]],
+        shards: list[Shard],
         digests: np.ndarray,
         places: np.ndarray,
         bad: dict[bytes, str],
@@ -108,16 +107,16 @@ class FeatureStore:
             StorageError: It is not there, cannot be read, or is damaged.
         """
         _check_fingerprint(folder, fingerprint)
-        shards: list[dict[str, StoredTensor]] = []
+        shards: list[Shard] = []
         digests, places = [], []
         bad: dict[bytes, str] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            tensors, here, reasons = _open_shard(path)
+        for path in _shard_paths(folder):
+            shard, here, reasons = open_shard(path)
             digests.append(here)
             places.append(np.stack([np.full(len(here), len(shards)), np.arange(len(here))], axis=1).astype(np.uint32))
-            shards.append(tensors)
+            shards.append(shard)
             bad |= reasons
-        all_digests = np.concatenate([np.empty((0, 32), np.uint8), *digests])
+        all_digests = np.concatenate([np.empty((0, DIGEST_BYTES), np.uint8), *digests])
         order = np.argsort(_starts(all_digests), kind="stable")
         all_places = np.concatenate([np.empty((0, 2), np.uint32), *places])
         return cls(folder, shards, all_digests[order], all_places[order], bad)
@@ -138,7 +137,7 @@ class FeatureStore:
 
         Raises:
             ImageError: It cannot be opened.
-            StorageError: The store has not looked at it, or cannot be read.
+            StorageError: The store has not looked at it, cannot be read, or what it holds of it is damaged.
         """
         if digest in self.bad:
             raise ImageError(self.bad[digest])
@@ -149,7 +148,7 @@ class FeatureStore:
                 hint="minigpt4 data features RECIPE.yaml computes what is missing",
             )
         shard, row = (int(number) for number in self._places[at])
-        return {name: _row(tensor, row) for name, tensor in self._shards[shard].items()}
+        return self._shards[shard].read(row)
 
     def _find(self, digest: bytes) -> int | None:
         at = int(np.searchsorted(self._starts, _start(digest)))
@@ -185,15 +184,66 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
 
 
+def remove_damaged(
+    folder: Path, *, thorough: bool, report: Callable[[str, int, int], None] | None = None
+) -> Iterator[None]:
+    """Remove the shards that are damaged, each with a warning: what they held is then missing, and computed again.
+
+    Args:
+        folder: Of a store that nobody else writes.
+        thorough: Read every picture's features, not only what is read to open a shard.
+        report: Told of the pictures whose features were read.
+
+    Yields:
+        After each shard.
+
+    Raises:
+        StorageError: The store cannot be read, or a shard not be removed.
+    """
+    whole: list[Shard] = []
+    for path in _shard_paths(folder):
+        with _removed_if_damaged(path):
+            whole.append(open_shard(path)[0])
+        yield
+    if not thorough:
+        return
+    pictures = sum(len(shard.checksums) for shard in whole)
+    checked = 0
+    for shard in whole:
+        with _removed_if_damaged(shard.path):
+            shard.check()
+        checked += len(shard.checksums)
+        if report is not None and len(shard.checksums):
+            report("features checked", checked, pictures)
+        yield
+
+
+@contextmanager
+def _removed_if_damaged(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except DamagedShardError as error:
+        logger.warning("%s, and what it held is computed again", error.message)
+        with storing(path):
+            path.unlink(missing_ok=True)
+
+
 def is_done(folder: Path, work: str) -> bool:
-    """Whether a work was gone through to the end."""
-    return (folder / DONE_FOLDER / work).exists()
+    """Whether a work was gone through to the end, and no shard is gone since."""
+    path = folder / DONE_FOLDER / work
+    with storing(path, doing="read"), suppress(FileNotFoundError, ValueError, TypeError):
+        return {str(name) for name in json.loads(path.read_bytes())} <= {path.name for path in _shard_paths(folder)}
+    return False
 
 
 def note_done(folder: Path, work: str) -> None:
     """Note that a work was gone through to the end; called after its last shard is written."""
     with write_file(folder / DONE_FOLDER / work, "w") as file:
-        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        json.dump([path.name for path in _shard_paths(folder)], file)
+
+
+def _shard_paths(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
 
 
 class ShardWriter:
@@ -245,12 +295,9 @@ class ShardWriter:
             StorageError: It cannot be written; what was written before stays.
         """
         if self._digests or self._bad:
-            table = torch.frombuffer(bytearray(b"".join(self._digests)) or bytearray(1), dtype=torch.uint8)
-            tensors = {name: torch.cat(rows).contiguous() for name, rows in self._rows.items()}
-            tensors[DIGESTS] = table[: 32 * len(self._digests)].view(-1, 32)
-            seen = b"".join(self._digests) + "".join(sorted(self._bad)).encode()
-            with write_file(self.folder / f"{hashlib.sha256(seen).hexdigest()[:16]}.safetensors") as file:
-                file.write(save(tensors, {BAD: json.dumps(self._bad)}))
+            write_shard(
+                self.folder, self._digests, {name: torch.cat(rows) for name, rows in self._rows.items()}, self._bad
+            )
         self._digests, self._rows, self._bad, self._bytes = [], {}, {}, 0
         self._begun = time.monotonic()
 
@@ -281,30 +328,6 @@ def _check_fingerprint(folder: Path, wanted: Fingerprint) -> None:
 def _shown(value: object) -> str:
     text = value[:16] if isinstance(value, str) else json.dumps(value, sort_keys=True)
     return text or "''"
-
-
-def _open_shard(path: Path) -> tuple[dict[str, StoredTensor], np.ndarray, dict[bytes, str]]:
-    """Return a shard's features, digests and bad pictures."""
-    damaged = StorageError(f"{path} is damaged", hint="remove that file: what it held is computed again")
-    try:
-        with storing(path, doing="read"):
-            tensors, notes = read_safetensors_header(path)
-        reasons = {bytes.fromhex(digest): str(reason) for digest, reason in json.loads(notes[BAD]).items()}
-        table = tensors.pop(DIGESTS)
-    except (WeightsError, ValueError, KeyError, AttributeError) as error:
-        raise damaged from error
-    if table.dtype != torch.uint8 or len(table.shape) != 2 or table.shape[1] != 32:
-        raise damaged
-    if any(tensor.shape[:1] != table.shape[:1] for tensor in tensors.values()):
-        raise damaged
-    return tensors, np.array(table.read().numpy()), reasons
-
-
-def _row(tensor: StoredTensor, row: int) -> Tensor:
-    shape = tensor.shape[1:]
-    if math.prod(shape) == 0:
-        return torch.empty(shape, dtype=tensor.dtype)
-    return tensor.rows(row, 1).view(shape)
 
 
 def _start(digest: bytes) -> np.uint64:

@@ -40,6 +40,7 @@ from minigpt4.training.feature_store import (
     is_done,
     note_done,
     only_writer,
+    remove_damaged,
 )
 from minigpt4.training.preparing import Prepared, seeing_on
 from minigpt4.training.processes import by_the_main_process, summed
@@ -137,6 +138,8 @@ def compute_features(
 ) -> tuple[Path, Counts]:
     """Look through all that a recipe's stages read, also what was looked through before, and compute what is missing.
 
+    Every byte that is kept is compared with its checksum: what is damaged is missing.
+
     Returns:
         The store's folder, and what there was to do.
 
@@ -196,10 +199,11 @@ def _compute(
         report: Told of the records looked at.
         counts: Told what there was to do.
         works: What a person calls them, and the batches that will be read.
-        anew: Look through what was looked through before as well.
+        anew: Look through what was looked through before as well, and at every byte that is kept.
     """
     create_store(folder, fingerprint)
     with only_writer(folder), seeing_on(prepared.model, here.device):
+        yield from remove_damaged(folder, thorough=anew, report=report)
         maker = _Maker(
             prepared.model.eval(), prepared.processor, fingerprint, here.device, FeatureStore.open(folder, fingerprint)
         )

@@ -1,5 +1,6 @@
 """`minigpt4 data features` as a user meets it."""
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import yaml
 
 from minigpt4.cli.features import features_bar
+from minigpt4.weights.files.safetensors_header import read_safetensors_header
 from tests import tiny_chat
 from tests.commands import Run, runner
 
@@ -69,6 +71,61 @@ def test_training_computes_what_is_missing(run: Run, recipe: Path, home: Path) -
     assert done.status == 0, done.err
     [store] = (home / "features").iterdir()
     assert len(list(store.glob("*.safetensors"))) == 1
+
+
+def flip_a_bit_of_every_picture(store: Path) -> Path:
+    """Damage the features in the one shard of a store, each picture's; what is read to open it stays whole."""
+    [shard] = store.glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    tensor = read_safetensors_header(shard)[0]["qformer_outputs"]
+    for row in range(tensor.shape[0]):
+        content[tensor.start + row * tensor.num_bytes // tensor.shape[0]] ^= 1
+    shard.write_bytes(content)
+    return shard
+
+
+def losses(output: Path) -> list[object]:
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("cure", ["data features", "remove"])
+def test_damaged_features_end_a_run_and_what_the_hint_says_mends_them(
+    cure: str, run: Run, recipe: Path, home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = run("train", str(recipe), "--set", f"output={tmp_path / 'whole'}")
+    assert whole.status == 0, whole.err
+    [store] = (home / "features").iterdir()
+    before = {path.name: path.read_bytes() for path in store.glob("*.safetensors")}
+    shard = flip_a_bit_of_every_picture(store)
+
+    refused = run("train", str(recipe))
+    assert (refused.status, refused.out) == (3, "")
+    assert f"error: {shard} is damaged\n" in refused.err
+    assert "hint: minigpt4 data features RECIPE.yaml finds what is damaged and computes it again\n" in refused.err
+
+    if cure == "remove":
+        shard.unlink()
+    else:
+        mended = run("data", "features", str(recipe))
+        assert mended.status == 0, mended.err
+        assert f"{shard} is damaged, and what it held is computed again" in caplog.messages
+        assert f"features checked  {PICTURES} of {PICTURES} pictures" in mended.err
+        assert f"{PICTURES} pictures computed" in mended.err
+    goes_on = run("train", str(recipe))
+    assert goes_on.status == 0, goes_on.err
+    assert {path.name: path.read_bytes() for path in store.glob("*.safetensors")} == before
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_run_computes_again_what_a_cut_off_shard_held(
+    run: Run, recipe: Path, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run("data", "features", str(recipe)).status == 0
+    [shard] = home.glob("features/*/*.safetensors")
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    done = run("train", str(recipe))
+    assert done.status == 0, done.err
+    assert f"{shard} is damaged, and what it held is computed again" in caplog.messages
 
 
 def test_cropped_pictures_are_refused_with_the_cure(run: Run, recipe: Path) -> None:

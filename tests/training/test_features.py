@@ -18,7 +18,7 @@ from minigpt4.data.examples import pixel_values
 from minigpt4.data.record import Record
 from minigpt4.errors import ConfigError, StorageError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
-from minigpt4.training import feature_reading, feature_store, features
+from minigpt4.training import feature_reading, feature_shard, feature_store, features
 from minigpt4.training.feature_fingerprint import fingerprint_of
 from minigpt4.training.feature_store import FeatureStore, Fingerprint, create_store
 from minigpt4.training.features import CachedPictures, cached_pictures, compute_features, store_folder
@@ -302,7 +302,7 @@ def shards(folder: Path) -> dict[str, dict[str, bytes]]:
     }
 
 
-@pytest.mark.parametrize(("where", "name"), [(feature_store, "save"), (os, "replace")])
+@pytest.mark.parametrize(("where", "name"), [(feature_shard, "save"), (os, "replace")])
 @pytest.mark.parametrize("calls", [2, 4])
 def test_a_kill_loses_at_most_one_shard(
     where: ModuleType,
@@ -350,24 +350,117 @@ def test_shards_are_written_when_they_are_large(source: Path, tmp_path: Path, mo
 
 def test_anew_looks_through_everything_again(source: Path, tmp_path: Path, looks: list[int]) -> None:
     made, recipe = prepared(), recipe_of(tmp_path / "run", source)
-    folder, counts = compute_features(recipe, made, processes(), lambda *_: None)
+    _, counts = compute_features(recipe, made, processes(), lambda *_: None)
     assert (counts.computed, counts.known, counts.bad) == (PICTURES, 1, 1)
-    next(folder.glob("*.safetensors")).unlink()
-    with pytest.raises(StorageError, match="are not in") as caught:
-        batches(recipe, made, cached(recipe, made))[0]
-    assert "minigpt4 data features" in caught.value.hint
     looks.clear()
-    compute_features(recipe, made, processes(), lambda *_: None)
-    assert sum(looks) == PICTURES
-    assert batches(recipe, made, cached(recipe, made))[0]
+    _, counts = compute_features(recipe, made, processes(), lambda *_: None)
+    assert (counts.computed, counts.known, counts.bad, looks) == (0, PICTURES + 1, 1, [])
 
 
-def test_a_damaged_shard_is_named(source: Path, tmp_path: Path) -> None:
+def test_a_picture_that_was_not_looked_at_is_told_with_the_cure(source: Path, tmp_path: Path) -> None:
+    store = cached(recipe_of(tmp_path / "run", source), prepared()).store
+    with pytest.raises(StorageError, match=r"sha256 0{16}\.\.\.\) are not in") as caught:
+        store.read(bytes(32))
+    assert "minigpt4 data features" in caught.value.hint
+
+
+def test_what_a_removed_shard_held_is_computed_again(
+    source: Path, tmp_path: Path, looks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_store, "SHARD_PICTURES", 4)
     made, recipe = prepared(), recipe_of(tmp_path / "run", source)
-    [shard] = cached(recipe, made).store.folder.glob("*.safetensors")
+    folder = cached(recipe, made).store.folder
+    expected = shards(folder)
+    removed = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    removed.unlink()
+    looks.clear()
+    assert len(cached(recipe, made).store) == PICTURES
+    assert sum(looks) == len(expected[removed.name]["digests"]) // 32 < PICTURES
+    looks.clear()
+    assert len(cached(recipe, made).store) == PICTURES
+    assert looks == []
+
+
+def damaged(shard: Path, place: int) -> None:
+    content = bytearray(shard.read_bytes())
+    content[place] ^= 1
+    shard.write_bytes(content)
+
+
+def test_every_bit_that_flips_is_noticed(tmp_path: Path) -> None:
+    features = {"b": torch.arange(8.0).view(2, 4), "a": torch.zeros(2, 3, 2, dtype=torch.bfloat16)}
+    feature_shard.write_shard(tmp_path, [b"\1" * 32, b"\2" * 32], features, {"ff" * 32: "not a picture"})
+    [shard] = tmp_path.glob("*.safetensors")
+    whole = shard.read_bytes()
+    for place in range(len(whole)):
+        damaged(shard, place)
+        with pytest.raises(feature_shard.DamagedShardError, match="is damaged"):
+            feature_shard.open_shard(shard)[0].check()
+        shard.write_bytes(whole)
+    opened, digests, bad = feature_shard.open_shard(shard)
+    opened.check()
+    assert (digests.tobytes(), bad) == (b"\1" * 32 + b"\2" * 32, {b"\xff" * 32: "not a picture"})
+    assert all(torch.equal(row, features[name][1]) for name, row in opened.read(1).items())
+
+
+def test_a_shard_that_cannot_be_opened_is_computed_again_with_a_notice(
+    source: Path, tmp_path: Path, looks: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    made, recipe = prepared(), recipe_of(tmp_path / "run", source)
+    folder = cached(recipe, made).store.folder
+    expected = shards(folder)
+    [shard] = folder.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(StorageError, match=rf"{shard.name} is damaged"):
+        store_of(recipe, made)
+    looks.clear()
+    assert shards(cached(recipe, made).store.folder) == expected
+    assert sum(looks) == PICTURES
+    assert caplog.messages == [f"{shard} is damaged, and what it held is computed again"]
+
+
+def test_a_damaged_picture_is_noticed_when_it_is_read_and_no_other(source: Path, tmp_path: Path) -> None:
+    made, recipe = prepared(), recipe_of(tmp_path / "run", source)
+    store = cached(recipe, made).store
+    [shard] = store.folder.glob("*.safetensors")
+    digests = load_file(shard)["digests"].numpy()
+    damaged(shard, feature_shard.read_safetensors_header(shard)[0]["qformer_outputs"].start)
+    with pytest.raises(StorageError, match=rf"{shard.name} is damaged"):
+        store.read(digests[0].tobytes())
+    for digest in digests[1:]:
+        store.read(digest.tobytes())
+    shard.unlink()
+    with pytest.raises(StorageError, match=rf"{shard.name} is gone"):
+        store.read(digests[1].tobytes())
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_kill_while_damage_is_mended_leaves_a_store_that_the_next_run_mends(
+    calls: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_store, "SHARD_PICTURES", 4)
+    made, recipe = prepared(), recipe_of(tmp_path / "run", source)
+    folder = cached(recipe, made).store.folder
+    expected = shards(folder)
+    for shard in folder.glob("*.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:-1])
+
+    def die() -> None:
+        real, left = os.replace, calls
+
+        def dying(*arguments: Any) -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(*arguments)
+
+        monkeypatch.setattr(os, "replace", dying)
         cached(recipe, made)
+
+    killed(die)
+    assert len(shards(folder)) == calls - 1
+    assert shards(cached(recipe, made).store.folder) == expected
 
 
 def scaled(made: Prepared, name: str) -> Prepared:
