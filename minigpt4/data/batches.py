@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from minigpt4.data.caption_text import blip_caption
+from minigpt4.data.caption_text import Cleaning, blip_caption
 from minigpt4.data.examples import Layout, TextExample, padded, pixel_values
 from minigpt4.data.order import Order, bucketed
 from minigpt4.data.record import Record, Source, Turns
@@ -84,7 +84,8 @@ class SourceBatches(Dataset[dict[str, Any]]):
         crop: Cut a random part out of each picture that is opened.
         prompt_for: One prompt for each sample, or for a whole batch.
         bucket_batches: Batches are made of examples of like length, out of so many batches.
-        blip_captions: For each source, whether its texts are cleaned as the original did in its first stage.
+        blip_captions: For each source, how its texts are cleaned as the original did in its first stage; None leaves
+            them as they are.
         kept: Gives the pictures; None opens them.
     """
 
@@ -98,7 +99,7 @@ class SourceBatches(Dataset[dict[str, Any]]):
     crop: bool = True
     prompt_for: Literal["sample", "batch"] = "sample"
     bucket_batches: int = 1
-    blip_captions: Sequence[bool] = ()
+    blip_captions: Sequence[Cleaning | None] = ()
     kept: KeptPictures | None = None
     _window: tuple[int, list[list[int]]] | None = field(default=None, init=False, repr=False)
 
@@ -180,9 +181,10 @@ class SourceBatches(Dataset[dict[str, Any]]):
             DataError: It is bad.
         """
         record = self.sources[source].read(number)
-        if not self.blip_captions or not self.blip_captions[source]:
+        cleaning = self.blip_captions[source] if self.blip_captions else None
+        if cleaning is None:
             return record
-        turns, *beside = (cleaned(turns) for turns in (record.turns, *record.beside))
+        turns, *beside = (cleaned(turns, cleaning) for turns in (record.turns, *record.beside))
         return replace(record, turns=turns, beside=tuple(beside))
 
     def text(self, place: int) -> TextExample:
@@ -216,6 +218,6 @@ class SourceBatches(Dataset[dict[str, Any]]):
         return self.prompts[int(drawn.integers(len(self.prompts)))]
 
 
-def cleaned(turns: Turns) -> Turns:
+def cleaned(turns: Turns, cleaning: Cleaning) -> Turns:
     """Clean answers as the original did in its first stage."""
-    return tuple((question, blip_caption(answer)) for question, answer in turns)
+    return tuple((question, blip_caption(answer, cleaning.max_words, cleaning.prompt)) for question, answer in turns)

@@ -5,11 +5,24 @@ to those of `cc_sbu_align`.
 """
 
 import re
+from typing import NamedTuple
 
 MAX_WORDS = 50
 
 _PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
 _SPACES = re.compile(r"\s{2,}")
+
+
+class Cleaning(NamedTuple):
+    """How captions of a source are cleaned.
+
+    Args:
+        max_words: Longer ones lose the rest.
+        prompt: Stands before each.
+    """
+
+    max_words: int = MAX_WORDS
+    prompt: str = ""
 
 
 def blip_caption(text: str, max_words: int = MAX_WORDS, prompt: str = "") -> str:

@@ -80,7 +80,7 @@ def read_datasets(keys: Keys, *, check_files: bool) -> dict[str, Any]:
         keys.take(*key)
     drawn = [name for name in names if shares[name] > 0]
     for source, name in zip(sources, drawn, strict=True):
-        source["captions"] = captions[name]
+        source |= captions[name]
     return {"sources": sources, "crop": crops[names[0]]}
 
 
@@ -198,19 +198,26 @@ def _crops(keys: Keys, name: str) -> bool:
     return True
 
 
-def _captions(keys: Keys, name: str) -> str:
+def _captions(keys: Keys, name: str) -> dict[str, Any]:
     """Take the text processor; returns how captions are read. Whatever it says, `cc_sbu_align` is read as it is."""
     place: Key = ("datasets", name, "text_processor", "train")
     processor = keys.text(*place, "name", default="blip_caption")
     if processor != "blip_caption":
-        keys.refuse((*place, "name"), f"is {processor!r}, expected blip_caption")
+        keys.refuse((*place, "name"), f"is {processor!r}, expected blip_caption", "write blip_caption, or remove it")
     if FORMATS[name] == "alignment":
         reason = "captions of this data set are taken as they are, as in the original"
         keys.ignore(reason, (*place, "name"), *keys.below("datasets", name, "text_processor"))
-        return "as_is"
-    reason = "captions are cleaned as the original cleaned them (captions: blip)"
-    keys.ignore(reason, (*place, "name"), *keys.below("datasets", name, "text_processor"))
-    return "blip"
+        return {"captions": "as_is"}
+    content: dict[str, Any] = {"captions": "blip"}
+    if keys.take(*place, "max_words") is not None:
+        content["max_words"] = keys.whole(*place, "max_words", least=1)
+    if prompt := keys.text(*place, "prompt", default=""):
+        content["caption_prompt"] = prompt
+    full = ".".join(place)
+    keys.rename((f"{full}.max_words", "max_words"), (f"{full}.prompt", "caption_prompt"))
+    keys.ignore("captions are cleaned as the original cleaned them (captions: blip)", (*place, "name"))
+    keys.ignore("nothing is evaluated while training", *keys.below("datasets", name, "text_processor", "eval"))
+    return content
 
 
 def _storage(keys: Keys, name: str, *, check_files: bool) -> str:

@@ -55,6 +55,8 @@ class SourceRecipe(_Section):
     images: Path | None = Field(None, description="Where the pictures lie that a list of conversations names.")
     text: str | None = Field(None, description="Name of the column or key that holds the caption.")
     captions: Literal["as_is", "blip"] = Field("as_is", description="blip: cleaned as the original did in stage 1.")
+    max_words: int | None = Field(None, gt=0, description="A caption cleaned as `blip` is cut after so many; else 50.")
+    caption_prompt: str | None = Field(None, description="What a caption cleaned as `blip` begins with.")
     texts_per_picture: int = Field(
         1, gt=0, le=64, description="So many texts of a list about the same picture are read side by side, at most."
     )

@@ -7,6 +7,7 @@ from accelerate import PartialState
 from torch.utils.data import Dataset
 
 from minigpt4.data.batches import KeptPictures, Process, SourceBatches
+from minigpt4.data.caption_text import MAX_WORDS, Cleaning
 from minigpt4.data.collate import Batches
 from minigpt4.data.examples import DEFAULT_PROMPTS, IMAGE_MARK, Layout
 from minigpt4.data.nano_mixture import NanoMixture
@@ -189,7 +190,7 @@ def source_batches(
         process=process,
         crop=data.crop,
         prompt_for=stage.prompt_for,
-        blip_captions=[source.captions == "blip" for source in data.sources],
+        blip_captions=[cleaning_of(source) for source in data.sources],
         bucket_batches=stage.bucket_batches,
         kept=kept,
     )
@@ -247,6 +248,13 @@ def layout_of(stage: StageRecipe, processor: MiniGPT4Processor) -> Layout:
         prompt_template=stage.prompt_template,
         end_symbol=stage.end_symbol,
     )
+
+
+def cleaning_of(source: SourceRecipe) -> Cleaning | None:
+    """Return how a source's captions are cleaned; None leaves them as they are."""
+    if source.captions != "blip":
+        return None
+    return Cleaning(source.max_words or MAX_WORDS, source.caption_prompt or "")
 
 
 def prompts_of(stage: StageRecipe, data: SourcesData) -> list[str]:

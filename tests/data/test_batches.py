@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from minigpt4.data.batches import MAX_ATTEMPTS, Process, SourceBatches
+from minigpt4.data.caption_text import Cleaning
 from minigpt4.data.examples import Layout
 from minigpt4.data.order import Order
 from minigpt4.data.record import Record
@@ -147,7 +148,8 @@ def test_captions_are_cleaned_where_the_source_says_so() -> None:
             return replace(super().read(number), turns=(("", "A Dog. RUNS!"),))
 
     tokenizer = tiny_chat.processor().tokenizer
-    for clean, expected in ((True, "a dog runs"), (False, "A Dog. RUNS!")):
+    cleanings = {None: "A Dog. RUNS!", Cleaning(): "a dog runs", Cleaning(2, "it is "): "it is a dog"}
+    for clean, expected in cleanings.items():
         batch = batches(Loud(40), blip_captions=[clean])[0]
         learned = [tokenizer.decode(row[row != -100], skip_special_tokens=True) for row in batch["labels"]]
         assert learned == [expected] * 4

@@ -224,6 +224,15 @@ def test_pictures_are_cut_as_the_processor_says(tree: Path) -> None:
     assert "since November 2023" in notes
 
 
+def test_captions_are_cut_and_begun_as_the_text_processor_says(tree: Path) -> None:
+    place = "datasets.laion.text_processor.train"
+    recipe, notes = translated(STAGE_1_YAML, f"{place}.max_words=5", f"{place}.prompt='a photo of '")
+    laion, cc_sbu = sources(recipe).sources
+    assert (laion.captions, laion.max_words, laion.caption_prompt) == ("blip", 5, "a photo of ")
+    assert (cc_sbu.captions, cc_sbu.max_words, cc_sbu.caption_prompt) == ("blip", None, None)
+    assert f"{place}.max_words is max_words, {place}.prompt is caption_prompt" in notes
+
+
 def test_later_files_give_the_batch_size_with_each_data_set(tree: Path) -> None:
     text = STAGE_1.replace("  batch_size_train: 64\n", "")
     text = text.replace("  laion:\n", "  laion:\n    batch_size: 16\n")
@@ -292,6 +301,12 @@ def test_shards_that_a_range_leaves_out_are_refused(tree: Path) -> None:
         ("sample_ratio: 115", "sample_ration: 115", "sample_ratio: 14", "is there, and laion has none"),
         ("sample_ratio: 115", "sample_ratio: 115\n    ratio: 1", "    ratio: 1", "`datasets.laion.ratio` is not known"),
         ("sample_ratio: 115", "sample_ratio: -1", "sample_ratio: -1", "is -1, expected a number from 0"),
+        (
+            'name: "blip_caption"\n    sample_ratio: 115',
+            'name: "blip_caption"\n        max_words: 0\n    sample_ratio: 115',
+            "max_words: 0",
+            "is 0, expected a whole number from 1",
+        ),
         ("task: image_text_pretrain", "task: vqa", "task", "expected 'image_text_pretrain'"),
         ("linear_warmup_cosine_lr", "cosine", "lr_sched", "expected linear_warmup_cosine_lr or linear_warmup_step_lr"),
         ("linear_warmup_cosine_lr", "linear_warmup_step_lr", "", "`run.lr_decay_rate` is missing"),

@@ -42,12 +42,21 @@ def batches(folder: Path, process: Process | None = None, **stage: Any) -> Sourc
         ],
     }
     recipe = make_recipe(content, Path("made up"))
-    assert isinstance(recipe.data, SourcesData)
-    return source_batches(recipe, tiny_chat.processor(), 0, recipe.stages[0], recipe.data, process or Process())
+    data = recipe.data_of(recipe.stages[0])
+    assert isinstance(data, SourcesData)
+    return source_batches(recipe, tiny_chat.processor(), 0, recipe.stages[0], data, process or Process())
 
 
 def source_of(data: SourceBatches, item: int) -> set[int]:
     return {data.order.pick(place)[0] for place in data._places(item)}
+
+
+def test_a_sources_captions_are_cut_and_begun_as_it_says(folder: Path) -> None:
+    first = {"path": str(folder / "a"), "captions": "blip", "max_words": 2, "caption_prompt": "a photo: "}
+    second = {"path": str(folder / "b"), "captions": "blip"}
+    data = batches(folder, data={"sources": [first, second]})
+    said = {data.record(source, 0).turns[0][1] for source in (0, 1)}
+    assert said == {"a photo: it is", "it is b and more"}
 
 
 def test_whole_batches_come_from_one_source_the_same_in_all_processes(folder: Path) -> None:
