@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from minigpt4.errors import ConfigError
+from minigpt4.training.recipe_yaml import read_yaml, set_value
 
 ORIGINAL: dict[str, Any] = {
     "schedule": "linear_warmup_cosine_lr",
@@ -280,20 +280,9 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         ConfigError: Not a file, not YAML, an unknown key or a wrong value, each with its place.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read the recipe {path}: {error.strerror}", hint="recipes/ in the source tree holds some to copy"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path} is not YAML: {' '.join(str(error).split())}", hint="mend that line, or copy a file from recipes/"
-        ) from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds no keys", hint="copy one of the files in recipes/")
+    content = read_yaml(path)
     for override in overrides or []:
-        _set(content, override)
+        set_value(content, override)
     return make_recipe(content, path, [override.partition("=")[0] for override in overrides or []])
 
 
@@ -321,26 +310,6 @@ def make_recipe(content: dict[str, Any], origin: Path, overridden: Sequence[str]
     except ValidationError as error:
         raise _explain(origin, overridden, place, error) from error
     return recipe
-
-
-def _set(content: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals:
-        raise ConfigError(f"--set {override} has no value", hint="write --set key=value, for example --set seed=2")
-    *parents, last = key.split(".")
-    place: Any = content
-    try:
-        read = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML", hint="put it in quotes") from error
-    try:
-        for name in parents:
-            place = place[int(name)] if isinstance(place, list) else place.setdefault(name, {})
-        place[int(last) if isinstance(place, list) else last] = read
-    except (ValueError, IndexError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"--set {key}: the recipe has no such place", hint="stages are counted from 0: --set stages.0.steps=100"
-        ) from error
 
 
 _SECTIONS = (

@@ -98,10 +98,29 @@ def test_overrides_reach_every_place(tmp_path: Path) -> None:
     assert recipe.stages[0].data == {"share_photos": 0.5}
 
 
-@pytest.mark.parametrize("override", ["stages.3.steps=1", "stages.one.steps=1", "model.x=1", "model.x.y=1"])
-def test_override_of_no_place_is_refused(override: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such place"):
+@pytest.mark.parametrize(
+    ("override", "there"),
+    [
+        ("stages.3.steps=1", "stages is a list of 1, counted from 0: stages.0 to stages.0"),
+        ("stages.one.steps=1", "stages is a list of 1, counted from 0: stages.0 to stages.0"),
+        ("model.qformer=none", "model is 'nano', which has no keys: set model itself, to {key: value, ...}"),
+        ("model.x.y=1", "model is 'nano', which has no keys: set model itself, to {key: value, ...}"),
+    ],
+)
+def test_override_of_no_place_is_refused_with_what_is_there(override: str, there: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such place") as told:
         read_recipe(written(tmp_path), [override])
+
+    assert told.value.hint == there
+
+
+@pytest.mark.parametrize("added", ["seed: 3\nseed: 4\n", "lora: {rank: 3, rank: 4}\n"])
+def test_a_key_that_stands_twice_is_refused(added: str, tmp_path: Path) -> None:
+    path = written(tmp_path)
+    path.write_text(path.read_text() + added)
+
+    with pytest.raises(ConfigError, match=r"is not YAML: the key (seed|rank) stands there twice .* line \d+"):
+        read_recipe(path)
 
 
 @pytest.mark.parametrize(
