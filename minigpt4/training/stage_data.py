@@ -232,7 +232,7 @@ def validation_batches(
         process=process,
         crop=False,
         prompt_for=stage.prompt_for,
-        blip_captions=[source.captions == "blip" for source in settings.sources],
+        blip_captions=[cleaning_of(source) for source in settings.sources],
         kept=kept,
     )
 

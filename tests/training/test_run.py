@@ -188,7 +188,7 @@ def test_validation_reads_texts_as_its_stage_does(
     layout: str, model_folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
     """Over the pictures that are learnt from, its loss is the update's: the same question, cleaning and end."""
-    sources = [{"path": str(pictures), "captions": "blip"}]
+    sources = [{"path": str(pictures), "captions": "blip", "max_words": 2, "caption_prompt": "see: "}]
     (pictures / "captions.csv").write_text("file_name,caption\n" + "".join(f"{c}.png,It is: {c}!\n" for c in COLOURS))
     data = {"sources": sources, "crop": False, "prompts": ["<Img><ImageHere></Img> Which colour?"]}
     validation = {"sources": sources, "every_steps": 1, "batches": 1, "pictures": 0}
