@@ -201,7 +201,7 @@ def apply_alignment(
     Raises:
         ConfigError: It has adapters, and peft is not installed.
         WeightsError: It was trained with another language model, lacks a tensor that nano's frozen parts do not have,
-            or has one that the model has not, or of another shape.
+            or has one that the model has not, or of another shape, or that is not finite.
     """
     verify_folder(folder)
     description = read_description(folder)
@@ -223,6 +223,11 @@ def apply_alignment(
                 raise WeightsError(
                     f"tensor {name} of the alignment {folder.name} is {tuple(tensor.shape)}, "
                     f"expected {tuple(parameters[name].shape)}"
+                )
+            if not tensor.sum(dtype=torch.float64).isfinite():  # one pass: what is no number spoils the sum
+                raise WeightsError(
+                    f"tensor {name} of the alignment {folder.name} holds numbers that are infinite or none",
+                    "train it again with a lower learning rate, or from a checkpoint before",
                 )
             parameters[name].copy_(tensor)
     return model

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -116,6 +117,15 @@ def test_tensor_of_another_shape_is_refused(alignment: Path) -> None:
     rewritten(alignment, lambda tensors: tensors.update({"language_projection.bias": torch.zeros(1)}))
 
     with pytest.raises(WeightsError, match=r"language_projection\.bias .* is \(1,\), expected \(64,\)"):
+        apply_alignment(alignment, tiny_chat.model(), tiny_chat.processor())
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_tensor_that_is_not_finite_is_refused(number: float, alignment: Path) -> None:
+    """As a run that diverged may have left it: every answer of such a model is none."""
+    rewritten(alignment, lambda tensors: tensors["language_projection.bias"].data[-1:].fill_(number))
+
+    with pytest.raises(WeightsError, match=r"language_projection\.bias .* holds numbers that are infinite or none"):
         apply_alignment(alignment, tiny_chat.model(), tiny_chat.processor())
 
 
