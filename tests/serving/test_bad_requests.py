@@ -65,7 +65,7 @@ def test_hundreds_of_bad_requests_are_each_refused_in_a_sentence(caller: Caller)
         check(reply, body[:300])
         count += 1
     assert count >= 500
-    print(f"{count} bad requests: 0 of 5xx")
+    print(f"\n{count} bad requests: 0 of 5xx")
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": 1}}

@@ -6,7 +6,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -215,21 +215,44 @@ def test_a_crowd_on_one_place_loses_nobody() -> None:
         assert counts.accepted == counts.completed == seen.count(200) > 0
 
 
-def test_conversations_at_once_are_those_of_each_alone() -> None:
+def converse(server: Live, number: int, before_turn: Callable[[], object]) -> list[str]:
+    """Hold a conversation about a picture of its own, each question after the answers before; returns those."""
+    messages: list[dict[str, Any]] = [seeing(f"canary {number}", picture_file(number))]
+    answers: list[str] = []
+    for question in ("and then?", f"not {number + 1}?", ""):
+        before_turn()
+        reply = server.chat({"messages": messages, "max_tokens": 10})
+        assert reply.status == 200, reply.body
+        answers.append(reply.json["choices"][0]["message"]["content"])
+        messages += [{"role": "assistant", "content": answers[-1]}, {"role": "user", "content": question}]
+    return answers
+
+
+@pytest.mark.slow
+def test_interleaved_conversations_over_http_are_those_of_each_alone() -> None:
+    count = 32
+    with live(max_concurrent=1, read_bytes=0) as server:  # where no conversation finds anything of another
+        alone = [converse(server, number, lambda: None) for number in range(count)]
+    together: dict[int, list[str]] = {}
+    turn = threading.Barrier(count)  # nobody's next question comes before everybody's last answer
     with live(max_concurrent=8) as server:
-        bodies = [{"messages": [seeing(f"canary {n}", picture_file(n))], "max_tokens": 10} for n in range(16)]
-        alone = [server.chat(body).json["choices"][0]["message"]["content"] for body in bodies]
-        together: dict[int, str] = {}
 
-        def ask(number: int) -> None:
-            together[number] = server.chat(bodies[number]).json["choices"][0]["message"]["content"]
+        def hold(number: int) -> None:
+            try:
+                together[number] = converse(server, number, turn.wait)
+            finally:
+                if number not in together:
+                    turn.abort()  # the others do not wait for one that failed
 
-        threads = [threading.Thread(target=ask, args=[n]) for n in range(16)]
+        threads = [threading.Thread(target=hold, args=[number]) for number in range(count)]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
-        assert [together[n] for n in range(16)] == alone
+            thread.join(250)
+        answered = server.engine.counts.completed
+    assert [together.get(number) for number in range(count)] == alone
+    assert len({tuple(answers) for answers in alone}) > count / 2  # a mix-up would be seen
+    print(f"\n{count} conversations interleaved, {answered} answers: all equal to those of each alone")
 
 
 def test_slow_senders_are_cut_off_and_do_not_slow_the_rest() -> None:

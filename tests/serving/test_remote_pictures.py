@@ -258,7 +258,7 @@ def test_hostile_addresses_are_never_resolved_or_connected_to_and_are_refused_in
     assert len(HOSTILE) >= 300
     assert len({refusal(network, url) for url in HOSTILE}) == 1
     assert (network.resolved, network.connected) == ([], [])
-    print(f"{len(HOSTILE)} hostile addresses: 0 resolved, 0 connected")
+    print(f"\n{len(HOSTILE)} hostile addresses: 0 resolved, 0 connected")
 
 
 def test_without_allowed_hosts_nothing_is_fetched() -> None:

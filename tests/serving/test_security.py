@@ -85,13 +85,11 @@ def test_every_route_refuses_every_wrong_credential() -> None:
     routes = [route for route in application.routes if isinstance(route, Route) or hasattr(route, "methods")]
     guarded = [(r.path, method) for r in routes if r.path != "/health" for method in r.methods]  # type: ignore[attr-defined]
     assert len(guarded) >= 9
-    tried = 0
     for (path, method), credentials in itertools.product(guarded, WRONG_CREDENTIALS.values()):
         status, headers, body = call(application, path.replace("{model:path}", MODEL), credentials, method)
         assert (status, json.loads(body)["error"]["code"]) == (401, "invalid_api_key"), (path, method, credentials)
         assert headers["www-authenticate"] == "Bearer"
-        tried += 1
-    print(f"{tried} routes x wrong credentials: all 401")
+    print(f"\n{len(guarded)} routes x {len(WRONG_CREDENTIALS)} wrong credentials: all 401")
 
 
 def test_neither_hosts_nor_paths_get_past_the_key() -> None:

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from minigpt4.serving.settings import Settings
+from tests.serving.bad_requests import bodies
 from tests.serving.live import Live, live
+from tests.serving.test_remote_pictures import HOSTILE
+from tests.serving.test_security import WRONG_CREDENTIALS
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(
@@ -43,3 +46,17 @@ def test_there_is_an_example_for_every_path_and_for_every_field() -> None:
     fields = """messages stream stream_options max_tokens temperature top_p stop seed num_beams top_k min_p
         repetition_penalty length_penalty image_url span"""
     assert [field for field in fields.split() if field not in together] == []
+
+
+def test_every_figure_that_was_tried_names_a_test_and_those_that_can_be_counted_are_so() -> None:
+    tried = (ROOT / "docs/serving.md").read_text("utf-8").partition("## What was tried")[2]
+    rows = dict(re.findall(r"^\| `(\w+)`.*? \| ([^|]+) \|", tried, re.MULTILINE))
+    sources = "".join(path.read_text("utf-8") for path in (ROOT / "tests/serving").glob("*.py"))
+
+    assert len(rows) >= 12
+    assert [name for name in rows if not re.search(rf"^def test_\w*{name}", sources, re.MULTILINE)] == []
+    (chosen,) = re.findall(r'tests/serving -k "(.*)"', tried)
+    assert [word for word in chosen.split(" or ") if not any(word in name for name in rows)] == []
+    assert rows["hostile_addresses"] == str(len(HOSTILE))
+    assert rows["hundreds_of_bad_requests"] == str(sum(1 for _ in bodies()))
+    assert rows["every_wrong_credential"].endswith(f" x {len(WRONG_CREDENTIALS)}")
