@@ -10,6 +10,7 @@ from typing import Any
 from minigpt4.training.original_datasets import NAMES, read_batch_size, read_datasets, read_prompts
 from minigpt4.training.original_keys import Keys
 from minigpt4.training.recipe import Recipe, make_recipe
+from minigpt4.training.recipe_fields import LARGEST_SEED
 from minigpt4.weights.original.configs import OriginalYaml, with_dataset_defaults
 from minigpt4.weights.original.paths import candidates
 
@@ -72,7 +73,7 @@ def recipe_from_original(
     content: dict[str, Any] = {
         "model": folder,
         "output": keys.text("run", "output_dir"),
-        "seed": keys.whole("run", "seed", least=0),
+        "seed": keys.whole("run", "seed", least=0, most=LARGEST_SEED),
         "trainable": trainable,
         "precision": _precision(keys, cuda),
         "quantize": _quantize(keys),
@@ -233,7 +234,12 @@ def _stage(keys: Keys) -> dict[str, Any]:
         ("run.weight_decay", "weight_decay"), ("run.beta2", "betas"),
     )  # fmt: skip
     if schedule == "linear_warmup_step_lr":
-        content["decay_rate"] = keys.number("run", "lr_decay_rate")
+        content["decay_rate"] = decay = keys.number("run", "lr_decay_rate")
+        if not 0 < decay <= 1:
+            keys.refuse(
+                ("run", "lr_decay_rate"), f"is {decay:g}, expected a number above 0, at most 1",
+                "0.9 takes a tenth off with each epoch",
+            )  # fmt: skip
         keys.rename(("run.lr_decay_rate", "decay_rate"))
     else:
         keys.ignore("linear_warmup_cosine_lr does not use it", ("run", "lr_decay_rate"))
@@ -273,6 +279,8 @@ def _texts(keys: Keys, prompt_template: str) -> dict[str, Any]:
         "max_text_tokens": keys.whole("model", "max_txt_len", least=2, default=32),
         "end_symbol": keys.text("model", "end_sym", default="\n"),
     }
+    if not content["end_symbol"]:
+        keys.refuse(("model", "end_sym"), "is empty, so no end would be learnt", 'the original has "\\n" and "###"')
     return {**content, "prompt_template": prompt_template} if prompt_template else content
 
 

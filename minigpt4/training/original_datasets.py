@@ -6,6 +6,7 @@ from typing import Any
 
 from minigpt4.errors import ConfigError
 from minigpt4.training.original_keys import Keys
+from minigpt4.training.recipe_fields import is_prompt_template
 from minigpt4.weights.original.configs import DATASET_YAMLS, Key, Setting
 from minigpt4.weights.original.paths import candidates, is_placeholder
 
@@ -122,8 +123,11 @@ def read_prompts(keys: Keys, *, check_files: bool) -> tuple[list[str], str]:
             "stands alone"
         )
         return [], ""
-    if template.count("{}") != 1 or "{" in template.replace("{}", ""):
-        keys.refuse(("model", "prompt_template"), f"is {template!r}, expected one {{}} for the prompt")
+    if not is_prompt_template(template):
+        keys.refuse(
+            ("model", "prompt_template"), f"is {template!r}, expected one {{}} for the prompt, and no other brace",
+            "the original's is '###Human: {} ###Assistant: '",
+        )  # fmt: skip
     return _prompts_of(keys, setting, check_files=check_files), template
 
 

@@ -4,11 +4,13 @@ Checks kinds and ranges, and collects the sentences that say what became of the 
 """
 
 import difflib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from minigpt4.errors import ConfigError
+from minigpt4.training.recipe_fields import LARGEST
 from minigpt4.weights.original.configs import Key, OriginalYaml, Setting
 
 
@@ -42,26 +44,28 @@ class Keys:
         setting = self.read.settings.get(key)
         return None if setting is None or setting.value is None else setting
 
-    def whole(self, *key: str, least: int, default: int | None = None) -> int:
+    def whole(self, *key: str, least: int, most: int = LARGEST, default: int | None = None) -> int:
         """Take a whole number.
 
         Raises:
-            ConfigError: It is none, or below `least`, or missing without a default.
+            ConfigError: It is none, or below `least` or above `most`, or missing without a default.
         """
         value = self._value(key, (int,), f"a whole number from {least}", default)
         if value < least:
             self.refuse(key, f"is {value}, expected a whole number from {least}")
+        if value > most:
+            self.refuse(key, f"is {value}, expected a whole number up to {most}")
         return int(value)
 
     def number(self, *key: str, least: float | None = 0, default: float | None = None) -> float:
         """Take a number.
 
         Raises:
-            ConfigError: It is none, or below `least`, or missing without a default.
+            ConfigError: It is none or not finite, or below `least`, or missing without a default.
         """
         expected = "a number" if least is None else f"a number from {least}"
         value = self._value(key, (int, float), expected, default)
-        if least is not None and value < least:
+        if not abs(value) <= sys.float_info.max or (least is not None and value < least):
             self.refuse(key, f"is {value}, expected {expected}")
         return float(value)
 

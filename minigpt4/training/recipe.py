@@ -6,11 +6,23 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from minigpt4.errors import ConfigError
+from minigpt4.training.recipe_fields import (
+    LARGEST,
+    LARGEST_SEED,
+    Batch,
+    Count,
+    Decay,
+    Name,
+    Number,
+    Place,
+    Template,
+    different,
+)
 from minigpt4.training.recipe_yaml import read_yaml, set_value
 
 ORIGINAL: dict[str, Any] = {
@@ -28,19 +40,27 @@ ORIGINAL: dict[str, Any] = {
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class NanoData(_Section):
     """The examples nano learns from, and in which proportion; see `minigpt4.data.nano_mixture`."""
 
-    photos: Path
-    backgrounds: Path | None = None
-    sprites: Path | None = None
+    photos: Place
+    backgrounds: Place | None = None
+    sprites: Place | None = None
     share_photos: float = Field(0.4, ge=0, le=1)
     share_imagined: float = Field(0.2, ge=0, le=1)
     share_unsure: float = Field(0.04, ge=0, le=1)
     share_second: float = Field(0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _add_up(self) -> "NanoData":
+        if (total := self.share_photos + self.share_imagined + self.share_unsure) > 1 + 1e-9:
+            raise ValueError(
+                f"share_photos, share_imagined and share_unsure are {total:g} together, expected 1 at most"
+            )
+        return self
 
 
 class SourceRecipe(_Section):
@@ -49,13 +69,13 @@ class SourceRecipe(_Section):
     `path` is a folder, a file, or `hub:owner/name`; `share` is its part of the samples, relative to the others'.
     """
 
-    path: str
+    path: Name
     format: Literal["auto", "shards", "captions", "alignment", "conversations", "vqa", "parquet", "hub"] = "auto"
-    share: float = Field(1.0, gt=0)
-    images: Path | None = Field(None, description="Where the pictures lie that a list of conversations names.")
-    text: str | None = Field(None, description="Name of the column or key that holds the caption.")
+    share: float = Field(1.0, gt=0, le=LARGEST)
+    images: Place | None = Field(None, description="Where the pictures lie that a list of conversations names.")
+    text: Name | None = Field(None, description="Name of the column or key that holds the caption.")
     captions: Literal["as_is", "blip"] = Field("as_is", description="blip: cleaned as the original did in stage 1.")
-    max_words: int | None = Field(None, gt=0, description="A caption cleaned as `blip` is cut after so many; else 50.")
+    max_words: Count | None = Field(None, description="A caption cleaned as `blip` is cut after so many; else 50.")
     caption_prompt: str | None = Field(None, description="What a caption cleaned as `blip` begins with.")
     texts_per_picture: int = Field(
         1, gt=0, le=64, description="So many texts of a list about the same picture are read side by side, at most."
@@ -68,39 +88,49 @@ class SourcesData(_Section):
     `prompts` ask for a caption where a record has no question: a file with one a line, or a list.
     """
 
-    sources: list[SourceRecipe] = Field(min_length=1)
-    prompts: Path | list[str] | None = None
+    sources: list[SourceRecipe] = Field(min_length=1, max_length=1000)
+    prompts: Place | list[str] | None = None
     crop: bool = Field(True, description="Cut a random part out of each picture, as the original does.")
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _say_something(cls, value: Any) -> Any:  # noqa: ANN401  (not validated yet)
+        of_list = isinstance(value, list) and all(isinstance(text, str) and text.strip() for text in value)
+        if not (of_list or value is None or isinstance(value, str | Path)):
+            raise ValueError("expected a file with one prompt a line, or a list of texts that say something")
+        return value
 
 
 class ValidationRecipe(_Section):
     """What a run looks at besides its loss: pictures it does not learn from, and questions about them."""
 
-    sources: list[SourceRecipe] = Field(min_length=1)
-    every_steps: int = Field(500, gt=0)
-    batches: int = Field(10, gt=0)
-    pictures: int = Field(8, ge=0, description="So many get sample answers.")
-    question: str = "Describe this image in detail."
+    sources: list[SourceRecipe] = Field(min_length=1, max_length=1000)
+    every_steps: Count = 500
+    batches: Count = 10
+    pictures: int = Field(8, ge=0, le=10_000, description="So many get sample answers.")
+    question: Name = "Describe this image in detail."
 
 
 class PartsRecipe(_Section):
     """A model put together from a vision encoder and a language model, with new joining parts."""
 
-    vision_model: str
-    language_model: str
+    vision_model: Name
+    language_model: Name
     qformer: Literal["new", "none"] = "new"
-    qformer_layers: int = Field(4, gt=0)
-    num_query_tokens: int = Field(32, gt=0)
-    template: str = "chatml"
+    qformer_layers: int = Field(4, gt=0, le=1000)
+    num_query_tokens: int = Field(32, gt=0, le=10_000)
+    template: Name = "chatml"
 
 
 class LoraRecipe(_Section):
     """Low-rank adapters on the language model (arXiv 2106.09685)."""
 
-    rank: int = Field(16, gt=0)
+    rank: int = Field(16, gt=0, le=10_000)
     alpha: float = Field(32, gt=0)
     dropout: float = Field(0.05, ge=0, lt=1)
-    target_modules: list[str] | None = Field(None, description="Left out: the library's choice for the model.")
+    target_modules: Annotated[list[Name], Field(min_length=1), AfterValidator(different)] | None = Field(
+        None, description="Left out: the library's choice for the model."
+    )
 
 
 class StageRecipe(_Section):
@@ -138,32 +168,32 @@ class StageRecipe(_Section):
         data: What differs from the recipe's `data` in this stage.
     """
 
-    name: str
+    name: Name
     objective: Literal["words", "language"] = "language"
-    steps: int = Field(gt=0)
-    batch_size: int = Field(gt=0)
-    accumulation: int = Field(1, gt=0)
+    steps: Count
+    batch_size: Batch
+    accumulation: Batch = 1
     learning_rate: float = Field(gt=0)
-    warmup_steps: int = Field(50, ge=0)
+    warmup_steps: Number = 50
     warmup_learning_rate: float = 0.0
     final_learning_rate: float = Field(0.0, ge=0)
     schedule: Literal["cosine", "linear_warmup_cosine_lr", "linear_warmup_step_lr"] = "cosine"
-    steps_per_epoch: int | None = Field(None, gt=0)
-    decay_rate: float | None = Field(None, gt=0)
+    steps_per_epoch: Count | None = None
+    decay_rate: float | None = Field(None, gt=0, le=1)
     weight_decay: float = Field(0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
     clip_norm: float | None = Field(1.0, gt=0)
     loss_over: Literal["tokens", "batch"] = "tokens"
     mix: Literal["samples", "batches"] = "samples"
     prompt_for: Literal["sample", "batch"] = "sample"
     layout: Literal["template", "original"] = "template"
-    prompt_template: str = "###Human: {} ###Assistant: "
-    end_symbol: str = "###"
+    prompt_template: Template = "###Human: {} ###Assistant: "
+    end_symbol: str = Field("###", min_length=1)
     keep_end: bool = True
-    max_text_tokens: int = Field(160, gt=1)
-    bucket_batches: int = Field(8, gt=0)
-    turns: int = Field(4, ge=1)
-    threads: int | None = Field(None, gt=0)
+    max_text_tokens: int = Field(160, gt=1, le=LARGEST)
+    bucket_batches: Batch = 8
+    turns: Count = 4
+    threads: int | None = Field(None, gt=0, le=1024)
     data: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -211,11 +241,11 @@ class Recipe(_Section):
         max_skipped_steps: So many updates in a row may be left out because of a loss or gradient that is no number.
     """
 
-    model: str | PartsRecipe = "nano"
+    model: Name | PartsRecipe = "nano"
     joining_parts: Literal["trained", "new"] = "trained"
-    output: Path
-    seed: int = 1
-    trainable: list[Trainable] | None = Field(None, min_length=1)
+    output: Place
+    seed: int = Field(1, ge=0, le=LARGEST_SEED)
+    trainable: Annotated[list[Trainable], Field(min_length=1), AfterValidator(different)] | None = None
     lora: LoraRecipe = LoraRecipe()
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     quantize: Literal["none", "int8", "nf4"] = "none"
@@ -223,15 +253,15 @@ class Recipe(_Section):
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     features: Literal["compute", "cache"] = "compute"
     compat: Literal["none", "original"] = "none"
-    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    report_to: Annotated[list[Literal["tensorboard", "wandb"]], AfterValidator(different)] = Field(default_factory=list)
     data: NanoData | SourcesData
     validation: ValidationRecipe | None = None
     stages: list[StageRecipe] = Field(min_length=1)
-    checkpoint_steps: int = Field(50, gt=0)
-    keep_checkpoints: int = Field(2, gt=0)
-    workers: int = Field(1, ge=0)
+    checkpoint_steps: Count = 50
+    keep_checkpoints: Count = 2
+    workers: int = Field(1, ge=0, le=1024)
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    max_skipped_steps: int = Field(5, ge=0)
+    max_skipped_steps: Number = 5
 
     @model_validator(mode="before")
     @classmethod
@@ -299,10 +329,14 @@ def make_recipe(content: dict[str, Any], origin: Path, overridden: Sequence[str]
     """
     place = ""
     try:
+        # Where a value may be of several kinds, the complaint is about the one that is meant.
+        if isinstance(content.get("model"), dict):
+            place = "model."
+            PartsRecipe.model_validate(content["model"])
         if isinstance(content.get("data"), dict):
             place = "data."
             read_data(content["data"])
-            place = ""
+        place = ""
         recipe = Recipe.model_validate(content)
         for number, stage in enumerate(recipe.stages):
             place = f"stages.{number}.data."
@@ -326,7 +360,7 @@ def _explain(path: Path, overridden: Sequence[str], where: str, error: Validatio
     keys = [part for part in parents if isinstance(part, int) or part in known]
     if isinstance(last, int) or last in known or first["type"] == "extra_forbidden":
         keys.append(last)
-    place = where + ".".join(str(part) for part in keys)
+    place = (where + ".".join(str(part) for part in keys)).rstrip(".")
     origin = "--set" if any(f"{place}.".startswith(f"{key}.") for key in overridden) else str(path)
     if first["type"] != "extra_forbidden":
         if first["type"] == "missing":

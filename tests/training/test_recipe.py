@@ -63,11 +63,70 @@ def test_unknown_key_is_refused_with_the_nearest_known(
         ("stages=[]", "stages"),
         ("data.share_photos=1.5", "data.share_photos"),
         ("model=7", "model"),
+        ("model={vision_model: v, language_model: 3}", "model.language_model"),
+        ("seed=-1", "seed"),
+        ("seed=9223372036854775808", "seed"),
+        ("stages.0.steps=10000000000", "stages.0.steps"),
+        ("stages.0.betas=[1.0, 2.0]", "stages.0.betas.0"),
+        ("stages.0.betas=[0.9, 1.0]", "stages.0.betas.1"),
+        ("stages.0.betas=[-0.1, 0.9]", "stages.0.betas.0"),
+        ("stages.0.decay_rate=1.5", "stages.0.decay_rate"),
+        ("stages.0.prompt_template='{'", "stages.0.prompt_template"),
+        ("stages.0.prompt_template='} {}'", "stages.0.prompt_template"),
+        ("stages.0.prompt_template='{} {}'", "stages.0.prompt_template"),
+        ("stages.0.prompt_template='### {question} ###'", "stages.0.prompt_template"),
+        ("stages.0.prompt_template='Describe it.'", "stages.0.prompt_template"),
+        ("stages.0.end_symbol=''", "stages.0.end_symbol"),
+        ("stages.0.name=''", "stages.0.name"),
+        ("stages.0.threads=100000", "stages.0.threads"),
+        ("output=''", "output"),
+        ('output="a\\0b"', "output"),
+        ("model=''", "model"),
+        ("data.photos=' '", "data.photos"),
+        ("stages.0.data.photos=''", "stages.0.data.photos"),
+        ("data={sources: [{path: ''}]}", "data.sources.0.path"),
+        ("data={sources: [{path: p, share: .inf}]}", "data.sources.0.share"),
+        ("data={sources: [{path: p}], prompts: [one, '']}", "data.prompts"),
+        ("data={sources: [{path: p}], prompts: 5}", "data.prompts"),
+        ("validation={sources: []}", "validation.sources"),
+        ("validation={sources: [{path: p}], question: ''}", "validation.question"),
+        ("lora.target_modules=[]", "lora.target_modules"),
+        ("lora.target_modules=[q_proj, q_proj]", "lora.target_modules"),
+        ("trainable=[qformer, qformer]", "trainable"),
+        ("report_to=[wandb, wandb]", "report_to"),
+        ("data={photos: p, share_photos: 0.9, share_imagined: 0.2}", "data"),
     ],
 )
 def test_wrong_value_is_refused_with_its_place(override: str, place: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"--set: {place}: "):
         read_recipe(written(tmp_path), [override])
+
+
+NUMBERS = [
+    f"{place}={value}"
+    for value in (".inf", "-.inf", ".nan")
+    for place in (
+        "stages.0.learning_rate",
+        "stages.0.warmup_learning_rate",
+        "stages.0.final_learning_rate",
+        "stages.0.decay_rate",
+        "stages.0.weight_decay",
+        "stages.0.clip_norm",
+        "max_bad_fraction",
+        "data.share_photos",
+        "lora.alpha",
+        "lora.dropout",
+    )
+]
+
+
+@pytest.mark.parametrize("override", NUMBERS)
+def test_a_number_is_finite(override: str, tmp_path: Path) -> None:
+    place, _, _ = override.partition("=")
+    with pytest.raises(ConfigError, match=rf"^--set: {place}: input should be a finite number, but it is ") as told:
+        read_recipe(written(tmp_path), [override])
+
+    assert told.value.hint
 
 
 def test_eight_bits_cannot_be_spread(tmp_path: Path) -> None:
