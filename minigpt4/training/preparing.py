@@ -1,6 +1,6 @@
 """The model of a run: loaded or put together, where it is to be, and with the right parts learning."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,7 +74,9 @@ def prepare_model(recipe: Recipe, here: PartialState, report: Report | None = No
         model, processor = load(name, device=device, dtype=dtype, quantize=recipe.quantize, report=report)
     # Named from the alignment's folder, so that the run's can be moved.
     origin_ = Origin(f"../{COMPOSED_FOLDER}") if isinstance(recipe.model, PartsRecipe) else origin(name)
-    if "lora" in (recipe.trainable or []) and not origin_.lora:
+    if "lora" in (recipe.trainable or []) and origin_.lora:
+        _refuse_other_adapters(recipe, origin_.lora)
+    elif "lora" in (recipe.trainable or []):
         origin_ = replace(origin_, lora=recipe.lora.model_dump())
         add_lora(model, origin_.lora)
     _let_learn(model, recipe)
@@ -121,6 +123,17 @@ def _composed(parts: PartsRecipe, recipe: Recipe, here: PartialState, report: Re
 
     by_the_main_process(put_together, here)
     return str(target)
+
+
+def _refuse_other_adapters(recipe: Recipe, there: Mapping[str, Any]) -> None:
+    """Refuse what a recipe says of adapters where the model has others, with which it goes on."""
+    for key in sorted(recipe.lora.model_fields_set):
+        wanted = getattr(recipe.lora, key)
+        if wanted != there.get(key):
+            raise ConfigError(
+                f"lora.{key} is {wanted!r}, and {recipe.model} has adapters with {there.get(key)!r}, which go on",
+                hint=f"remove lora.{key}, or begin with a model that has no adapters",
+            )
 
 
 def _begin_anew(model: MiniGPT4ForConditionalGeneration) -> None:

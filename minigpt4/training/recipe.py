@@ -24,6 +24,7 @@ from minigpt4.training.recipe_fields import (
     different,
 )
 from minigpt4.training.recipe_yaml import read_yaml, set_value
+from minigpt4.training.without_effect import without_effect
 
 ORIGINAL: dict[str, Any] = {
     "schedule": "linear_warmup_cosine_lr",
@@ -229,7 +230,7 @@ class Recipe(_Section):
         parallel: With several processes: each holds the whole model (`ddp`), or a part of it (`fsdp2`).
         features: `cache` keeps on disk what the frozen parts make of a picture, and needs uncropped pictures and a
             vision encoder of which nothing learns.
-        compat: `original` sets `ORIGINAL` in every stage.
+        compat: `original` sets `ORIGINAL` in every stage; nano's own data reads of it what is of the optimizer.
         report_to: Besides `metrics.jsonl`.
         data: Where the examples come from.
         validation: What else is looked at.
@@ -325,9 +326,10 @@ def make_recipe(content: dict[str, Any], origin: Path, overridden: Sequence[str]
         overridden: Keys that come from the command line, by their places.
 
     Raises:
-        ConfigError: An unknown key or a wrong value, with its place.
+        ConfigError: An unknown key, a wrong value, or one that changes nothing, with its place.
     """
     place = ""
+    of_nano: set[int] = set()
     try:
         # Where a value may be of several kinds, the complaint is about the one that is meant.
         if isinstance(content.get("model"), dict):
@@ -340,15 +342,24 @@ def make_recipe(content: dict[str, Any], origin: Path, overridden: Sequence[str]
         recipe = Recipe.model_validate(content)
         for number, stage in enumerate(recipe.stages):
             place = f"stages.{number}.data."
-            recipe.data_of(stage)
+            if isinstance(recipe.data_of(stage), NanoData):
+                of_nano.add(number)
     except ValidationError as error:
         raise _explain(origin, overridden, place, error) from error
+    compat = ORIGINAL if recipe.compat == "original" else {}
+    for place, reason in without_effect(recipe, of_nano=of_nano, compat=compat):
+        raise ConfigError(f"{_named(origin, overridden, place)}: {place} changes nothing: {reason}", hint="remove it")
     return recipe
 
 
 _SECTIONS = (
     Recipe, NanoData, SourcesData, SourceRecipe, ValidationRecipe, PartsRecipe, LoraRecipe, StageRecipe,
 )  # fmt: skip
+
+
+def _named(path: Path, overridden: Sequence[str], place: str) -> str:
+    """Name where a key comes from: the file, or the command line."""
+    return "--set" if any(f"{place}.".startswith(f"{key}.") for key in overridden) else str(path)
 
 
 def _explain(path: Path, overridden: Sequence[str], where: str, error: ValidationError) -> ConfigError:
@@ -361,7 +372,7 @@ def _explain(path: Path, overridden: Sequence[str], where: str, error: Validatio
     if isinstance(last, int) or last in known or first["type"] == "extra_forbidden":
         keys.append(last)
     place = (where + ".".join(str(part) for part in keys)).rstrip(".")
-    origin = "--set" if any(f"{place}.".startswith(f"{key}.") for key in overridden) else str(path)
+    origin = _named(path, overridden, place)
     if first["type"] != "extra_forbidden":
         if first["type"] == "missing":
             return ConfigError(f"{origin}: {place} is missing", hint="add that key; the files in recipes/ have it")

@@ -146,8 +146,10 @@ def test_adapters_are_part_of_the_alignment(model_folder: Path, pictures: Path, 
     model, _ = minigpt4.load(folder, device="cpu")
     parameters = dict(model.model.named_parameters())
     assert all(torch.equal(parameters[name], tensor) for name, tensor in stored.items())
-    again = run(recipe(folder, pictures, tmp_path / "again", trainable=trainable))
+    again = run(recipe(folder, pictures, tmp_path / "again", trainable=trainable, lora={"rank": 2}))
     assert load_file(again / "alignment.safetensors").keys() == stored.keys()
+    with pytest.raises(ConfigError, match=r"lora\.rank is 4, and .* has adapters with 2, which go on"):
+        run(recipe(folder, pictures, tmp_path / "other", trainable=trainable, lora={"rank": 4}))
 
 
 def test_norms_of_the_vision_encoder_can_learn(model_folder: Path, pictures: Path, tmp_path: Path) -> None:

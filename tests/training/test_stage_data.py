@@ -37,9 +37,7 @@ def batches(folder: Path, process: Process | None = None, **stage: Any) -> Sourc
             "prompts": PROMPTS,
             "crop": False,
         },
-        "stages": [
-            {"name": "only", "steps": ITEMS, "batch_size": 4, "learning_rate": 1.0, "steps_per_epoch": 10, **stage}
-        ],
+        "stages": [{"name": "only", "steps": ITEMS, "batch_size": 4, "learning_rate": 1.0, **stage}],
     }
     recipe = make_recipe(content, Path("made up"))
     data = recipe.data_of(recipe.stages[0])
