@@ -7,14 +7,16 @@
 import json
 import math
 import re
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from minigpt4.errors import ConfigError, StorageError
+from minigpt4.errors import ConfigError, MiniGPT4Error, StorageError
 from minigpt4.training.recipe import Recipe
+from minigpt4.training.trackers import TENSORBOARD_FOLDER, WANDB_FOLDER, WANDB_ID_FILE
 from minigpt4.weights.files.atomic import write_file
 from minigpt4.weights.files.disk import fsync, fsync_folder, make_folder, storing
 
@@ -33,6 +35,9 @@ CHANGEABLE = (
 )  # fmt: skip
 """Keys that another start of a run may change: they change nothing that is learnt."""
 
+_OF_A_START = (RECIPE_FILE, LOCK_FILE, TENSORBOARD_FOLDER, WANDB_ID_FILE, WANDB_FOLDER)
+"""What a start writes before its first update; all else is of a run, or is work that a later start goes on with."""
+
 _OF_THE_CHECKPOINT = ("trainable", "lora")
 """Keys that say which numbers a checkpoint holds: no run goes on with others."""
 
@@ -46,13 +51,44 @@ def metrics_path(output: Path) -> Path:
 
 @contextmanager
 def only_run(output: Path) -> Iterator[None]:
-    """Hold a run's folder.
+    """Hold a run's folder; a new one is gone again if the start is refused before there is anything of a run in it.
 
     Raises:
         ConfigError: Another process trains in it.
         StorageError: It cannot be made.
     """
+    made = [folder for folder in (output, *output.parents) if not folder.exists()]
+    before = {path.name for path in output.iterdir()} if output.is_dir() else set()
     make_folder(output)
+    with _held(output):
+        try:
+            yield
+        except MiniGPT4Error:
+            _take_back(output, before, made)
+            raise
+
+
+def _take_back(output: Path, before: Collection[str], made: Sequence[Path]) -> None:
+    """Remove what a refused start has written, and the folders that it made; nothing if a run has begun there.
+
+    Args:
+        output: The run's folder.
+        before: What lay in it before the start.
+        made: Folders that were not there, the innermost first.
+    """
+    new = {path.name for path in output.iterdir()} - set(before)
+    if RECIPE_FILE in before or not new <= set(_OF_A_START):
+        return
+    with suppress(OSError):  # the refusal is what matters
+        for name in new:
+            path = output / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for folder in made:
+            folder.rmdir()
+
+
+@contextmanager
+def _held(output: Path) -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return

@@ -19,6 +19,8 @@ from minigpt4.weights.files.disk import storing
 
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_ID_FILE = "wandb_id.txt"
+WANDB_FOLDER = "wandb"
+"""The name that its library gives to what it writes itself."""
 
 _LIBRARIES = {"tensorboard": 'pip install "minigpt4[train]"', "wandb": "pip install wandb"}
 """The module each needs, which has the tracker's name, and how to get it."""

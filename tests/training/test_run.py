@@ -377,7 +377,35 @@ def test_what_a_run_lacks_is_told_before_its_model_is_loaded(
         monkeypatch.setattr("minigpt4.weights.folder.importlib.util.find_spec", lambda _: None)
 
     with pytest.raises((ConfigError, DataError), match=words):
-        run(recipe(tmp_path / "no model", pictures, tmp_path / "run", **changes))
+        run(recipe(tmp_path / "no model", pictures, tmp_path / "new/run", **changes))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_start_that_is_refused_leaves_what_was_there_before(
+    model_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "mine/run"
+    output.mkdir(parents=True)
+    with pytest.raises(WeightsError, match="no model"):
+        run(recipe(tmp_path / "no model", pictures, output, report_to=["tensorboard"]))
+    assert list(output.iterdir()) == []
+
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        run(recipe(model_folder, tmp_path / "nowhere", output))
+    assert [path.name for path in output.iterdir()] == ["notes.txt"]
+
+
+def test_a_refused_start_leaves_an_earlier_run_as_it_was(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run(recipe(model_folder, pictures, output))
+    there = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+    (pictures / "captions.csv").rename(tmp_path / "captions.csv")
+    with pytest.raises(DataError):
+        run(recipe(model_folder, pictures, output))
+
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == there
 
 
 def test_an_output_that_cannot_be_written_is_told_before_the_model_is_loaded(pictures: Path, tmp_path: Path) -> None:
@@ -399,6 +427,7 @@ def test_a_tracker_that_is_not_logged_in_is_told_before_the_model_is_loaded(
     with pytest.raises(ConfigError, match="Weights & Biases cannot be opened: No API key"):
         run(recipe(tmp_path / "no model", pictures, tmp_path / "run", report_to=["wandb"]))
     wandb.teardown()
+    assert not (tmp_path / "run").exists()
 
 
 def test_figures_go_to_tensorboard_too(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
