@@ -62,7 +62,9 @@ def check(
 ) -> None:
     """Count the records of a source and tell what is broken; status 1 if more than 1 % are."""
     if contact_sheet and contact_sheet.suffix.lower() != ".png":
-        raise UsageError(f"{contact_sheet} is no name for a contact sheet, expected FILE.png")
+        raise UsageError(
+            f"{contact_sheet} is no name for a contact sheet, expected FILE.png", "--contact-sheet sheet.png"
+        )
     quiet(hub=source.startswith("hub:") or kind == "hub")
     from minigpt4.data.sources import open_source
     from minigpt4.data.sources.checking import check_source

@@ -166,7 +166,7 @@ def _precision(keys: Keys, cuda: bool | None) -> str:
     """Choose `fp16` where the original has it: `amp` on a CUDA device."""
     device = keys.text("run", "device", default="cuda")
     if device.partition(":")[0] not in ("cuda", "cpu"):
-        keys.refuse(("run", "device"), f"is {device!r}, expected cuda or cpu")
+        keys.refuse(("run", "device"), f"is {device!r}, expected cuda or cpu", "write cuda, or remove it")
     on_cuda = device != "cpu" and cuda is not False
     if device == "cpu":
         keys.notes.append("run.device: a run takes the accelerator there is; CUDA_VISIBLE_DEVICES= in front hides it")
@@ -209,7 +209,8 @@ def _stage(keys: Keys) -> dict[str, Any]:
     """Take what the optimizer and its schedule read."""
     schedule = keys.text("run", "lr_sched")
     if schedule not in SCHEDULES:
-        keys.refuse(("run", "lr_sched"), f"is {schedule!r}, expected {' or '.join(SCHEDULES)}")
+        hint = f"the original's files have {SCHEDULES[0]}"
+        keys.refuse(("run", "lr_sched"), f"is {schedule!r}, expected {' or '.join(SCHEDULES)}", hint)
     beta2 = keys.number("run", "beta2", default=0.999)
     if beta2 >= 1:
         keys.refuse(("run", "beta2"), f"is {beta2}, expected a number below 1", "the original's default is 0.999")
@@ -296,7 +297,7 @@ def _rest(keys: Keys) -> None:
     for name, expected in only.items():
         setting = keys.take("run", name)
         if setting is not None and setting.value != expected:
-            keys.refuse(("run", name), f"is {setting.value!r}, expected {expected!r}", hints.get(name, ""))
+            keys.refuse(("run", name), f"is {setting.value!r}, expected {expected!r}", hints.get(name, "remove it"))
         keys.ignore(f"{expected!r} is what a run does anyway", ("run", name))
     if (resume := keys.take("run", "resume_ckpt_path")) is not None:
         keys.refuse(

@@ -52,7 +52,7 @@ def read_datasets(keys: Keys, *, check_files: bool) -> dict[str, Any]:
                 f"those are {', '.join(FORMATS)}; a recipe of your own takes any data",
             )
         if keys.take("datasets", name) is not None:
-            keys.refuse(("datasets", name), "has a value, keys below it were expected")
+            keys.refuse(("datasets", name), "has a value, keys below it were expected", "indent them below it")
     if not names:
         raise ConfigError(f"{keys.read.path} names no data sets", f"add `datasets:` with one of {', '.join(FORMATS)}")
     shares = _shares(keys, names)
@@ -261,7 +261,8 @@ def _shards(keys: Keys, key: Key, text: str) -> tuple[str, list[str]]:
     folder, slash, name = text.rpartition("/")
     found = _RANGE.fullmatch(name)
     if "{" in folder or found is None or int(found[2]) > int(found[3]):
-        keys.refuse(key, f"is {text!r}, expected a folder, a .tar or DIR/{{00000..00099}}.tar")
+        problem = f"is {text!r}, expected a folder, a .tar or DIR/{{00000..00099}}.tar"
+        keys.refuse(key, problem, "name the folder: every shard in it is read")
     before, first, last, after = found.groups()
     width = len(first) if first.startswith("0") or last.startswith("0") else 0
     names = [f"{before}{number:0{width}}{after}" for number in range(int(first), int(last) + 1)]

@@ -52,9 +52,9 @@ class Keys:
         """
         value = self._value(key, (int,), f"a whole number from {least}", default)
         if value < least:
-            self.refuse(key, f"is {value}, expected a whole number from {least}")
+            self._refuse_other(key, value, f"a whole number from {least}")
         if value > most:
-            self.refuse(key, f"is {value}, expected a whole number up to {most}")
+            self._refuse_other(key, value, f"a whole number up to {most}")
         return int(value)
 
     def number(self, *key: str, least: float | None = 0, default: float | None = None) -> float:
@@ -66,7 +66,7 @@ class Keys:
         expected = "a number" if least is None else f"a number from {least}"
         value = self._value(key, (int, float), expected, default)
         if not abs(value) <= sys.float_info.max or (least is not None and value < least):
-            self.refuse(key, f"is {value}, expected {expected}")
+            self._refuse_other(key, value, expected)
         return float(value)
 
     def flag(self, *key: str, default: bool) -> bool:
@@ -103,7 +103,7 @@ class Keys:
         """List the keys below a place that nobody has taken yet."""
         return [key for key in self._left if key[: len(above)] == above and len(key) > len(above)]
 
-    def refuse(self, key: Key, problem: str, hint: str = "") -> NoReturn:
+    def refuse(self, key: Key, problem: str, hint: str) -> NoReturn:
         """Complain about a key.
 
         Raises:
@@ -112,6 +112,13 @@ class Keys:
         setting = self.read.settings.get(key)
         place = setting.place if setting is not None else str(self.read.path)
         raise ConfigError(f"{place}: `{'.'.join(key)}` {problem}", hint)
+
+    def _refuse_other(self, key: Key, value: object, expected: str) -> NoReturn:
+        name = ".".join(key)
+        setting = self.read.settings.get(key)
+        in_file = setting is not None and setting.file is not None
+        hint = f"write {expected} there, or override it: --options {name}=VALUE" if in_file else f"write {expected}"
+        self.refuse(key, f"is {value!r}, expected {expected}", hint)
 
     def finish(self, known: Sequence[str]) -> list[str]:
         """Refuse what nobody has taken, and return the sentences.
@@ -139,5 +146,5 @@ class Keys:
                 )
             return default
         if type(setting.value) not in kinds:
-            self.refuse(key, f"is {setting.value!r}, expected {expected}")
+            self._refuse_other(key, setting.value, expected)
         return setting.value

@@ -344,6 +344,7 @@ def test_what_a_recipe_cannot_say_is_refused_with_file_key_and_line(
     with pytest.raises(ConfigError) as error:
         translated(STAGE_1_YAML)
     assert message in error.value.message
+    assert error.value.hint
     assert f"train_configs/{STAGE_1_YAML}" in error.value.message
     if blamed:
         line = next(number for number, line in enumerate(text.splitlines(), 1) if blamed in line)
@@ -380,6 +381,18 @@ def test_wrong_option_is_refused_as_one(option: str, message: str, tree: Path) -
         translated(STAGE_2_YAML, option)
     assert message in error.value.message
     assert "--options" in error.value.message
+    assert error.value.hint
+
+
+def test_a_value_of_another_kind_is_told_with_what_to_write(tree: Path) -> None:
+    text = STAGE_2.replace("seed: 42", "seed: some")
+    (tree / "train_configs" / STAGE_2_YAML).write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"`run\.seed` is 'some', expected a whole number from 0$") as told:
+        translated(STAGE_2_YAML)
+    assert told.value.hint == "write a whole number from 0 there, or override it: --options run.seed=VALUE"
+    with pytest.raises(ConfigError, match=r"--options: `run\.seed` is -1, expected a whole number from 0$") as told:
+        translated(STAGE_2_YAML, "run.seed=-1")
+    assert told.value.hint == "write a whole number from 0"
 
 
 def test_data_sets_that_treat_pictures_differently_are_refused(tree: Path) -> None:

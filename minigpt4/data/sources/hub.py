@@ -26,7 +26,10 @@ def dataset_folder(name: str, report: Report | None = None) -> Path:
     """
     match = HUB_ID.fullmatch(name.removeprefix(PREFIX))
     if match is None:
-        raise DownloadError(f"{name} is no id of a hub, expected hub:owner/name or hub:owner/name@revision")
+        raise DownloadError(
+            f"{name} is no id of a hub, expected hub:owner/name or hub:owner/name@revision",
+            "the id is in the address of the data set's page; a folder here is named without hub:",
+        )
     # The client reads its settings when it is first imported.
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2, as it was built

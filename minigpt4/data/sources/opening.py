@@ -76,7 +76,10 @@ def open_source(
     """
     name, folder = str(path), None if images is None else Path(images)
     if format not in get_args(Format):
-        raise DataError(f"the format {format!r} is not known, expected {', '.join(get_args(Format))}")
+        raise DataError(
+            f"the format {format!r} is not known, expected {', '.join(get_args(Format))}",
+            "leave it out and the source is recognised; a table (.csv, .tsv) is captions",
+        )
     within = None
     if format == "hub" or name.startswith(PREFIX):
         place = dataset_folder(name, report)

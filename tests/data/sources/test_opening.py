@@ -114,8 +114,10 @@ def test_missing_path_is_refused(format: str, tmp_path: Path) -> None:
 
 
 def test_unknown_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="the format 'tarball' is not known, expected auto, shards, captions"):
-        open_source(tmp_path, format="tarball")
+    with pytest.raises(DataError, match="the format 'csv' is not known, expected auto, shards, captions") as told:
+        open_source(tmp_path, format="csv")
+
+    assert told.value.hint == "leave it out and the source is recognised; a table (.csv, .tsv) is captions"
 
 
 def test_named_format_is_taken_where_several_lie(tmp_path: Path) -> None:
