@@ -34,6 +34,7 @@ from minigpt4.training.checkpoint import (
     trained_tensors,
     write_checkpoint,
 )
+from minigpt4.training.finite import check_moments, check_trained
 from minigpt4.training.objectives import TrainingStep
 from minigpt4.training.processes import by_the_main_process, others_alive, spread
 from minigpt4.training.recipe import Recipe, StageRecipe
@@ -136,7 +137,7 @@ def train(
         processes: The processes of the run.
 
     Raises:
-        DataError: The loss stays no number, the data is too bad, or a reader ended.
+        DataError: The loss stays no number, what learns became none, the data is too bad, or a reader ended.
         MiniGPT4Error: Another process of the run ended.
         StorageError: The run's folder cannot be written.
         WeightsError: All checkpoints are damaged, or of another model.
@@ -221,6 +222,8 @@ def _save(run: _Run, optimizer: torch.optim.Optimizer | None, *, best: bool = Fa
     """Write a checkpoint; gathering is the work of all processes, writing that of the main one."""
     tensors = trained_tensors(run.model)
     moments = optimizer_tensors(run.model, optimizer) if optimizer else {}
+    check_trained(tensors, run.recipe, run.state)
+    check_moments(moments, run.recipe, run.state)
     if best:
         run.state.best = name_of(run.state)
 
@@ -245,6 +248,8 @@ def _count_skipped(run: _Run, stage: StageRecipe, group: list[dict[str, Any]], f
     """Stop a run whose loss stays no number, and leave the examples it was computed from in its folder."""
     if figures.rescaled:
         return
+    if figures.skipped:
+        check_trained(trained_tensors(run.model), run.recipe, run.state)  # else the examples would be blamed
     run.state.skipped = run.state.skipped + 1 if figures.skipped else 0
     if run.state.skipped <= run.recipe.max_skipped_steps:
         return

@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
+from minigpt4.errors import DataError
 from minigpt4.training.objectives import Outcome, num_targets
 from minigpt4.training.processes import full_norm, summed, unsynchronised
 from minigpt4.training.recipe import Recipe, StageRecipe
@@ -68,6 +69,9 @@ class Updater:
             batches: This process's, `accumulation` of them, on the CPU.
             rate: The learning rate.
             stop: Tell the other processes to stop after it.
+
+        Raises:
+            DataError: The learning rate is more than the weights' numbers can hold.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -87,10 +91,21 @@ class Updater:
         norm = self._clipped()
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if not skipped:
-            self.scaler.step(self.optimizer)
+            self._step(rate)
         rescaled = skipped and math.isfinite(loss) and self.scaler.is_enabled() and self.scaler.get_scale() > 1
         self.scaler.update()
         return Figures(loss, right / max(targets, 1), norm, int(targets), int(pictures), skipped, rescaled, told > 0)
+
+    def _step(self, rate: float) -> None:
+        try:
+            self.scaler.step(self.optimizer)
+        except RuntimeError as error:
+            if "without overflow" not in str(error):
+                raise
+            raise DataError(
+                f"the learning rate {rate:g} of stage {self.stage.name} is more than 32 bits can hold in an update",
+                hint="lower the learning rate",
+            ) from error
 
     def _forward(self, batch: dict[str, Any]) -> Outcome:
         device = self.state.device

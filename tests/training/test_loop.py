@@ -4,18 +4,21 @@ import functools
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minigpt4.errors import DataError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.training import checkpoint, run_folder
 from minigpt4.training.loop import Progress, train
+from minigpt4.training.objectives import TrainingStep
 from minigpt4.training.processes import processes
-from minigpt4.training.recipe import Recipe
+from minigpt4.training.recipe import Recipe, StageRecipe
 from minigpt4.training.run_folder import metrics_path
 from minigpt4.training.schedule import learning_rate
 from minigpt4.training.update import make_optimizer
@@ -288,6 +291,83 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     resumed, rest = trained(recipe)  # what was kept is sound
     assert len(rest) == 2
     assert all(value.isfinite().all() for value in tensors(resumed).values())
+
+
+def wild(output: Path, rate: float = 1e30, **changes: Any) -> Recipe:
+    """A run of three updates that are well, and three at a learning rate with which weights leave all bounds."""
+    stage = {"batch_size": 4, "threads": 1, "warmup_steps": 1, "objective": "language", "steps": 3}
+    stages = [{**stage, "name": "well", "learning_rate": 0.01}, {**stage, "name": "wild", "learning_rate": rate}]
+    return toy.recipe(output, stages=stages, **changes)
+
+
+def kept(output: Path) -> list[str]:
+    """The checkpoints of a run, all of which hold numbers that can be computed with."""
+    folders = sorted(path for path in (output / run_folder.CHECKPOINT_FOLDER).glob("*") if path.is_dir())
+    for folder in folders:
+        for name in ("trained.safetensors", "optimizer.safetensors"):
+            assert all(tensor.abs().max() < 1e19 for tensor in load_file(folder / name).values())
+    return [folder.name for folder in folders]
+
+
+@pytest.mark.parametrize("checkpoint_steps", [1, 2, 100])
+def test_weights_that_cannot_be_computed_with_end_the_run_and_the_checkpoint_before_is_gone_on_from(
+    checkpoint_steps: int, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"\w+ came to \d\.\d+e\+\d+ after step [12] of stage wild, ") as told:
+        trained(wild(tmp_path, checkpoint_steps=checkpoint_steps))
+
+    last = tmp_path / run_folder.CHECKPOINT_FOLDER / "stage1-step0000000"
+    assert kept(tmp_path)[-1] == last.name
+    assert f"then --force goes on from the last checkpoint, {last}, or" in told.value.hint
+    resumed, steps = trained(wild(tmp_path, 0.01, checkpoint_steps=checkpoint_steps))
+    whole, _ = trained(wild(tmp_path / "whole", 0.01, checkpoint_steps=checkpoint_steps))
+    assert [step.stage for step in steps] == ["wild"] * 3
+    assert same(tensors(resumed), tensors(whole))
+
+
+@pytest.mark.parametrize("worst", [math.nan, math.inf, -math.inf, 2e19, -2e19])
+def test_at_the_end_of_a_stage_weights_are_looked_at_as_well(worst: float, tmp_path: Path) -> None:
+    class Poisoning(toy.Watcher):
+        def validation_loss(self, module: TrainingStep, stage: StageRecipe, step: int) -> None:
+            if (stage.name, step) == ("second", 3):
+                with torch.no_grad():
+                    module.model.model.language_projection.weight[1, 2] = worst
+
+    sign = "nan" if math.isnan(worst) else re.escape(f"{abs(worst):.3g}")
+    with pytest.raises(DataError, match=rf"language_projection\.weight came to {sign} after step 3 of stage second"):
+        train(toy.recipe(tmp_path), toy.model(), toy.ToyBatches, Poisoning(), processes())
+    assert kept(tmp_path) == ["stage1-step0000000"]
+
+
+def test_without_a_checkpoint_it_is_said_that_nothing_was_saved(tmp_path: Path) -> None:
+    stage = {"name": "only", "objective": "language", "batch_size": 4, "threads": 1, "learning_rate": 1e30, "steps": 9}
+    with pytest.raises(DataError, match="after step 2 of stage only") as told:
+        trained(toy.recipe(tmp_path, stages=[stage], max_skipped_steps=9))
+
+    assert "nothing was saved" in told.value.hint
+    assert kept(tmp_path) == []
+    assert [line["skipped"] for line in lines_of(tmp_path)] == [False, True]  # at the first loss that is no number
+    assert not (tmp_path / "not_a_number.jsonl").exists()  # the examples are not to blame
+
+
+def test_moments_that_are_not_finite_are_not_written_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflown(*arguments: Any) -> dict[str, torch.Tensor]:
+        return {name: value / 0 for name, value in checkpoint.optimizer_tensors(*arguments).items()}
+
+    monkeypatch.setattr("minigpt4.training.loop.optimizer_tensors", overflown)
+    with pytest.raises(DataError, match=r"\w+/\w+ came to (nan|inf) after step 2 of stage first"):
+        trained(toy.recipe(tmp_path, checkpoint_steps=2))
+    assert kept(tmp_path) == []
+
+
+def test_a_learning_rate_that_32_bits_cannot_hold_is_told(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"the learning rate 1e\+38 of stage wild is more than 32 bits can hold"
+    ) as told:
+        trained(wild(tmp_path, 1e38))
+
+    assert told.value.hint == "lower the learning rate"
+    assert kept(tmp_path) == ["stage1-step0000000"]
 
 
 def test_every_step_is_told_and_written(tmp_path: Path) -> None:
