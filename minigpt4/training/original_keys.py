@@ -65,7 +65,9 @@ class Keys:
         """
         expected = "a number" if least is None else f"a number from {least}"
         value = self._value(key, (int, float), expected, default)
-        if not abs(value) <= sys.float_info.max or (least is not None and value < least):
+        if not abs(value) <= sys.float_info.max:
+            self._refuse_other(key, value, expected.replace("a number", "a finite number"))
+        if least is not None and value < least:
             self._refuse_other(key, value, expected)
         return float(value)
 
