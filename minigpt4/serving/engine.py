@@ -316,7 +316,12 @@ class Engine:
             self._leave(row, "completed")
 
     def _leave(self, row: Row, how: str) -> None:
-        self._end(row, self._take_out(row), how)
+        """Take an answer out and end it; what goes wrong with that is its own, and told to it."""
+        cache = self._take_out(row)
+        try:
+            self._end(row, cache, how)
+        except BaseException as error:
+            self._failed(row.request, error)
 
     def _take_out(self, row: Row) -> DynamicCache:
         cache = row.cache if row.cache is not None else self._batch.leave(self._together.index(row))

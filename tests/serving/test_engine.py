@@ -15,6 +15,7 @@ from PIL import Image
 from minigpt4.chat import ChatSession
 from minigpt4.errors import ContextOverflowError, MiniGPT4Error, ServerBusyError, UsageError, WeightsError
 from minigpt4.processing.pictures import content_hash
+from minigpt4.reading import Read
 from minigpt4.serving.engine import Engine
 from minigpt4.serving.request import Event, Request
 from tests import tiny_chat
@@ -382,6 +383,27 @@ def test_an_answer_among_others_whose_scores_are_no_numbers_fails_alone(
     with pytest.raises(WeightsError):
         running[1].text()
     assert [running[n].text() for n in (0, 2)] == [alone(["what is this?"], n)[0] for n in (0, 2)]
+
+
+def test_an_answer_whose_end_fails_is_told_so_and_the_others_go_on(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep, ends = engine._memory.keep, itertools.count()
+
+    def failing(read: Read) -> None:
+        if next(ends) == 0:
+            raise torch.OutOfMemoryError("a secret")
+        keep(read)
+
+    monkeypatch.setattr(engine._memory, "keep", failing)
+    with engine._change:  # its thread takes nothing up meanwhile
+        _, short = ask(engine, [said("what is this?", picture(1))], max_new_tokens=3)
+        _, long = ask(engine, [said("what is this?", picture(2))])
+
+    with pytest.raises(MiniGPT4Error, match=r"^the answer failed$"):
+        short.text()
+    assert [long.text()] == alone(["what is this?"], 2)
+    assert (engine.counts.failed, engine.counts.completed) == (1, 1)
 
 
 def test_closing_finishes_what_is_accepted_and_takes_nothing_more() -> None:
