@@ -173,7 +173,10 @@ def load_trained(checkpoint: Path, model: nn.Module) -> None:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if stored.keys() != parameters.keys():
         odd = sorted(stored.keys() ^ parameters.keys())[0]
-        raise WeightsError(f"the checkpoint {checkpoint} and the model differ in the trained tensor {odd}")
+        raise WeightsError(
+            f"the checkpoint {checkpoint} and the model differ in the trained tensor {odd}",
+            hint="go on with the recipe and the model the run began with, or start anew in another folder",
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(_spread_like(stored[name], parameter))

@@ -216,13 +216,17 @@ def apply_alignment(
     if description["frozen_parts"] == NANO:
         odd += sorted(joining - tensors.keys())
     if odd:
-        raise WeightsError(f"the alignment {folder.name} and the model differ in tensor {odd[0]}")
+        raise WeightsError(
+            f"the alignment {folder.name} and the model differ in tensor {odd[0]}",
+            "load it with the frozen parts it was trained with: its alignment.json names them",
+        )
     with torch.no_grad():
         for name, tensor in tensors.items():
             if parameters[name].shape != tensor.shape:
                 raise WeightsError(
                     f"tensor {name} of the alignment {folder.name} is {tuple(tensor.shape)}, "
-                    f"expected {tuple(parameters[name].shape)}"
+                    f"expected {tuple(parameters[name].shape)}",
+                    "load it with the frozen parts it was trained with: its alignment.json names them",
                 )
             if not tensor.sum(dtype=torch.float64).isfinite():  # one pass: what is no number spoils the sum
                 raise WeightsError(
@@ -304,7 +308,10 @@ def read_description(folder: Path) -> dict[str, Any]:
     try:
         description = json.loads((folder / ALIGNMENT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{folder / ALIGNMENT_FILE} cannot be read as JSON") from error
+        raise WeightsError(
+            f"{folder / ALIGNMENT_FILE} cannot be read as JSON",
+            hint="copy the alignment again: it was cut short, or is no alignment",
+        ) from error
     if description.get("format") != FORMAT or description.get("format_version") != FORMAT_VERSION:
         raise WeightsError(
             f"{folder} is {description.get('format')} version {description.get('format_version')}, "

@@ -149,7 +149,10 @@ def placement(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     if dtype == "auto":
         dtype = "float32" if chosen.type == "cpu" else "bfloat16"
     if dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"number type {dtype} is not known, expected auto, float32, bfloat16 or float16")
+        raise ConfigError(
+            f"number type {dtype} is not known, expected auto, float32, bfloat16 or float16",
+            hint="leave it out for auto",
+        )
     return chosen, getattr(torch, dtype)
 
 
@@ -162,7 +165,9 @@ def quantization(quantize: str, device: torch.device) -> dict[str, Any]:
     if quantize == "none":
         return {}
     if quantize not in ("int8", "nf4"):
-        raise ConfigError(f"quantization {quantize} is not known, expected none, int8 or nf4")
+        raise ConfigError(
+            f"quantization {quantize} is not known, expected none, int8 or nf4", hint="leave it out for none"
+        )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(f"quantization {quantize} needs bitsandbytes", hint='pip install "minigpt4[quant]"')
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_tells_more_than_casts)

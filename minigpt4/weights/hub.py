@@ -45,7 +45,10 @@ def hub_folder(name: str, report: Callable[[str, int, int], None] | None = None)
 
     match = HUB_ID.fullmatch(name)
     if match is None:
-        raise DownloadError(f"{name!r} is no id of a hub, expected owner/name or owner/name@revision")
+        raise DownloadError(
+            f"{name!r} is no id of a hub, expected owner/name or owner/name@revision",
+            hint="copy the id from the model's page; a folder of this machine begins with ./ or /",
+        )
     here_only = constants.HF_HUB_OFFLINE  # said again below: older clients look for a commit on the hub all the same
     if report and not here_only:
         report(f"asking the hub for {name}", 0, 0)

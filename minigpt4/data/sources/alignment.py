@@ -31,7 +31,10 @@ def open_alignment(
     content = read_json(file)
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list):
-        raise DataError(f'{file} is not of the form {{"annotations": [{{"image_id": ..., "caption": ...}}]}}')
+        raise DataError(
+            f'{file} is not of the form {{"annotations": [{{"image_id": ..., "caption": ...}}]}}',
+            "a list of captions of another form is read with format: captions",
+        )
     rows = Rows()
     for number, item in enumerate(annotations, 1):
         key = f"{file.name}:{number}"

@@ -184,7 +184,10 @@ def _add_groups(
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from error
     if columns is not None and chosen != columns:
-        raise DataError(f"{path} has the columns {', '.join(chosen)}, the files before it {', '.join(columns)}")
+        raise DataError(
+            f"{path} has the columns {', '.join(chosen)}, the files before it {', '.join(columns)}",
+            "put files with other columns in a folder of their own, as one source more",
+        )
     for group, (rows, size) in enumerate(sizes):
         if size > MAX_GROUP_BYTES:
             raise DataError(f"{path}: row group {group} has {size:,} bytes, up to 2 GiB are read", "write smaller ones")
@@ -226,7 +229,10 @@ def _choose_columns(schema: Any, path: Path, text: str | None) -> tuple[str, str
         for is_kind in (kinds.is_binary, kinds.is_large_binary, kinds.is_string, kinds.is_large_string)
     )
     if not plain and not fields & {"bytes", "path"}:
-        raise DataError(f"{path}: column {image} is {image_kind}, expected bytes, a file name, or {{bytes, path}}")
+        raise DataError(
+            f"{path}: column {image} is {image_kind}, expected bytes, a file name, or {{bytes, path}}",
+            "write the pictures' files, as they are on disk, into it",
+        )
     if not (kinds.is_string(text_kind) or kinds.is_large_string(text_kind)):
         raise DataError(f"{path}: column {caption} is {text_kind}, expected text", "name another column with `text`")
     return image, caption

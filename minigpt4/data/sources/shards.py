@@ -45,6 +45,7 @@ from minigpt4.processing.pictures import DEFAULT_LIMITS
 
 CAPTION_KEY = "caption"
 MAX_SHARDS = 1_000_000
+_AS_SOURCES = "name them as several sources"
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})")
 
@@ -251,18 +252,24 @@ def expand_braces(pattern: str) -> list[str]:
         return [pattern]
     before, after = pattern[: match.start()], pattern[match.end() :]
     values = _values(match[1], pattern)
-    expanded = [f"{before}{value}{rest}" for rest in expand_braces(after) for value in values]
-    if len(expanded) > MAX_SHARDS:
-        raise DataError(f"{pattern} names {len(expanded):,} shards, up to {MAX_SHARDS:,} are read")
-    return sorted(expanded)
+    rests = expand_braces(after)
+    if (number := len(values) * len(rests)) > MAX_SHARDS:
+        raise DataError(f"{pattern} names {number:,} shards, up to {MAX_SHARDS:,} are read", _AS_SOURCES)
+    return sorted(f"{before}{value}{rest}" for rest in rests for value in values)
 
 
 def _values(inside: str, pattern: str) -> Sequence[str]:
     if bounds := _RANGE.fullmatch(inside):
         first, last, width = int(bounds[1]), int(bounds[2]), len(bounds[1])
         if last < first or last - first >= MAX_SHARDS:
-            raise DataError(f"{pattern} has the range {inside}, expected one that rises, of up to {MAX_SHARDS:,}")
+            raise DataError(
+                f"{pattern} has the range {inside}, expected one that rises, of up to {MAX_SHARDS:,}",
+                "write the lower number first" if last < first else _AS_SOURCES,
+            )
         return [f"{number:0{width if bounds[1][0] == '0' else 0}}" for number in range(first, last + 1)]
     if "," in inside:
         return inside.split(",")
-    raise DataError(f"{pattern} has {{{inside}}}, expected a range such as {{00000..00099}}, or names with commas")
+    raise DataError(
+        f"{pattern} has {{{inside}}}, expected a range such as {{00000..00099}}, or names with commas",
+        "name the folder instead: it stands for all shards in it",
+    )

@@ -174,7 +174,10 @@ def known_hosts(host: str, allowed: list[str], api_key: str | None) -> frozenset
     for name in allowed:
         match = _HOST.fullmatch(name)
         if match is None or match[1] != name:
-            raise UsageError(f"--allow-host {name!r} is no host name, expected one without port or scheme")
+            raise UsageError(
+                f"--allow-host {name!r} is no host name, expected one without port or scheme",
+                hint="for https://chat.example.org:8443/ say --allow-host chat.example.org",
+            )
     if not is_loopback(host) and api_key is not None and not allowed:
         return None
     host = host.strip("[]")

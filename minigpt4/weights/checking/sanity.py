@@ -108,7 +108,10 @@ def _configuration(folder: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{folder} is not a model folder: {' '.join(str(error).split())[:200]}") from error
+        raise WeightsError(
+            f"{folder} is not a model folder: {' '.join(str(error).split())[:200]}",
+            hint="give the folder that has the model's config.json and its weights",
+        ) from error
 
 
 def _tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase, list[str]]:

@@ -362,8 +362,14 @@ def test_patterns_expand_as_in_a_shell() -> None:
     assert expand_braces("{a,b}/{0..1}.tar") == ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]
     assert expand_braces("plain.tar") == ["plain.tar"]
     for wrong in ("{a}.tar", "{3..1}.tar", "{0..99999999999}.tar"):
-        with pytest.raises(DataError):
+        with pytest.raises(DataError) as refused:
             expand_braces(wrong)
+        assert refused.value.hint
+
+
+def test_pattern_of_a_trillion_shards_is_refused_before_they_are_named() -> None:
+    with pytest.raises(DataError, match="names 1,000,000,000,000 shards, up to 1,000,000 are read"):
+        expand_braces("{0..999999}-{0..999999}.tar")
 
 
 def test_shards_for_testing_are_left_out_of_a_folder(tmp_path: Path) -> None:
