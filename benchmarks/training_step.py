@@ -9,19 +9,20 @@ to the longest, with a mask (`original_update.py`). Then one thing after another
 
 - targets only: no logits where nothing is learned.
 - buckets: batches of like length, out of a window of batches.
-- no mask: padding stands on the right, where no place reads it.
+- no mask: padding stands on the right, where no place reads it; nor is the last place read, which is only said.
 - beginning once: what stands before every picture is read once for all updates.
 - cached features: what the projection reads of a picture is kept, as `features: cache` in a recipe does.
 - side by side: texts about one picture in one row, as `texts_per_picture` in a recipe does.
 - bfloat16: the frozen parts have 16 bits, as `precision: bf16` in a recipe does; the original's algorithm so, too. Only
   where it is asked for, since a processor without AVX512-BF16 or AMX loses more by it than it gains by all the rest.
 
-A round makes the same window of updates once in every way, and begins with another way each time. The first round is
-not timed: there the loss and the gradient of the window must be the same in all ways, or the program ends. Two kinds
-of examples are like MiniGPT-4's: pictures with captions of 5 to 32 tokens, and with a prompt and 50 to 160. The third
-is like VQA: eight short questions about each picture. The last has captions as well, asked for by MiniGPT-4's template,
-whose system message stands before every picture. Reading and opening pictures is no part of an update here; readers do
-it beside.
+A round makes the same window of updates once in every way. The ways take turns after every update, so that a machine
+that is slower for a while is so for all of them, and each turn begins with another way. The first round is not timed:
+there the loss and the gradient of the window must be the same in all ways, or the program ends; and the operations of
+the products of matrices are counted (attention's are not), which no other load on the machine changes. Two kinds of
+examples are like MiniGPT-4's: pictures with captions of 5 to 32 tokens, and with a prompt and 50 to 160. Two have the
+same answers, asked for by MiniGPT-4's template, whose system message stands before every picture. The last is like VQA:
+eight short questions about each picture. Opening pictures is no part of an update here; readers do it beside.
 
 nano's encoder is small; with `--encoder dinov2-small` one of that shape, with random weights, takes its place.
 """
@@ -36,7 +37,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ import torch
 from accelerate import PartialState
 from original_update import Batch, MaskedStep, OriginalStep, original_update
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from minigpt4.data.examples import IGNORED, TextExample, padded
 from minigpt4.data.order import bucketed
@@ -107,8 +109,9 @@ class Kind:
 KINDS = [
     Kind("stage 1", 8, 5, 32, 1, 0),
     Kind("stage 2", 4, 50, 160, 8, 14),
+    Kind("stage 1, template", 8, 5, 32, 43, 14),
+    Kind("stage 2, template", 4, 50, 160, 43, 14),
     Kind("questions", 8, 2, 6, 1, 8, 8),
-    Kind("template", 8, 5, 32, 43, 14),
 ]
 
 
@@ -142,6 +145,21 @@ class Times:
 
     wall: float
     cpu: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a way has to compute, and what comes out.
+
+    Args:
+        gflop: Billions of operations an update, of the products of matrices but for attention's.
+        loss_apart: How far the loss lies from the first way's, relative to it.
+        gradient_apart: How far the gradient does.
+    """
+
+    gflop: float
+    loss_apart: float
+    gradient_apart: float
 
 
 def load(arguments: argparse.Namespace) -> MiniGPT4ForConditionalGeneration:
@@ -264,62 +282,66 @@ def make_updater(way: Way, kind: Kind) -> Updater:
     return Updater(way.step, make_optimizer(way.step, stage), scaler, stage, PRECISIONS[way.precision], PartialState())
 
 
-def compare(all_ways: Sequence[Way], kind: Kind) -> dict[str, list[float]]:
-    """Take loss and gradient of the whole window in every way.
-
-    Returns:
-        How far the way's loss, and its gradient, lie from the first way's, relative to them.
-    """
-    apart: dict[str, list[float]] = {}
+def compare(all_ways: Sequence[Way], kind: Kind) -> dict[str, Work]:
+    """Take loss and gradient of the whole window in every way."""
+    found: dict[str, Work] = {}
     first: tuple[float, Tensor] | None = None
     for way in all_ways:
         updater = make_updater(way, kind)
-        figures = updater(way.batches, rate=0.0)  # the weights stay as they are
+        with FlopCounterMode(display=False) as counter:
+            figures = updater(way.batches, rate=0.0)  # the weights stay as they are
         gradient = torch.cat([p.grad.flatten() for p in way.step.parameters() if p.grad is not None])
         first = first or (figures.loss, gradient)
-        apart[way.name] = [abs(figures.loss / first[0] - 1), float((gradient - first[1]).norm() / first[1].norm())]
+        loss_apart = abs(figures.loss / first[0] - 1)
+        gradient_apart = float((gradient - first[1]).norm() / first[1].norm())
         most = TOLERANCE[way.precision]
-        assert apart[way.name][0] < most / 10, f"{way.name}: the loss differs: {apart[way.name]}"
-        assert apart[way.name][1] < most, f"{way.name}: the gradient differs: {apart[way.name]}"
-    return apart
+        assert loss_apart < most / 10, f"{way.name}: the loss differs: {loss_apart}"
+        assert gradient_apart < most, f"{way.name}: the gradient differs: {gradient_apart}"
+        found[way.name] = Work(counter.get_total_flops() / len(way.batches) / 1e9, loss_apart, gradient_apart)
+    return found
 
 
-def timed(way: Way, kind: Kind) -> Times:
-    """Make the updates of the window, from the same weights every time."""
-    projection = way.step.get_submodule("model.model.language_projection")
-    before = {name: value.clone() for name, value in projection.state_dict().items()}
-    update: Callable[[Batch], object]
+def timed(all_ways: Sequence[Way], kind: Kind, number: int) -> dict[str, Times]:
+    """Make the updates of the window in every way, in turns; the weights stay as they are."""
+    updates = {way.name: update_of(way, kind) for way in all_ways}
+    total = {way.name: Times(0, 0) for way in all_ways}
+    length = len(all_ways[0].batches)
+    for at in range(length):
+        first = (number * length + at) % len(all_ways)
+        for way in [*all_ways[first:], *all_ways[:first]]:
+            wall, cpu = time.perf_counter(), time.process_time()
+            updates[way.name](way.batches[at])
+            taken, before = (time.perf_counter() - wall, time.process_time() - cpu), total[way.name]
+            total[way.name] = Times(before.wall + taken[0] / length, before.cpu + taken[1] / length)
+    return total
+
+
+def update_of(way: Way, kind: Kind) -> Callable[[Batch], object]:
+    """Return the update that a way makes of a batch."""
     updater = make_updater(way, kind)
-    if isinstance(way.step, OriginalStep):
-        update = original_update(way.step, updater.optimizer, PRECISIONS[way.precision])
-    else:
-        update = lambda batch: updater([batch], rate=1e-4)  # noqa: E731
-    wall, cpu = time.perf_counter(), time.process_time()
-    for batch in way.batches:
-        update(batch)
-    times = Times((time.perf_counter() - wall) / len(way.batches), (time.process_time() - cpu) / len(way.batches))
-    projection.load_state_dict(before)
-    return times
+    if not isinstance(way.step, OriginalStep):
+        return lambda batch: updater([batch], rate=0.0)
+    for group in updater.optimizer.param_groups:
+        group["lr"] = 0.0
+    return original_update(way.step, updater.optimizer, PRECISIONS[way.precision])
 
 
 def measure(model: MiniGPT4ForConditionalGeneration, kind: Kind, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure one kind of examples."""
     all_ways = ways(model, kind, arguments.window, bfloat16=arguments.bfloat16)
-    apart = compare(all_ways, kind)
+    work = compare(all_ways, kind)
     times: dict[str, list[Times]] = {way.name: [] for way in all_ways}
     for number in range(arguments.rounds):
-        first = number % len(all_ways)
-        for way in [*all_ways[first:], *all_ways[:first]]:
-            times[way.name].append(timed(way, kind))
-            print(f"{kind.name}, round {number + 1}: {way.name:25} {times[way.name][-1]}", file=sys.stderr, flush=True)
+        for name, taken in timed(all_ways, kind, number).items():
+            times[name].append(taken)
+            print(f"{kind.name}, round {number + 1}: {name:25} {taken}", file=sys.stderr, flush=True)
     return {
-        way.name: {
-            "wall": statistics.median(t.wall for t in times[way.name]),
-            "cpu": statistics.median(t.cpu for t in times[way.name]),
-            "loss_apart": apart[way.name][0],
-            "gradient_apart": apart[way.name][1],
+        name: {
+            "wall": statistics.median(t.wall for t in times[name]),
+            "cpu": statistics.median(t.cpu for t in times[name]),
+            **asdict(work[name]),
         }
-        for way in all_ways
+        for name in times
     }
 
 
@@ -327,14 +349,15 @@ def table(figures: Mapping[str, Mapping[str, float]], kind: Kind) -> str:
     """Write the medians and their ratios as Markdown."""
     lines = [
         f"| {kind.name}: batches of {kind.batch_size}, answers of {kind.shortest} to {kind.longest} tokens "
-        "| s an update | processor s | ratio | processor ratio | loss apart | gradient apart |",
-        "|---|---|---|---|---|---|---|",
+        "| s an update | processor s | Gflop | ratio | of processor s | of Gflop | loss apart | gradient apart |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     first = next(iter(figures.values()))
     for name, row in figures.items():
+        ratios = " | ".join(f"{first[key] / row[key]:.2f}" for key in ("wall", "cpu", "gflop"))
         lines.append(
-            f"| {name} | {row['wall']:.3f} | {row['cpu']:.3f} | {first['wall'] / row['wall']:.2f} "
-            f"| {first['cpu'] / row['cpu']:.2f} | {row['loss_apart']:.0e} | {row['gradient_apart']:.0e} |"
+            f"| {name} | {row['wall']:.3f} | {row['cpu']:.3f} | {row['gflop']:.3g} | {ratios} "
+            f"| {row['loss_apart']:.0e} | {row['gradient_apart']:.0e} |"
         )
     return "\n".join(lines)
 

@@ -126,7 +126,8 @@ class Batches(Dataset[dict[str, Any]]):
             add_generation_prompt=False,
             return_assistant_mask=True,
         )
-        return prompt.input_ids, prompt.assistant_mask
+        end = max(place for place, answered in enumerate(prompt.assistant_mask, 1) if answered)
+        return prompt.input_ids[:end], prompt.assistant_mask[:end]
 
 
 def _pixels(picture: Image.Image | None, size: int) -> Tensor:

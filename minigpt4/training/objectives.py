@@ -100,21 +100,25 @@ def language(model: MiniGPT4ForConditionalGeneration, batch: dict[str, Any]) -> 
     Args:
         model: The model.
         batch: Pictures; `input_ids` and `labels` `(batch, length)`, padded on the right, -100 outside answers. No
-            place reads what comes after it, so padding there needs no mask. With several texts in a row also
-            `branch_ids` and `position_ids` `(batch, length)`. `beginning`, where it is given, was read before.
+            place reads what comes after it, so padding there needs no mask, and the last place, which is only said,
+            is not read. With several texts in a row also `branch_ids` and `position_ids` `(batch, length)`.
+            `beginning`, where it is given, was read before.
     """
     features = image_features(model, batch)
     beginning: Beginning | None = batch.get("beginning")
     first = beginning.length if beginning else 0
+    read: dict[str, Any] = {
+        name: batch[name][:, :-1] for name in ("input_ids", "branch_ids", "position_ids") if name in batch
+    }
     hidden = model.model(
-        input_ids=batch["input_ids"][:, first:],
+        input_ids=read["input_ids"][:, first:],
         mm_encoder_outputs={"image": features} if features is not None else None,
         past_key_values=beginning.cache(len(batch["input_ids"])) if beginning else None,
         use_cache=False,
-        **branches(model, batch, first),
+        **branches(model, read, first),
     ).last_hidden_state
     targets = batch["labels"][:, first + 1 :]
-    outcome = _outcome(model.compute_logits(hidden[:, :-1][targets != -100]), targets[targets != -100])
+    outcome = _outcome(model.compute_logits(hidden[targets != -100]), targets[targets != -100])
     if features is not None:
         return outcome
     # Text alone teaches the joining parts nothing, and other processes wait for their gradients.

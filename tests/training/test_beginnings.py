@@ -72,8 +72,8 @@ def test_loss_and_gradient_are_those_of_reading_all_of_it(
     monkeypatch.setattr(Beginnings, "of", lambda *_: None)
     expected, whole = learnt(step, batch)
 
-    length = batch["input_ids"].shape[1]
-    assert seen[-2:] == [(2, length - len(BEGINNING)), (2, length)]
+    length = batch["input_ids"].shape[1] - 1
+    assert seen[-2:] == [(2, length - len(BEGINNING)), (2, length)], "the last place is said and not read"
     assert seen.count((1, len(BEGINNING))) == 2, "tried once, and read once"
     # Sums in another order: a few units in the last of float32's seven digits.
     assert outcome.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
