@@ -45,6 +45,7 @@ HOMES = {
 }
 # What a unit must not know about.
 NEVER = {"model": {"PIL", "json", "pathlib", "sentencepiece", "tokenizers"}}  # it knows no text and no files
+ONE_SYSTEM = {"fcntl", "grp", "pwd", "readline", "resource", "termios", "tty", "winreg"}  # not every system has them
 SAFE_VALUES = {"allow_pickle": "False", "trust_remote_code": "False", "weights_only": "True"}
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNPICKLING_CALLS = {"torch.load", "torch.jit.load", "torch.export.load"}
@@ -105,6 +106,15 @@ def import_violations(tree: ast.Module, module: str) -> Iterator[str]:
             yield f"line {line}: import the module, not {name}, so that this test can see the call"
 
 
+def start_violations(tree: ast.Module) -> Iterator[str]:
+    """What a module needs at once although not every system has it."""
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for line, name in imports(ast.Module([node], []), ""):
+                if name.partition(".")[0] in ONE_SYSTEM:
+                    yield f"line {line}: import {name} where it is used, for systems without it"
+
+
 def call_violations(node: ast.Call, module: str) -> Iterator[str]:
     """What is wrong with a call: printing, unpickling, running text as code."""
     called = ast.unparse(node.func)
@@ -125,7 +135,7 @@ def call_violations(node: ast.Call, module: str) -> Iterator[str]:
 def violations(source: str, module: str) -> list[str]:
     """Every broken rule in the source of one module."""
     tree = ast.parse(source)
-    found = list(import_violations(tree, module))
+    found = [*import_violations(tree, module), *start_violations(tree)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             found += [f"line {node.lineno}: {message}" for message in call_violations(node, module)]
@@ -183,6 +193,8 @@ def test_every_module_is_read() -> None:
         ("training.recipe", "import yaml\nyaml.load('x', Loader=yaml.SafeLoader)"),
         ("weights.folder", "AutoModel.from_pretrained('x', trust_remote_code=True)"),
         ("weights.folder", "options = {'trust_remote_code': True}"),
+        ("training.loop", "import resource"),
+        ("weights.files.disk", "from fcntl import flock"),
     ],
 )
 def test_a_planted_violation_is_caught(module: str, source: str) -> None:
@@ -201,6 +213,8 @@ def test_a_planted_violation_is_caught(module: str, source: str) -> None:
         ("training.recipe", "import yaml\nyaml.safe_load('x')"),
         ("training.features", "import numpy as np\nnp.load('x.npy', mmap_mode='r')"),
         ("serving.api", "import fastapi\nfrom minigpt4 import __version__"),
+        ("weights.files.disk", "import sys\nif sys.platform != 'win32':\n    import fcntl"),
+        ("training.loop", "def peak():\n    import resource"),
     ],
 )
 def test_an_allowed_line_is_not_caught(module: str, source: str) -> None:

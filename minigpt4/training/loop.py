@@ -7,7 +7,7 @@ functions of seed, stage and step, and everything else is in the last checkpoint
 
 import itertools
 import math
-import resource
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
@@ -275,8 +275,6 @@ def _seed(run: _Run, at: int) -> None:
 
 
 def _progress(stage: StageRecipe, at: int, rate: float, figures: Figures, seconds: float) -> Progress:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak
     return Progress(
         stage=stage.name,
         step=at + 1,
@@ -289,8 +287,22 @@ def _progress(stage: StageRecipe, at: int, rate: float, figures: Figures, second
         images=figures.images,
         seconds=seconds,
         skipped=figures.skipped,
-        memory_bytes=memory,
+        memory_bytes=_peak_memory(),
     )
+
+
+def _peak_memory() -> int:
+    """Return the largest use so far in bytes, of the accelerator if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        import psutil  # type: ignore[import-untyped]  # comes with accelerate
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class _Told(Dataset[dict[str, Any] | MiniGPT4Error]):

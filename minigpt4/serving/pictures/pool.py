@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -187,7 +186,7 @@ class PicturePool:
     def _end(self, child: _Child) -> None:
         self._all.discard(child)
         child.writer.transport.abort()
-        child.process.send_signal(signal.SIGKILL)
+        child.process.kill()
         child.process.wait()
 
 
