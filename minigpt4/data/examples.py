@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minigpt4.data.record import Record
-from minigpt4.errors import DataError
+from minigpt4.errors import DataError, PromptError
 from minigpt4.processing.augmentation import random_resized_crop
 from minigpt4.processing.pictures import open_image
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
@@ -133,6 +133,11 @@ class Layout:
         ]
         # The original's tokenizer reads "</s>" in a prompt or a caption as the token.
         said = encoder.encode(answer + self.end_symbol, parse_special=True)
+        if prompt.count(self.processor.image_token_id) > len(picture) or self.processor.image_token_id in said:
+            # With LLaMA's tokenizers that is "<unk>", whose places the model would take for those of a picture more.
+            raise PromptError(
+                f"{record.key} has {self.processor.image_token!r} in its text, which holds the places of pictures"
+            )
         end = encoder.encode(self.end_symbol, parse_special=True)
         target = said[: self.max_text_tokens]
         if self.keep_end and len(said) > self.max_text_tokens:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from minigpt4.data.examples import IGNORED, Layout, as_read, padded, pixel_values
 from minigpt4.data.record import Record
-from minigpt4.errors import DataError, ImageError
+from minigpt4.errors import DataError, ImageError, PromptError
 from tests import tiny_chat
 
 TWO_TURNS = (("What is it?", "a red dog"), ("Is it big?", "no"))
@@ -129,6 +129,15 @@ def test_original_layout_cuts_the_end_symbol_unless_it_is_kept(keep_end: bool, e
     learned = [i for i in example.labels if i != IGNORED]
     assert len(learned) == 6
     assert said(layout, learned).endswith("###") is ends
+
+
+@pytest.mark.parametrize(("question", "answer"), [("", "a dog <image> runs"), ("What is <image>?", "a dog")])
+def test_original_layout_refuses_a_text_that_names_the_token_of_a_pictures_places(
+    question: str, answer: str, layout: Layout
+) -> None:
+    """As "<unk>" with LLaMA's tokenizers: one such caption among millions would end the run that reads it."""
+    with pytest.raises(PromptError, match=r"a\.jpg has '<image>' in its text"):
+        original(layout).encode(record((question, answer)), "")
 
 
 @pytest.mark.parametrize(("max_text_tokens", "keep_end"), [(160, False), (6, True)])
