@@ -162,7 +162,7 @@ class SourceBatches(Dataset[dict[str, Any]]):
             try:
                 record = self.record(source_number, number)
                 key = record.key
-                text = self._encoded(record, self._prompt(item, place))
+                text = self.encoded(record, self._prompt(item, place))
                 picture = self._picture(record, place, attempt) if record.picture is not None else None
                 return text, picture, key, f"{source.name}: {source.group(number)}"
             except (DataError, ImageError, PromptError) as error:
@@ -195,9 +195,15 @@ class SourceBatches(Dataset[dict[str, Any]]):
             PromptError: Its text cannot be a prompt.
         """
         record = self.record(*self.order.pick(place))
-        return self._encoded(record, self._prompt(place // self.batch_size, place))
+        return self.encoded(record, self._prompt(place // self.batch_size, place))
 
-    def _encoded(self, record: Record, prompt: str) -> TextExample:
+    def encoded(self, record: Record, prompt: str) -> TextExample:
+        """Turn a record's texts into ids; `prompt` asks where it has no question.
+
+        Raises:
+            DataError: One of its texts is bad.
+            PromptError: One cannot be a prompt.
+        """
         if not record.beside:
             return self.layout.encode(record, prompt)
         texts = [self.layout.encode(replace(record, turns=turns), prompt) for turns in (record.turns, *record.beside)]

@@ -54,10 +54,9 @@ class _Chunks(Dataset[list[Read]]):
 
     def _read(self, source: int, number: int) -> Read:
         prompts = self._batches.prompts
-        layout = self._batches.layout
         try:
             record = self._batches.record(source, number)
-            layout.encode(record, prompts[0] if prompts else "")
+            self._batches.encoded(record, prompts[0] if prompts else "")  # all its texts: one bad makes it bad
         except (DataError, PromptError) as error:
             return Read(source, number, reason=error.message)
         if record.picture is None:
@@ -67,7 +66,7 @@ class _Chunks(Dataset[list[Read]]):
             return Read(source, number, digest)
         self._opened.add(digest)
         try:
-            return Read(source, number, digest, pixel_values(record, layout.processor, None))
+            return Read(source, number, digest, pixel_values(record, self._batches.layout.processor, None))
         except ImageError as error:
             return Read(source, number, digest, reason=error.message)
 

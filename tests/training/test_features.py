@@ -242,6 +242,19 @@ def test_what_stands_in_for_bad_pictures_is_computed(tmp_path: Path, looks: list
     assert sum(looks) <= 12
 
 
+def test_what_stands_in_for_a_picture_with_one_bad_text_among_several_is_computed(tmp_path: Path) -> None:
+    """The second text of every other picture has no words once it is cleaned."""
+    source = made_source(tmp_path / "source", pictures=40)
+    rows = [(f"{number}.png", text) for number in range(40) for text in ("a", "..." if number % 2 else "b")]
+    (source / "captions.csv").write_text("file_name,caption\n" + "".join(f"{name},{text}\n" for name, text in rows))
+    listed = {"path": str(source), "captions": "blip", "texts_per_picture": 2}
+    made = prepared()
+    recipe = recipe_of(tmp_path / "run", steps=3, bucket_batches=1, data={"sources": [listed], "crop": False})
+    seen, kept = batches(recipe, made), batches(recipe, made, cached(recipe, made))
+    assert sum(len(seen[item]["bad"]) for item in range(3)) > 3
+    assert [kept[item]["keys"] for item in range(3)] == [seen[item]["keys"] for item in range(3)]
+
+
 def test_a_finished_work_is_not_read_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, recipe = prepared(), recipe_of(tmp_path / "run", source)
     cached(recipe, made)
