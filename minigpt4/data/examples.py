@@ -104,7 +104,7 @@ class Layout:
         labels = [
             i if answered else IGNORED for i, answered in zip(prompt.input_ids, prompt.assistant_mask, strict=True)
         ]
-        shortened = sum(a != b for (_, a), b in zip(kept, answers, strict=True))
+        shortened = sum(a.strip() != b for (_, a), b in zip(kept, answers, strict=True))
         # What a template writes after the last end symbol, such as a line end, teaches nothing: nobody need read it.
         end = max((place for place, label in enumerate(labels, 1) if label != IGNORED), default=len(labels))
         return TextExample(prompt.input_ids[:end], labels[:end], len(turns) - len(kept) + shortened)

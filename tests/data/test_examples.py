@@ -80,6 +80,12 @@ def test_a_long_answer_is_cut_and_keeps_its_end(layout: Layout) -> None:
     assert example.cut == 1
 
 
+def test_spaces_around_an_answer_are_not_taken_for_a_lost_end(layout: Layout) -> None:
+    example = layout.encode(record(("", " a dog \n")), "What?")
+    assert said(layout, example.labels) == "a dog<|im_end|>"
+    assert example.cut == 0
+
+
 def test_further_turns_are_left_out_and_counted(layout: Layout) -> None:
     example = Layout(layout.processor, max_turns=1).encode(record(*TWO_TURNS), "")
     assert said(layout, example.labels) == "a red dog<|im_end|>"
