@@ -23,8 +23,8 @@ from minigpt4.training.plot import plot_metrics
 from minigpt4.training.preparing import Prepared, check_libraries, prepare_model
 from minigpt4.training.processes import by_the_main_process, gather_parameters, processes
 from minigpt4.training.recipe import Recipe, StageRecipe
-from minigpt4.training.run_folder import BAD_SAMPLES_FILE, check_recipe, going_on_later, only_run
-from minigpt4.training.stage_data import RunSources, check_data, has_branches, stage_data
+from minigpt4.training.run_folder import BAD_SAMPLES_FILE, check_recipe, check_sources, going_on_later, only_run
+from minigpt4.training.stage_data import RunSources, check_data, has_branches, records_of, stage_data
 from minigpt4.training.text_statistics import text_statistics
 from minigpt4.training.trackers import Tracker, check_trackers, open_trackers
 from minigpt4.training.validation import Validation
@@ -124,6 +124,7 @@ def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) 
         by_the_main_process(lambda: check_recipe(recipe, here.num_processes, force=force), here)
         sources = RunSources(told.sources)
         check_data(recipe, sources)
+        by_the_main_process(lambda: _check_sources(recipe, sources, told.say, force=force), here)
         with _tracking(recipe, here) as trackers:
             prepared = _prepare_and_train(recipe, here, told, sources, trackers)
         with going_on_later():
@@ -132,6 +133,11 @@ def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) 
                 _say_what_was_bad(recipe.output, told.say)
                 _draw(recipe.output, told.say)
     return recipe.output / ALIGNMENT_FOLDER
+
+
+def _check_sources(recipe: Recipe, opened: RunSources, say: Callable[[str], None], *, force: bool) -> None:
+    now, num_stages = records_of(recipe, opened), len(recipe.stages)
+    check_sources(recipe.output, now, num_stages=num_stages, force=force, say=say)
 
 
 def _prepare_and_train(

@@ -1,7 +1,7 @@
 """A run's folder: one run at a time, one recipe, and the lines it writes.
 
-`recipe.json` is what the run began with, `metrics.jsonl` has a line for every update and validation, and
-`bad_samples.jsonl` one for every example that could not be used.
+`recipe.json` is what the run began with, `sources.json` which records its data had, `metrics.jsonl` has a line for
+every update and validation, and `bad_samples.jsonl` one for every example that could not be used.
 """
 
 import json
@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ BAD_SAMPLES_FILE = "bad_samples.jsonl"
 CHECKPOINT_FOLDER = "checkpoints"
 CHECKPOINT_NAME = re.compile(r"stage(\d+)-step(\d+)")
 RECIPE_FILE = "recipe.json"
+SOURCES_FILE = "sources.json"
 LOCK_FILE = ".run.lock"
 COMPOSED_FOLDER = "model"
 """Beside the alignment: the full model that a recipe of parts begins with."""
@@ -35,7 +36,7 @@ CHANGEABLE = (
 )  # fmt: skip
 """Keys that another start of a run may change: they change nothing that is learnt."""
 
-_OF_A_START = (RECIPE_FILE, LOCK_FILE, TENSORBOARD_FOLDER, WANDB_ID_FILE, WANDB_FOLDER)
+_OF_A_START = (RECIPE_FILE, SOURCES_FILE, LOCK_FILE, TENSORBOARD_FOLDER, WANDB_ID_FILE, WANDB_FOLDER)
 """What a start writes before its first update; all else is of a run, or is work that a later start goes on with."""
 
 _OF_THE_CHECKPOINT = ("trainable", "lora")
@@ -162,15 +163,59 @@ def _written_recipe(path: Path) -> dict[str, Any]:
         ConfigError: The file is damaged.
         StorageError: It cannot be read.
     """
-    before: Any = None
-    with storing(path, doing="read"), suppress(ValueError):
-        before = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(before, dict):
+    before = _read_object(path)
+    if before is None:
         raise ConfigError(
             f"{path} is damaged, so that nobody can tell with which recipe the run began",
             hint="delete that file if the recipe is the same, and the run goes on; else set another output",
         )
     return before
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object; None where the file holds something else."""
+    content: Any = None
+    with storing(path, doing="read"), suppress(ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else None
+
+
+def check_sources(
+    output: Path, now: Mapping[str, Mapping[str, Any]], *, num_stages: int, force: bool, say: Callable[[str], None]
+) -> None:
+    """Compare the records that there are with those that were there when a run began, or write them down for a new run.
+
+    The order of the examples is a function of how many there are: with another number, a run that goes on would read
+    some twice and leave out others.
+
+    Args:
+        output: The run's folder.
+        now: To each source's place in the recipe its `path`, its number of `records` and its `identity`.
+        num_stages: Of the run.
+        force: Go on with another number; it takes the old one's place.
+        say: Told of other records, as many as before, which somebody may have mended.
+
+    Raises:
+        ConfigError: There are more or fewer.
+        StorageError: The file cannot be read or written.
+    """
+    path = output / SOURCES_FILE
+    goes_on = path.exists() and (output / METRICS_FILE).exists() and not has_ended(output, num_stages)
+    before = (_read_object(path) or {}) if goes_on else {}
+    for place, source in now.items():
+        old = before.get(place)
+        if not isinstance(old, dict) or old.get("path") != source["path"]:
+            continue  # a new run, or the recipe names another, which was agreed to
+        if old.get("records") != source["records"] and not force:
+            raise ConfigError(
+                f"{source['path']} had {old.get('records')} records when the run in {output} began, and now has "
+                f"{source['records']}: examples would come twice, or not at all",
+                hint="bring back what was there, set another output, or go on in another order by --force",
+            )
+        if old.get("identity") != source["identity"]:
+            say(f"{source['path']} has other records than when the run began")
+    with going_on_later(), write_file(path, "w") as file:
+        json.dump(now, file, indent=1)
 
 
 def has_ended(output: Path, num_stages: int) -> bool:

@@ -91,6 +91,18 @@ def check_data(recipe: Recipe, opened: RunSources) -> None:
             )
 
 
+def records_of(recipe: Recipe, opened: RunSources) -> dict[str, dict[str, Any]]:
+    """Say which records a run learns from: the `path`, the number of `records` and the `identity` of each source."""
+    sections = [("data", recipe.data)]
+    sections += [(f"stages.{n}.data", recipe.data_of(stage)) for n, stage in enumerate(recipe.stages) if stage.data]
+    return {
+        f"{place}.sources.{number}": {"path": wanted.path, "records": len(source), "identity": source.identity}
+        for place, data in sections
+        if isinstance(data, SourcesData)
+        for number, (wanted, source) in enumerate(zip(data.sources, opened.open(data.sources), strict=True))
+    }
+
+
 def _refuse_barren(source: Source) -> None:
     """Refuse shards that are known to give nothing: whoever leaves them out without a word learns from less."""
     if isinstance(source, ShardSource) and (barren := source.barren()):

@@ -305,6 +305,42 @@ def test_a_finished_run_is_not_trained_again(model_folder: Path, pictures: Path,
     assert f"{told} model" in said
 
 
+def stopped_after_an_update(wanted: Recipe) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(wanted, Reports(lambda done: os.kill(os.getpid(), signal.SIGINT) if done.step == 1 else None))
+
+
+def test_a_run_does_not_go_on_over_more_or_fewer_examples_unless_told_to(
+    model_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """The order is a function of their number: some would come twice, others never."""
+    wanted, said = recipe(model_folder, pictures, tmp_path / "run"), list[str]()
+    stopped_after_an_update(wanted)
+    table = pictures / "captions.csv"
+    whole = table.read_text()
+    table.write_text(whole + "red.png,it is red again\n")
+
+    with pytest.raises(ConfigError, match=r"pictures had 6 records when the run in .*run began, and now has 7"):
+        run(wanted)
+    run(wanted, Reports(say=said.append), force=True)
+    assert any(sentence.startswith("goes on") for sentence in said)
+    table.write_text(whole)
+    run(wanted)  # it has ended and reads nothing any more
+
+
+def test_a_run_goes_on_over_examples_that_were_mended_and_says_so(
+    model_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    wanted, said = recipe(model_folder, pictures, tmp_path / "run"), list[str]()
+    stopped_after_an_update(wanted)
+    table = pictures / "captions.csv"
+    table.write_text(table.read_text().replace("it is blue", "it is a deep blue"))
+
+    run(wanted, Reports(say=said.append))
+
+    assert f"{pictures} has other records than when the run began" in said
+
+
 def test_a_run_stopped_by_a_person_says_once_where_it_is_saved(
     model_folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
