@@ -121,7 +121,7 @@ def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) 
     here = processes()
     told = reports if reports and here.is_main_process else Reports()
     with only_run(recipe.output) if here.is_main_process else nullcontext():
-        by_the_main_process(lambda: check_recipe(recipe, here.num_processes, force=force), here)
+        by_the_main_process(lambda: check_recipe(recipe, here.num_processes, force=force, say=told.say), here)
         sources = RunSources(told.sources)
         check_data(recipe, sources)
         by_the_main_process(lambda: _check_sources(recipe, sources, told.say, force=force), here)

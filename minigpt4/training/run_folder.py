@@ -108,7 +108,11 @@ def _held(output: Path) -> Iterator[None]:
         yield
 
 
-def check_recipe(recipe: Recipe, processes: int, *, force: bool) -> None:
+def _nobody(_: str) -> None:
+    """Hear what nobody wants to know."""
+
+
+def check_recipe(recipe: Recipe, processes: int, *, force: bool, say: Callable[[str], None] = _nobody) -> None:
     """Compare a recipe with the one its run began with, or write it down for a new run.
 
     Args:
@@ -116,6 +120,7 @@ def check_recipe(recipe: Recipe, processes: int, *, force: bool) -> None:
         processes: How many there are now.
         force: Go on although they differ; the new recipe takes the old one's place. Not where all updates were
             made, or other numbers would learn.
+        say: Told of changes that come too late.
 
     Raises:
         ConfigError: They differ in what is learnt; names the keys.
@@ -138,8 +143,19 @@ def check_recipe(recipe: Recipe, processes: int, *, force: bool) -> None:
             if final:
                 hint = _AFTER_THE_END if ended else "its checkpoints hold other numbers: set another output, or undo it"
             raise ConfigError(f"the run in {recipe.output} began with another recipe: {listed}", hint=hint)
+        for stage, keys in _of_stages_made(recipe, differing).items():
+            say(f"stage {stage} was made before and is not made again: {', '.join(keys)} of it changed in vain")
     with going_on_later(), write_file(path, "w") as file:
         json.dump(now, file, indent=1)
+
+
+def _of_stages_made(recipe: Recipe, keys: Sequence[str]) -> dict[str, list[str]]:
+    """Return those of a recipe's keys that are of stages that a run has made, by the stages' names."""
+    newest = next(newest_first(recipe.output), None)
+    made = recipe.stages[: place_of(newest)[0]] if newest else []
+    of_stages = [(stage.name, f"stages.{number}.") for number, stage in enumerate(made)]
+    found = {name: [key.removeprefix(above) for key in keys if key.startswith(above)] for name, above in of_stages}
+    return {name: names for name, names in found.items() if names}
 
 
 def _may_change(key: str) -> bool:

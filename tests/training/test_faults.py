@@ -393,6 +393,18 @@ def test_a_changed_recipe_is_not_forced_on_a_run_that_has_ended(tmp_path: Path) 
         assert ("--force" in told.value.hint) == (stage < last)
 
 
+def test_changes_of_a_stage_that_was_made_are_said_to_come_too_late(tmp_path: Path) -> None:
+    recipe, said = toy.recipe(tmp_path), list[str]()
+    check_recipe(recipe, 1, force=False)
+    metrics_path(tmp_path).touch()
+    checkpoints.write_checkpoint(tmp_path, {}, {}, checkpoints.State(stage=1))
+    longer = [stage.model_copy(update={"steps": 9, "learning_rate": 0.5}) for stage in recipe.stages]
+
+    check_recipe(recipe.model_copy(update={"stages": longer}), 1, force=True, say=said.append)
+
+    assert said == ["stage first was made before and is not made again: learning_rate, steps of it changed in vain"]
+
+
 def poisoned(steps: set[tuple[int, int]]) -> Callable[[int, StageRecipe], toy.ToyBatches]:
     class Poisoned(toy.ToyBatches):
         def __getitem__(self, item: int) -> dict[str, Any]:
