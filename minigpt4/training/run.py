@@ -24,6 +24,7 @@ from minigpt4.training.preparing import Prepared, check_libraries, prepare_model
 from minigpt4.training.processes import by_the_main_process, gather_parameters, processes
 from minigpt4.training.recipe import Recipe, StageRecipe
 from minigpt4.training.run_folder import BAD_SAMPLES_FILE, check_recipe, check_sources, going_on_later, only_run
+from minigpt4.training.schedule import cut_rise
 from minigpt4.training.stage_data import RunSources, check_data, has_branches, records_of, stage_data
 from minigpt4.training.text_statistics import text_statistics
 from minigpt4.training.trackers import Tracker, check_trackers, open_trackers
@@ -259,3 +260,5 @@ def _say_what_is_learnt(recipe: Recipe, prepared: Prepared, batches: Batches, sa
         data = batches(number, stage)
         if isinstance(data, SourceBatches):
             say(text_statistics(data).sentence(stage.name))
+        if warning := cut_rise(stage):
+            say(warning)

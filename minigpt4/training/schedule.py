@@ -31,6 +31,24 @@ def learning_rate(stage: StageRecipe, step: int) -> float:
     return _linear_warmup_step(stage, epoch, batch)
 
 
+def cut_rise(stage: StageRecipe) -> str:
+    """Say that a stage ends before its learning rate has risen as high as it should; empty for others.
+
+    Raises:
+        ConfigError: An epoch of the original's schedules is shorter than one update.
+    """
+    is_ours = stage.schedule == "cosine"
+    steps = stage.steps if is_ours else batches_before(stage, stage.steps)
+    if stage.warmup_steps <= steps:
+        return ""
+    highest = max(learning_rate(stage, step) for step in range(stage.steps))
+    return (
+        f"stage {stage.name}: WARNING: the learning rate rises over {stage.warmup_steps:,} "
+        f"{'updates' if is_ours else 'batches'} (warmup_steps), and the stage has {steps:,}: {highest:.3g} is the "
+        f"highest it comes to, not {stage.learning_rate:.3g}"
+    )
+
+
 def place_in_epoch(stage: StageRecipe, step: int) -> tuple[int, int]:
     """Return the epoch of an update, and the number in the epoch of the last batch that goes into it.
 

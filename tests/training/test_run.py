@@ -278,6 +278,7 @@ def test_what_learns_and_how_long_texts_are_is_said_before(model_folder: Path, p
     assert said[-1] == f"curves: {tmp_path / 'run/metrics.png'}" and (tmp_path / "run/metrics.png").exists()
     assert said[1].startswith("stage short: answers of ")
     assert "WARNING: 50% lose their end, max_text_tokens is 5" in said[1]
+    assert said[2].startswith("stage short: WARNING: the learning rate rises over 50 updates (warmup_steps)")
 
 
 def test_examples_that_others_stood_in_for_are_told_of_at_the_end(

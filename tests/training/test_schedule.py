@@ -10,7 +10,7 @@ import pytest
 
 from minigpt4.errors import ConfigError
 from minigpt4.training.recipe import StageRecipe
-from minigpt4.training.schedule import batches_before, learning_rate, num_batches, place_in_epoch
+from minigpt4.training.schedule import batches_before, cut_rise, learning_rate, num_batches, place_in_epoch
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared/reference/tiny-original/golden"
 CASES = [
@@ -127,3 +127,17 @@ def test_only_the_originals_schedules_leave_batches_over() -> None:
 def test_epoch_shorter_than_an_update_is_refused() -> None:
     with pytest.raises(ConfigError, match="have 3 batches, an update takes 4"):
         learning_rate(stage(accumulation=4, steps_per_epoch=3, schedule="linear_warmup_cosine_lr"), 0)
+
+
+def test_a_rise_that_the_stage_does_not_see_the_end_of_is_told() -> None:
+    """As in a recipe of few updates that leaves the 50 of warmup_steps as they are."""
+    told = cut_rise(stage(steps=12, warmup_steps=50))
+    assert (
+        "rises over 50 updates (warmup_steps), and the stage has 12: 0.00024 is the highest it comes to, not 0.001"
+        in told
+    )
+    assert cut_rise(stage(steps=50, warmup_steps=50)) == ""
+
+    original = {"schedule": "linear_warmup_cosine_lr", "steps": 4, "steps_per_epoch": 4, "warmup_steps": 8}
+    assert "rises over 8 batches (warmup_steps), and the stage has 4: 0.000375" in cut_rise(stage(**original))
+    assert cut_rise(stage(**{**original, "accumulation": 2})) == ""
