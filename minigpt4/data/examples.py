@@ -139,6 +139,11 @@ class Layout:
                 f"{record.key} has {self.processor.image_token!r} in its text, which holds the places of pictures"
             )
         end = encoder.encode(self.end_symbol, parse_special=True)
+        if self.keep_end and len(end) >= self.max_text_tokens:
+            raise PromptError(
+                f"the end symbol {self.end_symbol!r} takes {len(end)} tokens, which leaves none of the "
+                f"{self.max_text_tokens} of max_text_tokens for an answer"
+            )
         target = said[: self.max_text_tokens]
         if self.keep_end and len(said) > self.max_text_tokens:
             target = [*said[: self.max_text_tokens - len(end)], *end]

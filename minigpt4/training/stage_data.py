@@ -1,6 +1,7 @@
 """The examples of a stage, and of its validation: from a recipe's sections to a data set of batches."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -273,19 +274,34 @@ def prompts_of(stage: StageRecipe, data: SourcesData) -> list[str]:
     """Return what asks for captions.
 
     Raises:
-        ConfigError: The file of prompts cannot be read, or has none.
+        ConfigError: The file of prompts cannot be read, or has none; or one has several places for the picture where
+            each would be read.
     """
     if data.prompts is None:
         return [] if stage.layout == "original" else list(DEFAULT_PROMPTS)
-    if isinstance(data.prompts, list):
-        return data.prompts
+    prompts = data.prompts if isinstance(data.prompts, list) else _read_prompts(data.prompts)
+    # In the layout template a question is read without these marks.
+    if stage.layout == "original" and (odd := [prompt for prompt in prompts if prompt.count(IMAGE_MARK) > 1]):
+        raise ConfigError(
+            f"the prompt {odd[0]!r} has {odd[0].count(IMAGE_MARK)} places for the picture, expected one",
+            hint=f"write {IMAGE_MARK} once",
+        )
+    return prompts
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """Read prompts, one a line.
+
+    Raises:
+        ConfigError: The file cannot be read, or has none.
+    """
     try:
-        lines = data.prompts.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the prompts {data.prompts}: {error}", hint="one prompt a line") from error
+        raise ConfigError(f"cannot read the prompts {path}: {error}", hint="one prompt a line") from error
     # As the original: lines without a place for the picture are passed over where any line has one.
     marked = [line.strip() for line in lines if IMAGE_MARK in line]
     prompts = marked or [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ConfigError(f"{data.prompts} holds no prompt", hint="one prompt a line")
+        raise ConfigError(f"{path} holds no prompt", hint="one prompt a line")
     return prompts

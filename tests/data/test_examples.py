@@ -137,6 +137,12 @@ def test_original_layout_cuts_the_end_symbol_unless_it_is_kept(keep_end: bool, e
     assert said(layout, learned).endswith("###") is ends
 
 
+def test_original_layout_refuses_an_end_symbol_that_leaves_no_place_for_an_answer(layout: Layout) -> None:
+    ends = original(layout, end_symbol="a long end", max_text_tokens=3)
+    with pytest.raises(PromptError, match=r"'a long end' takes \d+ tokens, which leaves none of the 3"):
+        ends.encode(record(("", "a dog that runs")), "")
+
+
 @pytest.mark.parametrize(("question", "answer"), [("", "a dog <image> runs"), ("What is <image>?", "a dog")])
 def test_original_layout_refuses_a_text_that_names_the_token_of_a_pictures_places(
     question: str, answer: str, layout: Layout

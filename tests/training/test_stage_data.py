@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from minigpt4.data.batches import Process, SourceBatches
+from minigpt4.errors import ConfigError
 from minigpt4.training.recipe import SourcesData, make_recipe
 from minigpt4.training.stage_data import source_batches
 from tests import tiny_chat
@@ -80,6 +81,20 @@ def test_a_prompt_is_drawn_for_a_batch_or_for_each_sample(prompt_for: str, kinds
     ]
     assert {len(one) for one in prompts} == kinds
     assert set.union(*prompts) == {(True, False), (False, True)}
+
+
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_a_prompt_with_two_places_for_the_picture_is_refused_where_they_are_read(
+    in_a_file: bool, folder: Path, tmp_path: Path
+) -> None:
+    """The original stops there, too; the second mark would be learnt as text."""
+    twice = "<Img><ImageHere></Img> and <Img><ImageHere></Img>?"
+    (tmp_path / "prompts.txt").write_text(f"{PROMPTS[0]}\n{twice}\n")
+    prompts = {"prompts": str(tmp_path / "prompts.txt") if in_a_file else [PROMPTS[0], twice]}
+
+    with pytest.raises(ConfigError, match="has 2 places for the picture, expected one"):
+        batches(folder, layout="original", data=prompts)
+    assert len(batches(folder, data=prompts).prompts) == 2
 
 
 def test_captions_are_cleaned_as_the_original_did_where_a_source_says_so(folder: Path) -> None:
