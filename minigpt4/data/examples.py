@@ -65,6 +65,7 @@ class Layout:
         keep_end: A text that is cut off keeps its end symbol; the original cuts it off too.
         prompt_template: In the layout `original`, what stands round a prompt.
         end_symbol: In the layout `original`, what ends an answer.
+        context: A text has at most so many places, since the language model reads no more; None for no limit.
     """
 
     processor: MiniGPT4Processor
@@ -74,6 +75,7 @@ class Layout:
     keep_end: bool = True
     prompt_template: str = "###Human: {} ###Assistant: "
     end_symbol: str = "###"
+    context: int | None = None
 
     def encode(self, record: Record, prompt: str) -> TextExample:
         """Turn a record's text into ids.
@@ -84,12 +86,18 @@ class Layout:
 
         Raises:
             DataError: There is no answer to learn from.
-            PromptError: The text cannot be a prompt.
+            PromptError: The text cannot be a prompt, or is longer than the language model reads.
         """
         turns = [(question or prompt, answer) for question, answer in record.turns]
         if not turns or not all(answer.strip() for _, answer in turns):
             raise DataError(f"{record.key} has an empty answer, expected something to learn")
-        return self._original(record, turns) if self.kind == "original" else self._conversation(record, turns)
+        example = self._original(record, turns) if self.kind == "original" else self._conversation(record, turns)
+        if self.context is not None and len(example.input_ids) > self.context:
+            raise PromptError(
+                f"{record.key} takes {len(example.input_ids):,} places with its questions, the language model reads "
+                f"{self.context:,}"
+            )
+        return example
 
     def _conversation(self, record: Record, turns: Sequence[tuple[str, str]]) -> TextExample:
         kept = turns[: self.max_turns]

@@ -45,7 +45,7 @@ from minigpt4.training.feature_store import (
 from minigpt4.training.preparing import Prepared, seeing_on
 from minigpt4.training.processes import by_the_main_process, summed
 from minigpt4.training.recipe import Recipe, SourcesData
-from minigpt4.training.stage_data import RunSources, num_sample_places, source_batches, validation_batches
+from minigpt4.training.stage_data import RunSources, context_of, num_sample_places, source_batches, validation_batches
 from minigpt4.training.update import PRECISIONS
 from minigpt4.weights.folder import Report
 from minigpt4.weights.parts import home
@@ -227,9 +227,15 @@ def _works(
         data = recipe.data_of(stage)
         if not isinstance(data, SourcesData):
             raise TypeError("refused before")
-        yield stage.name, source_batches(recipe, prepared.processor, number, stage, data, process, None, opened)
+        context = context_of(prepared.model)
+        yield (
+            stage.name,
+            source_batches(recipe, prepared.processor, number, stage, data, process, None, opened, context),
+        )
         if recipe.validation:
-            batches = validation_batches(recipe, recipe.validation, prepared.processor, stage, process, opened)
+            batches = validation_batches(
+                recipe, recipe.validation, prepared.processor, stage, process, opened, context=context
+            )
             samples = -(-num_sample_places(recipe.validation) // (batches.batch_size * process.world_size))
             yield f"{stage.name}'s validation", replace(batches, length=max(batches.length, samples))
 

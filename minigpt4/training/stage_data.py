@@ -144,7 +144,8 @@ def stage_data(
         if isinstance(data, NanoData):
             return nano_batches(recipe, prepared.model, prepared.processor, number, stage, data)
         process = Process(here.process_index, here.num_processes)
-        return source_batches(recipe, prepared.processor, number, stage, data, process, kept, opened)
+        context = context_of(prepared.model)
+        return source_batches(recipe, prepared.processor, number, stage, data, process, kept, opened, context)
 
     return of_stage
 
@@ -182,6 +183,7 @@ def source_batches(
     process: Process,
     kept: KeptPictures | None = None,
     opened: RunSources | None = None,
+    context: int | None = None,
 ) -> SourceBatches:
     """Return a process's batches of a stage over sources of examples."""
     _refuse_other_objectives(stage)
@@ -196,7 +198,7 @@ def source_batches(
     return SourceBatches(
         sources=sources,
         order=order,
-        layout=layout_of(stage, processor),
+        layout=layout_of(stage, processor, context),
         prompts=prompts_of(stage, data),
         length=batches_before(stage, stage.steps),
         batch_size=stage.batch_size,
@@ -222,6 +224,7 @@ def validation_batches(
     process: Process,
     opened: RunSources,
     kept: KeptPictures | None = None,
+    context: int | None = None,
 ) -> SourceBatches:
     """Return the batches that a stage is validated with, for one process: whole pictures, the same every time.
 
@@ -238,7 +241,7 @@ def validation_batches(
     return SourceBatches(
         sources=sources,
         order=order,
-        layout=layout_of(stage, processor),
+        layout=layout_of(stage, processor, context),
         prompts=list(DEFAULT_PROMPTS) if isinstance(data, NanoData) else prompts_of(stage, data),
         length=settings.batches,
         batch_size=stage.batch_size,
@@ -250,8 +253,14 @@ def validation_batches(
     )
 
 
-def layout_of(stage: StageRecipe, processor: MiniGPT4Processor) -> Layout:
-    """Return how a stage writes its examples."""
+def context_of(model: MiniGPT4ForConditionalGeneration) -> int | None:
+    """Return how many places a model's language model reads; None where its configuration does not say."""
+    places: int | None = getattr(model.config.text_config, "max_position_embeddings", None)
+    return places
+
+
+def layout_of(stage: StageRecipe, processor: MiniGPT4Processor, context: int | None = None) -> Layout:
+    """Return how a stage writes its examples, for a language model that reads so many places."""
     return Layout(
         processor=processor,
         kind=stage.layout,
@@ -260,6 +269,7 @@ def layout_of(stage: StageRecipe, processor: MiniGPT4Processor) -> Layout:
         keep_end=stage.keep_end,
         prompt_template=stage.prompt_template,
         end_symbol=stage.end_symbol,
+        context=context,
     )
 
 

@@ -15,7 +15,7 @@ from minigpt4.training.preparing import Prepared
 from minigpt4.training.processes import by_the_main_process, gathered, is_spread, summed
 from minigpt4.training.recipe import Recipe, StageRecipe, ValidationRecipe
 from minigpt4.training.samples import add_round, answer_pictures, make_round
-from minigpt4.training.stage_data import RunSources, num_sample_places, validation_batches
+from minigpt4.training.stage_data import RunSources, context_of, num_sample_places, validation_batches
 from minigpt4.training.update import PRECISIONS, chosen_precision, to_device
 
 
@@ -116,8 +116,9 @@ class Validation:
     def _batches(self, stage: StageRecipe) -> SourceBatches:
         process = Process(self.processes.process_index, self.processes.num_processes)
         return validation_batches(
-            self.recipe, self.settings, self.prepared.processor, stage, process, self.opened, self.kept
-        )
+            self.recipe, self.settings, self.prepared.processor, stage, process, self.opened, self.kept,
+            context_of(self.prepared.model),
+        )  # fmt: skip
 
     def _computing(self) -> Any:  # noqa: ANN401  (a context)
         device = self.processes.device

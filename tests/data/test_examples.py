@@ -1,6 +1,7 @@
 """A record's text becomes the ids that the model is asked with later, and the loss is taken on the answers alone."""
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,6 +91,17 @@ def test_further_turns_are_left_out_and_counted(layout: Layout) -> None:
     example = Layout(layout.processor, max_turns=1).encode(record(*TWO_TURNS), "")
     assert said(layout, example.labels) == "a red dog<|im_end|>"
     assert example.cut == 1
+
+
+@pytest.mark.parametrize("kind", ["template", "original"])
+def test_a_text_longer_than_the_language_model_reads_is_refused(kind: str, layout: Layout) -> None:
+    """Learnt positions end there, with an error that names no example; others go on where nothing was learnt."""
+    asked = record(("Is it " + "very " * 50 + "big?", "no"))
+    places = len(replace(layout, kind=kind).encode(asked, "").input_ids)
+
+    assert replace(layout, kind=kind, context=places).encode(asked, "").cut == 0
+    with pytest.raises(PromptError, match=rf"a\.jpg takes {places} places .*reads {places - 1}"):
+        replace(layout, kind=kind, context=places - 1).encode(asked, "")
 
 
 def test_text_alone_has_no_place_for_a_picture(layout: Layout) -> None:

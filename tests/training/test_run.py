@@ -293,6 +293,30 @@ def test_examples_that_others_stood_in_for_are_told_of_at_the_end(
     assert lines and f"another example stood in for a bad one {times}: {tmp_path / 'run'}" in said[-2]
 
 
+@pytest.mark.parametrize("features", ["compute", "cache"])
+def test_an_example_longer_than_the_language_model_reads_is_a_bad_one(
+    features: str, model_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    asked = {"red.png": "what " * tiny_chat.CONTEXT, "green.png": "what?", "blue.png": "what?"}
+    turns = {
+        name: [{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": "it"}]
+        for name, text in asked.items()
+    }
+    rows = [{"id": name, "image": name, "conversations": said} for name, said in turns.items()]
+    (pictures / "conversations.json").write_text(json.dumps(rows))
+    sources = [{"path": str(pictures / "conversations.json"), "images": str(pictures), "format": "conversations"}]
+    changes = {
+        "data": {"sources": sources, "crop": False},
+        "validation": {"sources": sources, "batches": 1, "pictures": 0},
+        "features": features,
+        "max_bad_fraction": 1.0,
+    }
+    run(recipe(model_folder, pictures, tmp_path / "run", **changes))
+
+    lines = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert lines and all("the language model reads 1,024" in line["reason"] for line in lines)
+
+
 def test_a_finished_run_is_not_trained_again(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
     wanted = recipe(model_folder, pictures, tmp_path / "run")
     first = (run(wanted) / "alignment.safetensors").read_bytes()
