@@ -1,6 +1,6 @@
 """The model of a run: loaded or put together, where it is to be, and with the right parts learning."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -152,6 +152,7 @@ def _begin_anew(model: MiniGPT4ForConditionalGeneration) -> None:
 def _let_learn(model: MiniGPT4ForConditionalGeneration, recipe: Recipe) -> None:
     """Freeze everything but what the recipe names; what learns is kept in float32."""
     if recipe.trainable is not None:
+        _refuse_missing(model, recipe.trainable)
         model.config.trainable_parts = tuple(part for part in recipe.trainable if part in PARTS)
         model.freeze()
         if "vision_layernorms" in recipe.trainable:
@@ -171,6 +172,13 @@ def _let_learn(model: MiniGPT4ForConditionalGeneration, recipe: Recipe) -> None:
         raise ConfigError("nothing learns in this model", hint="set trainable, for example to [language_projection]")
     for parameter in learning:
         parameter.data = parameter.data.to(torch.float32)
+
+
+def _refuse_missing(model: MiniGPT4ForConditionalGeneration, trainable: Sequence[str]) -> None:
+    """Refuse parts that a model without a Q-Former has not."""
+    for part in trainable:
+        if part in PARTS and getattr(model.model, part) is None:
+            raise ConfigError(f"the model has no {part} that could learn", hint=f"leave {part} out of trainable")
 
 
 def _refuse_batch_norms(vision_model: PreTrainedModel) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from minigpt4.errors import ConfigError
 from minigpt4.training import preparing
 from minigpt4.training.preparing import prepare_model, seeing_on
 from minigpt4.training.recipe import Recipe
 from tests import tiny_chat
+from tests.model import tiny
 
 ELSEWHERE = torch.device("meta")
 """Stands for an accelerator: a tensor that was moved there can be told from one that was not."""
@@ -93,3 +95,13 @@ def test_what_sees_pictures_is_on_the_device_meanwhile_and_unchanged_after() -> 
     assert {name for name, place in places.items() if place != ELSEWHERE} == of_language
     assert {"model.query_tokens", "model.language_projection.weight"}.isdisjoint(of_language)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("part", ["qformer", "query_tokens"])
+def test_a_part_that_the_model_has_not_cannot_be_named_beside_one_that_learns(part: str, tmp_path: Path) -> None:
+    tiny.model(qformer=False).save_pretrained(tmp_path / "model")
+    tiny_chat.processor().save_pretrained(tmp_path / "model")
+    here = SimpleNamespace(device=torch.device("cpu"), num_processes=1, is_main_process=True)
+
+    with pytest.raises(ConfigError, match=f"the model has no {part} that could learn"):
+        prepare_model(recipe(tmp_path / "model", trainable=["language_projection", part]), here)
