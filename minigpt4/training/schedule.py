@@ -115,7 +115,7 @@ def _linear_warmup_cosine(stage: StageRecipe, epoch: int, batch: int) -> float:
     if done < stage.warmup_steps:
         return _ramp(stage, batch)
     epochs = stage.steps / updates_per_epoch(stage)
-    return _along_cosine(stage, done / (epochs * _batches_per_epoch(stage)))
+    return _along_cosine(stage, done, epochs * _batches_per_epoch(stage))
 
 
 def _linear_warmup_step(stage: StageRecipe, epoch: int, batch: int) -> float:
@@ -132,9 +132,10 @@ def _ramp(stage: StageRecipe, batch: int) -> float:
     return min(stage.learning_rate, lowest + rise)
 
 
-def _along_cosine(stage: StageRecipe, done: float) -> float:
+def _along_cosine(stage: StageRecipe, done: float, whole: float = 1.0) -> float:
+    # In the original's order of operations: near the end of a fall to 0 another rounds to other digits.
     height = stage.learning_rate - stage.final_learning_rate
-    return stage.final_learning_rate + height * 0.5 * (1 + math.cos(math.pi * done))
+    return stage.final_learning_rate + height * 0.5 * (1 + math.cos(math.pi * done / whole))
 
 
 def _lowest(stage: StageRecipe) -> float:

@@ -58,6 +58,21 @@ def test_learning_rates_are_the_originals(name: str) -> None:
         assert learning_rate(of_case, number) == pytest.approx(rate, rel=1e-12, abs=0)
 
 
+@pytest.mark.parametrize("lowest", [0.0, 1e-5])
+@pytest.mark.parametrize("warmup", [0, 5, 19, 60])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_learning_rates_are_the_originals_formula_to_the_bit(epochs: int, warmup: int, lowest: float) -> None:
+    """Where the last ones come near 0, rounding in another order would show in the eleventh digit."""
+    batches, highest, first = 19, 0.0011436, 1e-6
+    schedule = {"schedule": "linear_warmup_cosine_lr", "steps": epochs * batches, "steps_per_epoch": batches}
+    rates = {"learning_rate": highest, "final_learning_rate": lowest, "warmup_learning_rate": first}
+    of_ours = stage(**schedule, **rates, warmup_steps=warmup)
+    for done in range(epochs * batches):
+        rising = min(highest, first + (highest - first) * (done % batches) / max(warmup, 1))
+        falling = (highest - lowest) * 0.5 * (1 + math.cos(math.pi * done / (epochs * batches))) + lowest
+        assert learning_rate(of_ours, done) == (rising if done < warmup else falling)
+
+
 def test_every_recorded_schedule_is_compared() -> None:
     assert {name for name, case in golden("lr_schedule").items() if "points" in case} == set(CASES)
 
