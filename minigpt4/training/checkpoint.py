@@ -23,6 +23,8 @@ from minigpt4.weights.files.disk import storing
 
 BEST_FILE = "best.json"
 
+_OTHER_MODEL = "the run began with another model: name that one, or set another output"
+
 logger = logging.getLogger(__name__)
 
 
@@ -174,9 +176,15 @@ def load_trained(checkpoint: Path, model: nn.Module) -> None:
     if stored.keys() != parameters.keys():
         odd = sorted(stored.keys() ^ parameters.keys())[0]
         raise WeightsError(
-            f"the checkpoint {checkpoint} and the model differ in the trained tensor {odd}",
-            hint="go on with the recipe and the model the run began with, or start anew in another folder",
+            f"the checkpoint {checkpoint} and the model differ in the trained tensor {odd}", hint=_OTHER_MODEL
         )
+    for name, parameter in parameters.items():
+        if stored[name].shape != parameter.shape:
+            raise WeightsError(
+                f"the checkpoint {checkpoint} and the model differ in the shape of {name}: {list(stored[name].shape)}, "
+                f"now {list(parameter.shape)}",
+                hint=_OTHER_MODEL,
+            )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(_spread_like(stored[name], parameter))

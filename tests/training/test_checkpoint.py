@@ -103,6 +103,20 @@ def test_a_checkpoint_of_other_trained_parts_is_refused(tmp_path: Path) -> None:
         load_trained(path, model)
 
 
+def test_a_checkpoint_of_a_model_of_other_sizes_is_refused(tmp_path: Path) -> None:
+    """As after `--force` with another model."""
+    _, _, path = saved(tmp_path)
+    other = toy.model()
+    projection = other.model.language_projection
+    projection.weight = torch.nn.Parameter(projection.weight[:, :8].detach())
+
+    with pytest.raises(
+        WeightsError, match=r"the shape of model\.language_projection\.weight: .*, now \[\d+, 8\]"
+    ) as told:
+        load_trained(path, other)
+    assert "another model" in told.value.hint
+
+
 def test_the_last_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
     paths = [saved(tmp_path, State(stage=stage, step=step))[2] for stage, step in [(0, 2), (0, 9), (0, 10), (1, 1)]]
     mark_best(tmp_path, paths[0].name)
