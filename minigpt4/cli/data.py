@@ -114,10 +114,11 @@ def index(
 
 def _refuse_too_many_bad(seen: "SourceCheck") -> None:
     """End with status 1 where a run would stop, unless its recipe allows more."""
-    share = seen.bad / max(1, seen.bad + seen.good)
+    share = seen.bad_share
     if share > BAD_SHARE:
+        which = "the records looked at" if seen.seed is None else "all records, by this sample,"
         error = DataError(
-            f"{share:.2%} of the records looked at are bad, `minigpt4 train` stops at more than {BAD_SHARE:.0%}",
+            f"{share:.2%} of {which} are bad, `minigpt4 train` stops at more than {BAD_SHARE:.0%}",
             "mend the data, or raise max_bad_fraction in the recipe",
         )
         error.exit_status = 1
@@ -161,8 +162,8 @@ def _print_check(seen: "SourceCheck", contact_sheet: Path | None) -> None:
     rows.append(("repeated", f"{counted(seen.same_picture, 'picture')} {stand} in an earlier record, "
                              f"{seen.same_record:,} with the same words"))  # fmt: skip
     rows += [("passed over", f"{count:,} x {what}") for what, count in seen.skipped.items()]
-    share = seen.bad / max(1, seen.bad + seen.good)
-    rows.append(("bad", f"{seen.bad:,}, {share:.2%} of those looked at" if seen.bad else "none"))
+    of = "of those looked at" if seen.seed is None else "of all, by this sample"
+    rows.append(("bad", f"{seen.bad:,}, {seen.bad_share:.2%} {of}" if seen.bad else "none"))
     for kind, fault in seen.faults.items():
         rows.append(("", f"{fault.count:,} x {kind}"))
         rows += [("", f"    {example}") for example in fault.examples]

@@ -56,6 +56,17 @@ def test_check_says_what_is_there_and_what_is_broken(run: Run, pictures: Path) -
     ]
 
 
+def test_known_faults_of_a_large_source_count_by_all_its_records(run: Run, tmp_path: Path) -> None:
+    write(tmp_path / "pics/0.jpg", picture(0))
+    rows = [f"0.jpg,words {number}\n" for number in range(10_950)] + [f"gone{n}.jpg,words\n" for n in range(100)]
+    write(tmp_path / "pics/captions.csv", "file_name,caption\n" + "".join(rows))
+
+    result = run("data", "check", "pics")
+
+    assert (result.status, result.err) == (0, "")
+    assert "\n  bad         100, 0.90% of all, by this sample\n" in result.out
+
+
 def test_check_as_json_and_with_a_contact_sheet(run: Run, pictures: Path) -> None:
     result = run("data", "check", "pics", "--json", "--contact-sheet", "sheet.png")
 

@@ -64,6 +64,7 @@ class SourceCheck:
         known_bad: Records that are bad without being read, of all.
         good: Records looked at that are sound.
         faults: What is broken among those looked at, by kind.
+        bad_share: Part of all records that is bad; of a large source, by its sample and what is known of all.
         skipped: What the source passed over, by kind.
         widths: Of the pictures, in pixels; None without pictures.
         heights: The same.
@@ -86,6 +87,7 @@ class SourceCheck:
     known_bad: int
     good: int = 0
     faults: dict[str, Fault] = field(default_factory=dict)
+    bad_share: float = 0.0
     skipped: dict[str, int] = field(default_factory=dict)
     widths: Spread | None = None
     heights: Spread | None = None
@@ -121,6 +123,7 @@ class _Seen:
     records: set[bytes] = field(default_factory=set)
     turns: Counter[int] = field(default_factory=Counter)
     good: list[int] = field(default_factory=list)
+    surprises: int = 0  # bad records that were not known to be
 
 
 def check_source(
@@ -145,7 +148,7 @@ def check_source(
     Returns:
         What was seen.
     """
-    known_bad = source.known_bad()
+    known_bad = set(source.known_bad())
     whole = everything or len(source) <= ALL_UP_TO
     chosen: Sequence[int] = range(len(source))
     if not whole:
@@ -160,12 +163,14 @@ def check_source(
             size = open_image(record.picture).size if record.picture is not None else None
         except (DataError, ImageError) as error:
             _note(check, error, source, number)
+            seen.surprises += number not in known_bad
         else:
             _measure(check, seen, record, size, count_tokens)
             if size:
                 seen.good.append(number)
         if report:
             report("checking records", done, len(numbers))
+    check.bad_share = _bad_share(check, seen, len(known_bad.intersection(numbers)), len(numbers))
     return _summed_up(check, seen, count_tokens is not None)
 
 
@@ -177,6 +182,13 @@ def _note(check: SourceCheck, error: DataError | ImageError, source: CheckableSo
     fault.count += 1
     if len(fault.examples) < EXAMPLES:
         fault.examples.append(message)
+
+
+def _bad_share(check: SourceCheck, seen: _Seen, known: int, looked_at: int) -> float:
+    """Return the part of all records that is bad: every known one was looked at, the others speak for their kind."""
+    others = check.records - known
+    surprising = seen.surprises / max(1, looked_at - known) * others
+    return (check.bad - seen.surprises + surprising) / max(1, check.records)
 
 
 def _measure(

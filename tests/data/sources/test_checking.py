@@ -84,6 +84,22 @@ def test_of_a_large_source_a_seeded_sample_and_every_known_fault_are_looked_at(
     assert check_source(source, everything=True).good == 60
 
 
+def test_the_share_of_what_is_bad_is_that_of_the_whole_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = {f"{number}.txt": b"alone" for number in range(40)}
+    broken = {f"b{number}.jpg": b"no picture" for number in range(100)}
+    texts = {f"b{number}.txt": b"words" for number in range(100)}
+    shard(tmp_path / "0.tar", {**samples(60), **members, **broken, **texts})
+    source = open_source(tmp_path)
+    assert check_source(source).bad_share == 140 / 200
+
+    monkeypatch.setattr(checking, "ALL_UP_TO", 50)
+    monkeypatch.setattr(checking, "SAMPLE", 50)
+    check = check_source(source)
+
+    others = check.good + check.faults["picture that cannot be opened"].count
+    assert check.bad_share == (40 + check.faults["picture that cannot be opened"].count / others * 160) / 200
+
+
 def test_shown_records_are_spread_over_the_source(tmp_path: Path) -> None:
     shard(tmp_path / "0.tar", samples(48))
 
