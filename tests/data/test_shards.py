@@ -103,7 +103,7 @@ def test_lie_about_a_size_is_refused(size: bytes, why: str, tmp_path: Path) -> N
 def test_file_that_is_no_archive_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(content)
 
-    with pytest.raises(DataError, match=r"0\.tar: no tar header at byte 0"):
+    with pytest.raises(DataError, match=r"0\.tar: (no tar header at byte 0|the archive is compressed by gzip)"):
         index_shard(tmp_path / "0.tar")
 
 

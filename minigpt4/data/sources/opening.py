@@ -31,6 +31,11 @@ Format = Literal["auto", "shards", "captions", "alignment", "conversations", "vq
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:(//|(?=[^\\/]))", re.IGNORECASE)
 _DRIVE = re.compile(r"[a-z]:", re.IGNORECASE)
 _LISTS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+_PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
+_PLAIN = (
+    "expected a plain tar, in which samples are read by their place",
+    "unpack it once (gunzip 00000.tar.gz makes 00000.tar): pictures take no more room unpacked",
+)
 _LOOKED_AT = 100
 _LOOKED_THROUGH = 10_000
 _EXPECTED = (
@@ -127,6 +132,8 @@ def recognise(place: Path) -> tuple[str, Path]:
     if not place.exists():
         raise DataError(f"{place} does not exist", "check the path; relative ones start at the current folder")
     suffix = place.suffix.lower()
+    if place.name.lower().endswith(_PACKED):
+        raise DataError(f"{place} is a compressed archive, {_PLAIN[0]}", _PLAIN[1])
     kind = "parquet" if suffix == ".parquet" else _of_list(place) if suffix in _LISTS else None
     if kind:
         return kind, place
@@ -164,6 +171,8 @@ def _no_source(folder: Path, names: Sequence[str]) -> DataError:
             f"{folder} has pictures and no words to them, expected captions.csv, .tsv, .json or .jsonl, or .txt files",
             "write captions.csv with the columns file_name and caption",
         )
+    if any(name.endswith(_PACKED) for name in names):
+        return DataError(f"{folder} has compressed archives, {_PLAIN[0]}", _PLAIN[1])
     return DataError(f"{folder} is not a source of examples, {_EXPECTED}", "name its format, or another folder")
 
 

@@ -44,6 +44,9 @@ ROW = np.dtype(
 
 _FIELDS = ("picture", "text", "picture_size", "text_bytes", "shard", "fault", "is_json")
 
+MORE_DOTS = "picture or text with a dot before its ending"
+"""`a.b.jpg` is part `b.jpg` of the sample `a`, by webdataset's rule."""
+
 NOWHERE = 2**64 - 1
 GOOD, FAULT_NO_PICTURE, FAULT_TEXT, FAULT_DOUBLED, FAULT_LARGE, FAULT_DAMAGE = range(6)
 
@@ -173,12 +176,15 @@ def _add(member: Member, found: dict[str, _Parts]) -> str | None:
     if member.kind != FILE:
         return member.kind
     key, suffix = sample_key(member.name)
+    *dotted, ending = suffix.split(".")
     if not key or key.endswith("/"):
         return "hidden file"
     if f".{suffix}" in PICTURE_SUFFIXES:
         part = "picture"
     elif suffix in ("json", "txt"):
         part = suffix
+    elif dotted and (f".{ending}" in PICTURE_SUFFIXES or ending in ("json", "txt")):
+        return MORE_DOTS
     else:
         return f"file of kind .{suffix}" if suffix.isascii() and suffix.isalnum() and len(suffix) < 8 else "other file"
     parts = found.setdefault(key, _Parts())

@@ -6,8 +6,8 @@ position, through the index file of the folder where there is one, else through 
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -21,6 +21,7 @@ from minigpt4.data.sources.shard_contents import (
     FAULT_LARGE,
     FAULT_NO_PICTURE,
     GOOD,
+    MORE_DOTS,
     NOWHERE,
     caption_of,
     member_at,
@@ -38,7 +39,7 @@ from minigpt4.data.sources.shard_index import (
     read_index,
     write_index,
 )
-from minigpt4.data.sources.splits import training_files
+from minigpt4.data.sources.splits import LEFT_OUT, training_files
 from minigpt4.errors import DataError
 from minigpt4.plurals import counted
 from minigpt4.processing.pictures import DEFAULT_LIMITS
@@ -46,6 +47,7 @@ from minigpt4.processing.pictures import DEFAULT_LIMITS
 CAPTION_KEY = "caption"
 MAX_SHARDS = 1_000_000
 _AS_SOURCES = "name them as several sources"
+BELOW = "shard in a folder below"
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})")
 
@@ -58,11 +60,13 @@ class ShardSource:
         name: What a person calls it.
         index: Where they lie.
         caption_key: What holds the caption in a JSON record; another than the index was made with is possible.
+        passed_over: Shards of the folder that are not read, by kind.
     """
 
     name: str
     index: ShardIndex
     caption_key: str
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def identity(self) -> str:
@@ -78,8 +82,8 @@ class ShardSource:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Members that were passed over, by kind."""
-        return self.index.skipped
+        """Members, and shards, that were passed over, by kind."""
+        return {**self.index.skipped, **self.passed_over}
 
     def __len__(self) -> int:
         return len(self.index.rows)
@@ -172,13 +176,15 @@ def open_shards(path: str, *, text: str | None = None, report: Report | None = N
         report: Told of each shard while an index is made.
 
     Raises:
-        DataError: There are no shards, some of a pattern are missing, or the index is stale.
+        DataError: There are no shards or no samples in them, some of a pattern are missing, or the index is stale.
     """
     key = text or CAPTION_KEY
-    folder, names = find_shards(path)
-    if not (folder / INDEX_NAME).is_file():
-        return ShardSource(path, make_index(folder, names, key, report), key)
-    index = read_index(folder)
+    folder, names, passed_over = find_shards(path)
+    index = read_index(folder) if (folder / INDEX_NAME).is_file() else None
+    if index is None or _is_about_others(index, path, names):
+        index = make_index(folder, names, key, report)
+        _refuse_nothing(path, index)
+        return ShardSource(path, index, key, passed_over)
     check_fresh(index, names)
     if Path(path).is_dir() and len(names) != len(index.shards):
         missing = next(shard.name for shard in index.shards if shard.name not in set(names))
@@ -186,7 +192,9 @@ def open_shards(path: str, *, text: str | None = None, report: Report | None = N
             f"the index {folder / INDEX_NAME} is stale: it knows {missing}, which is gone",
             f"minigpt4 data index {folder}",
         )
-    return ShardSource(path, part_of(index, names), key)
+    part = part_of(index, names)
+    _refuse_nothing(path, part)
+    return ShardSource(path, part, key, passed_over)
 
 
 def index_folder(path: str, *, text: str | None = None, report: Report | None = None) -> tuple[Path, ShardIndex]:
@@ -198,19 +206,44 @@ def index_folder(path: str, *, text: str | None = None, report: Report | None = 
         report: Told of each shard.
 
     Returns:
-        The index file and what it says.
+        The index file and what it says; shards of the folder that are not read count as passed over.
 
     Raises:
-        DataError: There are no shards, or one cannot be read.
+        DataError: There are no shards or no samples in them, or one cannot be read.
         StorageError: The folder cannot be written.
     """
-    folder, names = find_shards(path)
+    folder, names, passed_over = find_shards(path)
     index = make_index(folder, names, text or CAPTION_KEY, report)
-    return write_index(index), index
+    _refuse_nothing(path, index)
+    return write_index(index), replace(index, skipped={**index.skipped, **passed_over})
 
 
-def find_shards(path: str) -> tuple[Path, list[str]]:
-    """Return the folder of some shards and their names in it, in order; a folder's shards for testing are left out.
+def _is_about_others(index: ShardIndex, path: str, names: Sequence[str]) -> bool:
+    """Tell whether shards that are named themselves are none of the index: those for testing, which it leaves out."""
+    return not Path(path).is_dir() and {shard.name for shard in index.shards}.isdisjoint(names)
+
+
+def _refuse_nothing(path: str, index: ShardIndex) -> None:
+    if len(index.rows):
+        return
+    skipped = ", ".join(f"{count:,} x {what}" for what, count in index.skipped.items())
+    hint = "name the folder of other shards"
+    if MORE_DOTS in index.skipped:
+        hint = "a sample's name ends at the first dot: write the shards with names that have one dot"
+    raise DataError(
+        f"{path} has {counted(len(index.shards), 'shard')} and not one sample in "
+        f"{'it' if len(index.shards) == 1 else 'them'}, expected KEY.jpg with KEY.json or KEY.txt"
+        + (f"; passed over: {skipped}" if skipped else ""),
+        hint,
+    )
+
+
+def find_shards(path: str) -> tuple[Path, list[str], dict[str, int]]:
+    """Find shards.
+
+    Returns:
+        Their folder, their names in it, in order, and how many of the folder are not read, by kind: those for testing,
+        and those in folders below one that has some itself.
 
     Raises:
         DataError: There are none, or some of a pattern are missing.
@@ -219,16 +252,19 @@ def find_shards(path: str) -> tuple[Path, list[str]]:
         return _of_pattern(path)
     given = Path(path)
     if given.is_file():
-        return given.parent, [given.name]
+        return given.parent, [given.name], {}
     if not given.is_dir():
         raise DataError(f"{path} is not a file or folder", "check the path")
-    found = sorted(given.glob("*.tar")) or sorted(given.rglob("*.tar"))
+    everywhere = sorted(given.rglob("*.tar"))
+    found = [shard for shard in everywhere if shard.parent == given] or everywhere
     if not found:
         raise DataError(f"no tar shards in {path}", "name the folder that holds files like 00000.tar")
-    return given, training_files([shard.relative_to(given).as_posix() for shard in found])
+    names = training_files([shard.relative_to(given).as_posix() for shard in found])
+    counts = {LEFT_OUT: len(found) - len(names), BELOW: len(everywhere) - len(found)}
+    return given, names, {what: count for what, count in counts.items() if count}
 
 
-def _of_pattern(pattern: str) -> tuple[Path, list[str]]:
+def _of_pattern(pattern: str) -> tuple[Path, list[str], dict[str, int]]:
     paths = [Path(path) for path in expand_braces(pattern)]
     missing = [path for path in paths if not path.is_file()]
     if missing:
@@ -238,7 +274,7 @@ def _of_pattern(pattern: str) -> tuple[Path, list[str]]:
             "fetch them, or name the shards that are there: a folder stands for all in it",
         )
     folder = Path(os.path.commonpath([path.parent for path in paths]))
-    return folder, [path.relative_to(folder).as_posix() for path in paths]
+    return folder, [path.relative_to(folder).as_posix() for path in paths], {}
 
 
 def expand_braces(pattern: str) -> list[str]:

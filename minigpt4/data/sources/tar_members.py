@@ -32,6 +32,7 @@ _WITHOUT_DATA = {
 }
 _OCTAL = re.compile(rb" *([0-7]*)[ \0]*", re.DOTALL)
 _PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=\n]+)=")
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _HINT = "fetch or write the archive again"
 
 
@@ -69,6 +70,10 @@ def members(file: BinaryIO, end: int, archive: str) -> Iterator[Member]:
     """
     if end == 0:
         raise DataError(f"{archive}: the file is empty, expected a tar archive", _HINT)
+    file.seek(0)
+    begins = file.read(max(map(len, _COMPRESSED)))
+    if program := next((_COMPRESSED[magic] for magic in _COMPRESSED if begins.startswith(magic)), None):
+        raise DataError(f"{archive}: the archive is compressed by {program}, expected a plain tar", "unpack it once")
     position = 0
     while member := read_member(file, position, end, archive):
         yield member

@@ -81,6 +81,16 @@ def test_a_folder_without_words_is_told_apart(tmp_path: Path) -> None:
     assert told.value.hint == "write captions.csv with the columns file_name and caption"
 
 
+@pytest.mark.parametrize("name", ["0.tar.gz", "0.TGZ"])
+def test_compressed_archives_are_told_apart(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name, b"")
+
+    for given in (path, tmp_path):
+        with pytest.raises(DataError, match=r"compressed archives?, expected a plain tar") as told:
+            open_source(given)
+        assert "gunzip" in told.value.hint
+
+
 @pytest.mark.parametrize("name", ["x.txt", "x.json"])
 def test_file_that_is_no_source_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a source of examples"):

@@ -89,7 +89,7 @@ def test_key_ends_at_the_first_dot_of_the_last_part(tmp_path: Path) -> None:
 
     assert [source.read(number).key for number in range(2)] == ["0.tar:x.y/1", "0.tar:1"]
     assert [source.read(number).turns[0][1] for number in range(2)] == ["one", "two"]
-    assert source.skipped == {"other file": 1}
+    assert source.skipped == {"picture or text with a dot before its ending": 1}
 
 
 def test_json_caption_counts_before_the_text_and_the_text_where_it_has_none(tmp_path: Path) -> None:
@@ -177,10 +177,11 @@ def test_members_of_other_kinds_are_passed_over_and_counted(tmp_path: Path) -> N
         archive.addfile(special_member("2.pyd", tarfile.REGTYPE))
         archive.addfile(special_member("._1.jpg", tarfile.REGTYPE))
         archive.addfile(special_member("dev.jpg", tarfile.CHRTYPE))
+    shard(tmp_path / "1.tar", samples(1))
 
     source = opened(tmp_path)
 
-    assert len(source) == 0
+    assert len(source) == 1
     assert source.skipped == {
         "symbolic link": 1, "hard link": 1, "file of kind .cls": 1, "file of kind .pyd": 2, "hidden file": 1,
         "device": 1,
@@ -377,7 +378,41 @@ def test_shards_for_testing_are_left_out_of_a_folder(tmp_path: Path) -> None:
         shard(tmp_path / f"{name}.tar", samples(1))
 
     assert opened(tmp_path).group(0) == "cc3m-train-0000.tar"
+    assert opened(tmp_path).skipped == {"file of another split": 1}
+    assert index_folder(str(tmp_path))[1].skipped == {"file of another split": 1}
+    assert opened(tmp_path).skipped == {"file of another split": 1}
     assert opened(tmp_path / "cc3m-validation-0000.tar").group(0) == "cc3m-validation-0000.tar"
+
+
+def test_shards_below_a_folder_of_shards_are_counted(tmp_path: Path) -> None:
+    shard(tmp_path / "0.tar", samples(1))
+    (tmp_path / "more").mkdir()
+    shard(tmp_path / "more" / "1.tar", samples(1))
+
+    assert len(opened(tmp_path)) == 1 and opened(tmp_path).skipped == {"shard in a folder below": 1}
+
+
+@pytest.mark.parametrize(
+    ("members", "words", "hint"),
+    [
+        ({}, "1 shard and not one sample in it, expected KEY.jpg with KEY.json or KEY.txt", "other shards"),
+        (
+            {"a.v2.jpg": b"x", "a.v2.txt": b"x", "b.jpg.cls": b"x"},
+            "KEY.txt; passed over: 2 x picture or text with a dot before its ending, 1 x other file",
+            "a sample's name ends at the first dot",
+        ),
+    ],
+)
+def test_shards_without_any_sample_are_refused(
+    members: dict[str, bytes], words: str, hint: str, tmp_path: Path
+) -> None:
+    shard(tmp_path / "0.tar", members)
+
+    for look in (open_source, lambda path: index_folder(str(path))):
+        with pytest.raises(DataError) as told:
+            look(tmp_path)
+        assert words in told.value.message and hint in told.value.hint
+    assert not (tmp_path / INDEX_NAME).exists()
 
 
 def test_identity_follows_the_content_and_not_the_place(folder: Path, tmp_path: Path) -> None:

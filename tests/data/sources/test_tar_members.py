@@ -1,5 +1,6 @@
 """Archives are read as the standard library reads them, and hostile ones come to an end with a sentence."""
 
+import gzip
 import io
 import tarfile
 from pathlib import Path
@@ -133,6 +134,7 @@ HOSTILE = {
     "chain of long names": (LONG_NAME * (MAX_EXTENDED_HEADERS + 1) + END, "more than 8 extended headers at byte 0"),
     "long name at the end": (LONG_NAME, "ends without an end mark"),
     "no archive": (b"x" * 2000, "no tar header at byte 0"),
+    "compressed": (gzip.compress(b"x" * 2000), "the archive is compressed by gzip, expected a plain tar"),
 }
 
 
