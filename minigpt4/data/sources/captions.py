@@ -7,7 +7,7 @@ its picture are bad records: counted, not passed over in silence.
 """
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from minigpt4.errors import DataError
 TABLES = [f"{stem}.{suffix}" for stem in ("captions", "metadata") for suffix in ("csv", "tsv", "json", "jsonl")]
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "image_id", "picture", "path", "img")
 TEXT_COLUMNS = ("caption", "text", "title", "description", "sentence")
+_NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
 _FOLDERS = ("", "images/", "image/")
 
 Row = tuple[str, Any]
@@ -194,8 +195,11 @@ def _csv_rows(table: Path, delimiter: str) -> Iterator[Row]:
                 header = file.readline(65536)
                 delimiter = max(",;\t", key=header.count)
                 file.seek(0)
-            reader = csv.DictReader(file, delimiter=delimiter, strict=False)
+            lines: list[str] = []
+            reader = csv.DictReader(_noted(file, lines), delimiter=delimiter, strict=False)
+            num_columns = _num_columns(reader, table)
             while True:
+                lines.clear()
                 try:
                     row = next(reader)
                 except StopIteration:
@@ -204,11 +208,41 @@ def _csv_rows(table: Path, delimiter: str) -> Iterator[Row]:
                     key = f"{table.name}:{reader.line_num}"
                     yield key, BadRecordError(LARGE_TEXT, f"{key}: the row cannot be read: {error}")
                     continue
-                yield f"{table.name}:{reader.line_num}", {name or "": value for name, value in row.items()}
+                key = f"{table.name}:{reader.line_num}"
+                beyond = row.pop(None, [])  # type: ignore[call-overload]  # where the library puts what has no column
+                if len(lines) > 1 and not _is_well_quoted(lines, delimiter):
+                    said = f"{key}: {len(lines)} lines are one row, as a quote opens there that is not closed"
+                    yield key, BadRecordError(WRONG_TEXT, said)
+                elif any(value.strip() for value in beyond):
+                    said = f"{key}: the row has {num_columns + len(beyond)} fields and the table {num_columns} columns"
+                    yield key, BadRecordError(WRONG_TEXT, f"{said}, a caption with {_NAMES[delimiter]} needs quotes")
+                else:
+                    yield key, row
     except UnicodeDecodeError as error:
         raise DataError(f"{table} is not UTF-8", "save it as UTF-8") from error
     except OSError as error:
         raise DataError(f"{table} cannot be read: {error.strerror}", "check the path") from error
+
+
+def _num_columns(reader: "csv.DictReader[str]", table: Path) -> int:
+    try:
+        return len(reader.fieldnames or ())
+    except csv.Error as error:
+        raise DataError(f"{table}: its first line cannot be read: {error}", "write names of columns there") from error
+
+
+def _noted(file: Iterable[str], lines: list[str]) -> Iterator[str]:
+    for line in file:
+        lines.append(line)
+        yield line
+
+
+def _is_well_quoted(lines: Sequence[str], delimiter: str) -> bool:
+    try:
+        list(csv.reader(lines, delimiter=delimiter, strict=True))
+    except csv.Error:
+        return False
+    return True
 
 
 def _json_rows(table: Path) -> Iterator[Row]:

@@ -239,8 +239,40 @@ def test_field_of_a_megabyte_in_a_table_is_counted(tmp_path: Path) -> None:
     assert [record.turns[0][1] for record in good(source)] == ["a cat"]
 
 
+@pytest.mark.parametrize(
+    ("suffix", "mark", "name"), [("csv", ",", "a comma"), ("csv", ";", "a semicolon"), ("tsv", "\t", "a tab")]
+)
+def test_a_caption_that_a_delimiter_cuts_in_two_is_not_learnt_in_part(
+    suffix: str, mark: str, name: str, tmp_path: Path
+) -> None:
+    pictures(tmp_path, "cat.jpg")
+    lines = ["file|caption", "cat.jpg|a cat| and a dog", 'cat.jpg|"a cat| red"', "cat.jpg|b||"]
+    write(tmp_path / f"captions.{suffix}", "\n".join(lines).replace("|", mark))
+
+    source = open_source(tmp_path)
+
+    said = f"the row has 3 fields and the table 2 columns, a caption with {name} needs quotes"
+    assert faults(source) == {"text of another kind": f"captions.{suffix}:2: {said}"}
+    assert [record.turns[0][1] for record in good(source)] == [f"a cat{mark} red", "b"]
+
+
+@pytest.mark.parametrize("lines", ['cat.jpg,"a cat', 'cat.jpg,"a cat\ncat.jpg,a "red" dog'])
+def test_a_quote_that_is_not_closed_makes_no_caption_of_the_rows_below_it(lines: str, tmp_path: Path) -> None:
+    pictures(tmp_path, "cat.jpg")
+    whole = 'cat.jpg,"two\r\nlines ""here"" are well"'
+    write(tmp_path / "captions.csv", f"file,caption\n{whole}\n{lines}\ncat.jpg,a dog\n")
+
+    source = open_source(tmp_path)
+
+    assert "lines are one row, as a quote opens there that is not closed" in faults(source)["text of another kind"]
+    texts = [record.turns[0][1] for record in good(source)]
+    assert texts[0] == 'two\r\nlines "here" are well'
+    assert not any("cat.jpg" in text for text in texts)
+
+
 REFUSED: dict[str, tuple[str, Any, str]] = {
     "not UTF-8": ("captions.csv", b"file,caption\ncat.jpg,\xff\n", "is not UTF-8"),
+    "no first line": ("captions.csv", "x" * 2**18 + ",caption\n", "its first line cannot be read"),
     "not JSON": ("captions.json", "[1,", "is not JSON: "),
     "deep JSON": ("captions.json", "[" * 10**5, "is nested too deep"),
     "a number": ("captions.json", "7", "is neither a list nor an object"),
