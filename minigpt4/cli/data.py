@@ -119,10 +119,19 @@ def _refuse_too_many_bad(seen: "SourceCheck") -> None:
         which = "the records looked at" if seen.seed is None else "all records, by this sample,"
         error = DataError(
             f"{share:.2%} of {which} are bad, `minigpt4 train` stops at more than {BAD_SHARE:.0%}",
-            "mend the data, or raise max_bad_fraction in the recipe",
+            _cure(seen),
         )
         error.exit_status = 1
         raise error
+
+
+def _cure(seen: "SourceCheck") -> str:
+    from minigpt4.data.sources.faults import MISSING_PICTURE
+
+    missing = seen.faults.get(MISSING_PICTURE)
+    if missing is None or 2 * missing.count < seen.bad:
+        return "mend the data, or raise max_bad_fraction in the recipe"
+    return "name the folder of the pictures with --images (`images` of a source in a recipe), or mend the data"
 
 
 def _processor_of(model: str) -> "MiniGPT4Processor":

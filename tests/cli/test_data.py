@@ -56,6 +56,14 @@ def test_check_says_what_is_there_and_what_is_broken(run: Run, pictures: Path) -
     ]
 
 
+def test_pictures_that_are_missing_have_a_cure(run: Run, tmp_path: Path) -> None:
+    write(tmp_path / "lists/captions.csv", "file_name,caption\n0.jpg,a cat\n")
+    write(tmp_path / "pics/0.jpg", picture(0))
+
+    assert "hint: name the folder of the pictures with --images" in run("data", "check", "lists/captions.csv").err
+    assert run("data", "check", "lists/captions.csv", "--images", "pics").status == 0
+
+
 def test_known_faults_of_a_large_source_count_by_all_its_records(run: Run, tmp_path: Path) -> None:
     write(tmp_path / "pics/0.jpg", picture(0))
     rows = [f"0.jpg,words {number}\n" for number in range(10_950)] + [f"gone{n}.jpg,words\n" for n in range(100)]

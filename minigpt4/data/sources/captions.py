@@ -7,8 +7,9 @@ its picture are bad records: counted, not passed over in silence.
 """
 
 import csv
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from minigpt4.data.sources.faults import (
@@ -55,7 +56,7 @@ def open_captions(
     if table is None:
         _add_sidecars(rows, files)
     else:
-        named = _add_table(rows, table, text, None if images else files)
+        named = _add_table(rows, table, text, None if images else files, folder)
         if path.is_dir():
             _add_unnamed(rows, files, named, table.name)
     sizes = sorted((name, size) for name, size in files.items() if _is_picture(name))
@@ -87,7 +88,7 @@ def _add_sidecars(rows: Rows, files: Mapping[str, int]) -> None:
             rows.add_bad(BadRecordError(NO_PICTURE, f"{name} has no picture of its name"))
 
 
-def _add_table(rows: Rows, table: Path, text: str | None, files: Mapping[str, int] | None) -> set[str]:
+def _add_table(rows: Rows, table: Path, text: str | None, files: Mapping[str, int] | None, folder: Path) -> set[str]:
     """Add the rows of a table.
 
     Args:
@@ -95,6 +96,7 @@ def _add_table(rows: Rows, table: Path, text: str | None, files: Mapping[str, in
         table: The file.
         text: The caption's column.
         files: What lies in the folder of the pictures; None where that is not known.
+        folder: That folder.
 
     Returns:
         The pictures that are named.
@@ -112,12 +114,12 @@ def _add_table(rows: Rows, table: Path, text: str | None, files: Mapping[str, in
             if files is not None and not leaves_folder(name):
                 places = [place for place in places if place in files][:1]
                 if not places:
-                    lower = lower or {file.lower(): file for file in files}
-                    alike = _in_other_letters(name, lower)
+                    lower = lower or {_plain(file): file for file in files}
+                    alike = _in_other_letters(name, lower) or _behind_a_link(name, folder)
                     raise BadRecordError(MISSING_PICTURE, f"{key}: the picture {name[:200]!r} is not there{alike}")
                 named.add(places[0])
             caption = checked_text(found.get(columns[1]), f"{key} ({name[:200]})")
-            rows.add(places[0] if files else name, places, [("", caption)])
+            rows.add(places[0], places, [("", caption)])
         except BadRecordError as error:
             rows.add_bad(error)
         except DataError as error:  # a row without the columns; perhaps the others have them
@@ -144,18 +146,34 @@ def _add_unnamed(rows: Rows, files: Mapping[str, int], named: set[str], table: s
 
 def _places(name: str) -> list[str]:
     """Return where the picture of a name may lie: an id stands for a file with the usual endings."""
+    name = str(PurePosixPath(name))  # "./cat.jpg" and "a//cat.jpg" are names that programs write
     endings = ("",) if _is_picture(name) else ("", *PICTURE_SUFFIXES)
     return [f"{folder}{name}{ending}" for folder in _FOLDERS for ending in endings]
 
 
-def _in_other_letters(name: str, files: Mapping[str, str]) -> str:
-    """Say which of the files, by their names in lower case, a picture that is not there may be.
+def _plain(name: str) -> str:
+    """Return a name in lower case, its accents one way: systems write them in two (Unicode's NFC and NFD)."""
+    return unicodedata.normalize("NFC", name).lower()
 
-    A name may have been written on another system, with backslashes.
+
+def _in_other_letters(name: str, files: Mapping[str, str]) -> str:
+    """Say which of the files, by their plain names, a picture that is not there may be.
+
+    A name may have been written on another system, with backslashes, or begin with folders above this one.
     """
-    places = [place.lower() for place in _places(name.replace("\\", "/"))]
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    places = [_plain(place) for start in range(len(parts)) for place in _places("/".join(parts[start:]))]
     found = next((files[place] for place in places if place in files), None)
-    return f", but {found} is" if found else ""
+    if not found:
+        return ""
+    accents = found.lower() != _plain(found) or name.lower() != _plain(name)
+    return f", but {found} is{', its accents written another way (Unicode NFC or NFD)' if accents else ''}"
+
+
+def _behind_a_link(name: str, folder: Path) -> str:
+    above = PurePosixPath(name).parts[:-1]
+    linked = bool(above) and (folder / above[0]).is_symlink()
+    return f", and {above[0]} is a link to a folder, which is not followed" if linked else ""
 
 
 def _columns(row: Mapping[str, Any], text: str | None, table: Path) -> tuple[str, str]:
@@ -209,7 +227,7 @@ def _csv_rows(table: Path, delimiter: str) -> Iterator[Row]:
                     yield key, BadRecordError(LARGE_TEXT, f"{key}: the row cannot be read: {error}")
                     continue
                 key = f"{table.name}:{reader.line_num}"
-                beyond = row.pop(None, [])  # type: ignore[call-overload]  # where the library puts what has no column
+                beyond = row.pop(None, [])  # where the library puts what has no column
                 if len(lines) > 1 and not _is_well_quoted(lines, delimiter):
                     said = f"{key}: {len(lines)} lines are one row, as a quote opens there that is not closed"
                     yield key, BadRecordError(WRONG_TEXT, said)

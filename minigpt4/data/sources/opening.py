@@ -92,12 +92,23 @@ def open_source(
     else:
         _refuse_addresses(name)
         place = Path(name)
+    if folder is not None and not folder.is_dir():
+        raise DataError(f"{folder} is not a folder, expected that of the pictures", "mend --images, or `images`")
     kind, place = recognise(place) if format == "auto" else (format, place)
+    _refuse_what_changes_nothing(kind, name, images=folder is not None, text=text is not None)
     if kind == "shards":
         return replace(open_shards(str(place), text=text, report=report), name=name)
     if not place.exists():
         raise DataError(f"{name} does not exist", "check the path; relative ones start at the current folder")
     return replace(_open(kind, place, folder, text, within), name=name)
+
+
+def _refuse_what_changes_nothing(kind: str, name: str, *, images: bool, text: bool) -> None:
+    if images and kind == "shards":
+        raise DataError(f"{name} has its pictures in its shards, so `images` changes nothing", "leave images out")
+    if text and kind in ("conversations", "vqa"):
+        words = "the turns of its conversations" if kind == "conversations" else "questions and answers"
+        raise DataError(f"{name} has {words} and no captions, so `text` changes nothing", "leave text out")
 
 
 def _open(

@@ -1,5 +1,6 @@
 """A folder of pictures with captions, in every usual form; what has no partner is counted and not passed over."""
 
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,35 @@ def test_a_picture_named_in_other_letters_is_pointed_at(tmp_path: Path) -> None:
         "captions.csv:3: the picture 'DOG' is not there, but images/dog.jpg is",
         "captions.csv:4: the picture 'cow.jpg' is not there",
         "captions.csv:5: the picture 'images\\\\dog.jpg' is not there, but images/dog.jpg is",
+    ]
+
+
+def test_names_as_programs_write_them_are_read(tmp_path: Path) -> None:
+    pictures(tmp_path, "cat.jpg", "a/dog.jpg", "images/cow.jpg")
+    write(tmp_path / "captions.csv", "file,caption\n./cat.jpg,a cat\n./a//dog.jpg,a dog\n./cow,a cow\n")
+
+    source = open_source(tmp_path)
+
+    assert [record.key for record in good(source)] == ["cat.jpg", "a/dog.jpg", "images/cow.jpg"] and len(source) == 3
+
+
+def test_a_name_that_looks_right_and_is_not_there_is_told_why(tmp_path: Path) -> None:
+    pictures(tmp_path / "pics", unicodedata.normalize("NFD", "caf\xe9.jpg"), "dog.jpg")
+    pictures(tmp_path / "elsewhere", "cow.jpg")
+    (tmp_path / "pics/linked").symlink_to(tmp_path / "elsewhere")
+    write(tmp_path / "pics/captions.csv", "file,caption\ncaf\xe9.jpg,a\nmy/pics/dog.jpg,a\nlinked/cow.jpg,a\n")
+
+    source = open_source(tmp_path / "pics")
+
+    told = []
+    for number in range(3):
+        with pytest.raises(BadRecordError) as error:
+            source.read(number)
+        told.append(error.value.message.partition("is not there, ")[2])
+    assert told == [
+        unicodedata.normalize("NFD", "but caf\xe9.jpg is, its accents written another way (Unicode NFC or NFD)"),
+        "but dog.jpg is",
+        "and linked is a link to a folder, which is not followed",
     ]
 
 

@@ -81,6 +81,27 @@ def test_a_folder_without_words_is_told_apart(tmp_path: Path) -> None:
     assert told.value.hint == "write captions.csv with the columns file_name and caption"
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "options", "words"),
+    [
+        ("x.json", TALK, {"images": "nowhere"}, "nowhere is not a folder, expected that of the pictures"),
+        ("x.json", TALK, {"text": "words"}, "so `text` changes nothing"),
+        (
+            "x.json",
+            [{"question": "q", "answer": "a", "image": "a.jpg"}],
+            {"text": "words"},
+            "so `text` changes nothing",
+        ),
+        ("x.tar", b"", {"images": "."}, "so `images` changes nothing"),
+    ],
+)
+def test_an_option_that_is_wrong_or_changes_nothing_is_refused(
+    name: str, content: object, options: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=words):
+        open_source(write(tmp_path / name, content), **options)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["0.tar.gz", "0.TGZ"])
 def test_compressed_archives_are_told_apart(name: str, tmp_path: Path) -> None:
     path = write(tmp_path / name, b"")
