@@ -188,9 +188,10 @@ def read_json(path: Path) -> Any:  # noqa: ANN401  (whatever a file holds)
     except RecursionError as error:
         raise DataError(f"{path} is nested too deep for JSON of this kind", "write it as a plain list") from error
     except ValueError as error:
-        raise DataError(
-            f"{path} is not JSON: {' '.join(str(error).split())[:200]}", "mend or fetch the file"
-        ) from error
+        hint = "mend or fetch the file"
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+            hint = "if each of its lines is JSON of its own, name the file .jsonl; else mend it"
+        raise DataError(f"{path} is not JSON: {' '.join(str(error).split())[:200]}", hint) from error
 
 
 def read_json_lines(path: Path) -> Iterable[tuple[int, Any]]:

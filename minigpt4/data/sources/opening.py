@@ -162,15 +162,22 @@ def _of_folder(folder: Path) -> tuple[str, Path]:
     if any("question" in name.lower() and name.endswith(".json") for name in names):
         return "vqa", folder
     deeper = [name.lower() for name, _ in islice(files_in(folder), _LOOKED_THROUGH)]
-    for suffix, kind in ((".tar", "shards"), (".parquet", "parquet")):
-        if any(name.endswith(suffix) for name in deeper):
-            return kind, folder
+    if any(name.endswith(".tar") for name in deeper):
+        return "shards", folder
+    if any(name.endswith(".parquet") for name in deeper):
+        # Writing plain files, img2dataset leaves tables without pictures beside pictures with their texts.
+        return "captions" if _has_pairs(deeper) else "parquet", folder
     lists = [folder / name for name in sorted(names) if name.lower().endswith(_LISTS)]
     if len(lists) == 1 and (listed := _of_list(lists[0])):
         return listed, lists[0]
     if any(name.endswith(PICTURE_SUFFIXES) for name in deeper) and any(name.endswith(".txt") for name in deeper):
         return "captions", folder
     raise _no_source(folder, deeper)
+
+
+def _has_pairs(names: Sequence[str]) -> bool:
+    pictures = {name.rpartition(".")[0] for name in names if name.endswith(PICTURE_SUFFIXES)}
+    return any(name.endswith(".txt") and name.removesuffix(".txt") in pictures for name in names)
 
 
 def _no_source(folder: Path, names: Sequence[str]) -> DataError:

@@ -319,6 +319,15 @@ def test_table_that_cannot_be_read_is_refused(fault: str, tmp_path: Path) -> Non
         open_source(tmp_path)
 
 
+def test_lines_of_json_under_another_ending_have_the_cure(tmp_path: Path) -> None:
+    pictures(tmp_path, "cat.jpg")
+    write(tmp_path / "captions.json", LINE + LINE)
+
+    with pytest.raises(DataError, match="is not JSON: Extra data") as told:
+        open_source(tmp_path)
+    assert "name the file .jsonl" in told.value.hint
+
+
 def swap_words(folder: Path) -> object:
     return write(folder / "captions.csv", "file,caption\ncat.jpg,a dog\n")
 

@@ -28,6 +28,8 @@ QUESTION = [{"image": "a.jpg", "question": "q", "answer": "a"}]
         ({"coco.json": {"images": [], "annotations": []}}, ("captions", "coco.json")),
         ({"data/a.parquet": b""}, ("parquet", "")),
         ({"data/0.tar": b"", "data/0.parquet": b""}, ("shards", "")),
+        ({"0.parquet": b"", "0/1.jpg": b"", "0/1.txt": b"", "0/1.json": b"{}"}, ("captions", "")),
+        ({"a.parquet": b"", "a.jpg": b"", "README.txt": b""}, ("parquet", "")),
         ({"talk.json": TALK, "a.jpg": b""}, ("conversations", "talk.json")),
         ({"vqa.json": QUESTION, "a.jpg": b""}, ("vqa", "vqa.json")),
         ({"gqa.json": {"1": QUESTION[0]}}, ("vqa", "gqa.json")),
