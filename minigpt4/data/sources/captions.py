@@ -77,6 +77,7 @@ def _add_sidecars(rows: Rows, files: Mapping[str, int]) -> None:
     """Add `cat.jpg` with `cat.txt` or `cat.TXT`, and each of both without the other as bad."""
     stems = {name.rpartition(".")[0] for name in files if _is_picture(name)}
     texts = {name.rpartition(".")[0]: name for name in files if name.lower().endswith(".txt")}
+    others = {name.rpartition(".")[0]: name for name in files if not name.lower().endswith(".txt")}
     for name in files:
         stem = name.rpartition(".")[0]
         if _is_picture(name):
@@ -85,7 +86,8 @@ def _add_sidecars(rows: Rows, files: Mapping[str, int]) -> None:
             else:
                 rows.add_bad(BadRecordError(NO_TEXT, f"{name} has no caption, expected {stem}.txt"))
         elif name.lower().endswith(".txt") and stem not in stems:
-            rows.add_bad(BadRecordError(NO_PICTURE, f"{name} has no picture of its name"))
+            other = f", but {others[stem]}; read are {', '.join(PICTURE_SUFFIXES)}" if stem in others else ""
+            rows.add_bad(BadRecordError(NO_PICTURE, f"{name} has no picture of its name{other}"))
 
 
 def _add_table(rows: Rows, table: Path, text: str | None, files: Mapping[str, int] | None, folder: Path) -> set[str]:

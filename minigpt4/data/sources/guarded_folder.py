@@ -27,7 +27,7 @@ from minigpt4.data.sources.faults import (
 from minigpt4.errors import DataError
 from minigpt4.processing.pictures import DEFAULT_LIMITS
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 """What is taken for a picture by its name; what is in it, the opener decides later."""
 
 

@@ -6,12 +6,15 @@ Lists, tables, shards and pictures are taken, and nothing that could run. The re
 
 from pathlib import Path
 
+from minigpt4.data.sources.guarded_folder import PICTURE_SUFFIXES
 from minigpt4.data.sources.shard_index import Report
 from minigpt4.errors import DownloadError
 from minigpt4.weights.hub import HUB_ID
 
 PREFIX = "hub:"
-FILES = ["*.parquet", "*.tar", "*.json", "*.jsonl", "*.csv", "*.tsv", "*.txt", "*.jpg", "*.jpeg", "*.png", "*.webp"]
+_ENDINGS = (".parquet", ".tar", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", *PICTURE_SUFFIXES)
+FILES = ["*" + "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in ending) for ending in _ENDINGS]
+"""Patterns of what is fetched, in large or small letters."""
 
 
 def dataset_folder(name: str, report: Report | None = None) -> Path:

@@ -1,9 +1,9 @@
 """Which samples a tar shard holds: the webdataset layout that img2dataset writes.
 
 A sample is the members of one name up to the first dot of its last part: a picture (`KEY.jpg`, `.jpeg`, `.png`,
-`.webp`) and its caption, in `KEY.json` under a key or as `KEY.txt`. Where both are there the JSON's counts, as in the
-original; the text is taken where the JSON has no such key. All other members are passed over and counted: nothing is
-ever unpacked, unpickled or followed.
+`.webp`, `.gif`, `.bmp`) and its caption, in `KEY.json` under a key or as `KEY.txt`. Where both are there the JSON's
+counts, as in the original; the text is taken where the JSON has no such key. All other members are passed over and
+counted: nothing is ever unpacked, unpickled or followed.
 
 A shard that is damaged keeps the samples before the damage; the damage itself is one bad row, so that it is counted
 and a shard with nothing good in it is noticed.

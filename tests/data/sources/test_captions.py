@@ -9,6 +9,7 @@ import pytest
 
 from minigpt4.data.record import Record
 from minigpt4.data.sources import BadRecordError, CheckableSource, open_source
+from minigpt4.data.sources.checking import check_source
 from minigpt4.errors import DataError
 from tests.data.sources.source_files import picture, write
 
@@ -90,6 +91,21 @@ def test_text_beside_each_picture(tmp_path: Path) -> None:
         "no text": "b/alone.jpg has no caption, expected b/alone.txt",
         "no picture": "b/lost.txt has no picture of its name",
     }
+
+
+def test_pictures_of_every_kind_that_is_opened_are_found(tmp_path: Path) -> None:
+    for number, kind in enumerate(["JPEG", "PNG", "WebP", "GIF", "BMP"]):
+        write(tmp_path / f"{number}.{kind.lower()}", picture(number, kind))
+        write(tmp_path / f"{number}.txt", kind)
+    write(tmp_path / "t.tif", b"II")
+    write(tmp_path / "t.txt", "no picture that is read")
+
+    check = check_source(open_source(tmp_path))
+
+    assert check.good == 5
+    assert check.faults["no picture"].examples == [
+        "t.txt has no picture of its name, but t.tif; read are .jpg, .jpeg, .png, .webp, .gif, .bmp"
+    ]
 
 
 def test_row_without_picture_and_picture_without_row_are_counted(tmp_path: Path) -> None:

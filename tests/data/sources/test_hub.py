@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 
 from minigpt4.data.sources import BadRecordError, open_source
+from minigpt4.data.sources.hub import FILES
 from minigpt4.errors import DownloadError
 from tests.data.sources.source_files import picture, samples, shard, write
 
@@ -52,6 +54,12 @@ def test_shards_in_a_folder_of_the_data_set_are_read(snapshot: Path, tmp_path: P
     source = open_source("hub:someone/cats")
 
     assert source.read(1).key == "data/train-0.tar:000000001"
+
+
+def test_files_are_fetched_in_large_and_small_letters_and_nothing_that_runs() -> None:
+    there = ["a/1.JPG", "1.gif", "a.Parquet", "README.md", "load.py", "x.jpg.exe", "b.ndjson"]
+
+    assert list(filter_repo_objects(there, allow_patterns=FILES)) == ["a/1.JPG", "1.gif", "a.Parquet", "b.ndjson"]
 
 
 @pytest.mark.parametrize("name", ["hub:someone/dogs", "hub:someone/cats@v2"])

@@ -75,7 +75,7 @@ def test_img2dataset_shards_are_read(tmp_path: Path) -> None:
     assert source.known_bad() == [] and source.skipped == {}
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "jpeg", "png", "webp", "JPG"])
+@pytest.mark.parametrize("suffix", ["jpg", "jpeg", "png", "webp", "gif", "bmp", "JPG"])
 def test_pictures_of_every_kind_with_a_text_beside_them_are_read(suffix: str, tmp_path: Path) -> None:
     source = opened(shard(tmp_path / "0.tar", {f"1.{suffix}": picture(1), "1.txt": b" a cat\n"}))
 
