@@ -127,7 +127,6 @@ class Layout:
 
     def _original(self, record: Record, turns: Sequence[tuple[str, str]]) -> TextExample:
         tokenizer = self.processor.tokenizer
-        encoder = TextEncoder(tokenizer)
         question, answer = turns[0]
         picture = (
             [self.processor.image_token_id] * self.processor.num_image_tokens if record.picture is not None else []
@@ -135,18 +134,11 @@ class Layout:
         before, after = self._original_prompt(question, bool(picture))
         prompt = [
             tokenizer.bos_token_id,
-            *(encoder.encode(before, parse_special=True) if before else []),
+            *(self._parsed(before) if before else []),
             *picture,
-            *(encoder.encode(after, parse_special=True) if after else []),
+            *(self._parsed(after) if after else []),
         ]
-        # The original's tokenizer reads "</s>" in a prompt or a caption as the token.
-        said = encoder.encode(answer + self.end_symbol, parse_special=True)
-        if prompt.count(self.processor.image_token_id) > len(picture) or self.processor.image_token_id in said:
-            # With LLaMA's tokenizers that is "<unk>", whose places the model would take for those of a picture more.
-            raise PromptError(
-                f"{record.key} has {self.processor.image_token!r} in its text, which holds the places of pictures"
-            )
-        end = encoder.encode(self.end_symbol, parse_special=True)
+        said, end = self._parsed(answer + self.end_symbol), self._parsed(self.end_symbol)
         if self.keep_end and len(end) >= self.max_text_tokens:
             raise PromptError(
                 f"the end symbol {self.end_symbol!r} takes {len(end)} tokens, which leaves none of the "
@@ -162,6 +154,17 @@ class Layout:
         return TextExample(
             [*prompt, *target], [IGNORED] * len(prompt) + labels, len(said) - len(target) + len(turns) - 1
         )
+
+    def _parsed(self, text: str) -> list[int]:
+        """Encode text as the original's tokenizer does, which reads "</s>" in a prompt or a caption as the token.
+
+        The picture's token is none of the original's: a caption that has its name has no place for a picture there.
+        """
+        reserved = self.processor.image_token_id
+        ids = TextEncoder(self.processor.tokenizer).encode(text, parse_special=True, reserved_id=reserved)
+        if reserved in ids:
+            raise PromptError(f"Text encodes to the id {reserved}, which holds the places of pictures")
+        return ids
 
     def _original_prompt(self, question: str, has_picture: bool) -> tuple[str, str]:
         if not question:

@@ -69,13 +69,14 @@ class TextEncoder:
             )
         return number
 
-    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+    def encode(self, text: str, *, parse_special: bool = False, reserved_id: int | None = None) -> list[int]:
         """Encode one stretch of text, without a token for its beginning or end.
 
         Args:
             text: Any string.
             parse_special: Turn the names of added tokens in the text into these tokens, and encode what lies between
                 them as stretches of their own. For the parity of training captions only, never for what a user types.
+            reserved_id: An added token whose name is text all the same, since it holds places for something else.
 
         Returns:
             Ids; none of them is a special token's unless `parse_special` is true. A character that the vocabulary
@@ -86,10 +87,11 @@ class TextEncoder:
         """
         if not parse_special or not self._added:
             return self.encode_with_spans(text)[0]
-        names = sorted(self._added, key=len, reverse=True)
+        added = {name: number for name, number in self._added.items() if number != reserved_id}
+        names = sorted(added, key=len, reverse=True)
         ids: list[int] = []
-        for stretch in re.split(f"({'|'.join(map(re.escape, names))})", text):
-            ids += [self._added[stretch]] if stretch in self._added else self.encode_with_spans(stretch)[0]
+        for stretch in re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]:
+            ids += [added[stretch]] if stretch in added else self.encode_with_spans(stretch)[0]
         return ids
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[Span]]:

@@ -140,6 +140,17 @@ def test_original_layout_puts_the_picture_where_the_prompt_has_it(layout: Layout
     assert text == "<s>###Human: <Img>(picture)</Img> Describe. ###Assistant: a dog###"
 
 
+@pytest.mark.parametrize("text", ["<image>", "an <image> of </s>"])
+def test_a_caption_with_the_name_of_the_pictures_token_has_no_place_for_a_picture(text: str, layout: Layout) -> None:
+    """The model would look for one picture more than there is, and end the run."""
+    for kind in (layout, original(layout)):
+        example = kind.encode(record(("", text)), f"What {text}?")
+
+        places = [i == layout.processor.image_token_id for i in example.input_ids]
+        assert sum(places) == layout.processor.num_image_tokens
+        assert text.removesuffix("</s>") in said(layout, example.labels)
+
+
 @pytest.mark.parametrize(("keep_end", "ends"), [(True, True), (False, False)])
 def test_original_layout_cuts_the_end_symbol_unless_it_is_kept(keep_end: bool, ends: bool, layout: Layout) -> None:
     cut = original(layout, max_text_tokens=6, keep_end=keep_end)
@@ -153,15 +164,6 @@ def test_original_layout_refuses_an_end_symbol_that_leaves_no_place_for_an_answe
     ends = original(layout, end_symbol="a long end", max_text_tokens=3)
     with pytest.raises(PromptError, match=r"'a long end' takes \d+ tokens, which leaves none of the 3"):
         ends.encode(record(("", "a dog that runs")), "")
-
-
-@pytest.mark.parametrize(("question", "answer"), [("", "a dog <image> runs"), ("What is <image>?", "a dog")])
-def test_original_layout_refuses_a_text_that_names_the_token_of_a_pictures_places(
-    question: str, answer: str, layout: Layout
-) -> None:
-    """As "<unk>" with LLaMA's tokenizers: one such caption among millions would end the run that reads it."""
-    with pytest.raises(PromptError, match=r"a\.jpg has '<image>' in its text"):
-        original(layout).encode(record((question, answer)), "")
 
 
 @pytest.mark.parametrize(("max_text_tokens", "keep_end"), [(160, False), (6, True)])
