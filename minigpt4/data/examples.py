@@ -45,12 +45,14 @@ class TextExample:
         labels: As many; the ids themselves where the loss is taken, else `IGNORED`.
         cut: Tokens of answers, or whole turns, that did not fit.
         branches: Lengths of the beginning and of the texts that follow it side by side; empty for one text.
+        turns_left_out: How many of `cut` are turns.
     """
 
     input_ids: list[int]
     labels: list[int]
     cut: int
     branches: tuple[int, ...] = ()
+    turns_left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,10 @@ class Layout:
             i if answered else IGNORED for i, answered in zip(prompt.input_ids, prompt.assistant_mask, strict=True)
         ]
         shortened = sum(a.strip() != b for (_, a), b in zip(kept, answers, strict=True))
+        left_out = len(turns) - len(kept)
         # What a template writes after the last end symbol, such as a line end, teaches nothing: nobody need read it.
         end = max((place for place, label in enumerate(labels, 1) if label != IGNORED), default=len(labels))
-        return TextExample(prompt.input_ids[:end], labels[:end], len(turns) - len(kept) + shortened)
+        return TextExample(prompt.input_ids[:end], labels[:end], left_out + shortened, turns_left_out=left_out)
 
     def _shortened(self, answer: str) -> str:
         """Cut an answer until it fits; the template then adds the end symbol."""
@@ -151,9 +154,9 @@ class Layout:
         # version pads with another, so that answers may end with it: without a loss nobody would learn to stop.
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id not in end else None
         labels = [IGNORED if i == padding else i for i in target]
-        return TextExample(
-            [*prompt, *target], [IGNORED] * len(prompt) + labels, len(said) - len(target) + len(turns) - 1
-        )
+        left_out = len(turns) - 1
+        cut = len(said) - len(target) + left_out
+        return TextExample([*prompt, *target], [IGNORED] * len(prompt) + labels, cut, turns_left_out=left_out)
 
     def _parsed(self, text: str) -> list[int]:
         """Encode text as the original's tokenizer does, which reads "</s>" in a prompt or a caption as the token.

@@ -39,6 +39,7 @@ def side_by_side(examples: Sequence[TextExample], image_token_id: int) -> TextEx
         [IGNORED] * shared + [label for example in examples for label in example.labels[shared:]],
         sum(example.cut for example in examples),
         (shared, *(len(example.input_ids) - shared for example in examples)),
+        sum(example.turns_left_out for example in examples),
     )
 
 

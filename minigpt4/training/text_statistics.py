@@ -21,13 +21,17 @@ class TextStatistics:
 
     Args:
         lengths: Tokens of answers in each text that was looked at; end symbols included.
-        cut: How many of them lose the end of an answer, or further turns.
+        cut: How many of them lose the end of an answer.
         limit: `max_text_tokens` of the stage.
+        fewer: How many of them lose turns.
+        turns: So many of a text are learnt, at most.
     """
 
     lengths: Sequence[int]
     cut: int
     limit: int
+    fewer: int = 0
+    turns: int = 1
 
     def sentence(self, stage: str) -> str:
         """Say it in one line."""
@@ -42,15 +46,16 @@ class TextStatistics:
             f"half of them at most {middle:.0f}, 95 % at most {high:.0f}"
         )
         line += f" ({counted(len(self.lengths), 'example')} looked at)"
-        share = self.cut / len(self.lengths)
-        if share <= WORTH_A_WARNING:
-            return line
-        return f"{line}; WARNING: {share:.0%} lose their end, max_text_tokens is {self.limit}"
+        if (share := self.cut / len(self.lengths)) > WORTH_A_WARNING:
+            line += f"; WARNING: {share:.0%} lose their end, max_text_tokens is {self.limit}"
+        if (share := self.fewer / len(self.lengths)) > WORTH_A_WARNING:
+            line += f"; WARNING: {share:.0%} lose what follows their first {counted(self.turns, 'question')}"
+        return line
 
 
 def text_statistics(batches: SourceBatches) -> TextStatistics:
     """Look at the first examples of a stage, without opening a picture."""
-    lengths, cut = [], 0
+    lengths, cut, fewer = [], 0, 0
     for place in range(min(LOOKED_AT, len(batches) * batches.batch_size)):
         try:
             example = batches.text(place)
@@ -58,5 +63,9 @@ def text_statistics(batches: SourceBatches) -> TextStatistics:
             continue  # counted when it is read for training
         answers = answers_of(example)
         lengths += answers
-        cut += min(example.cut, len(answers))
-    return TextStatistics(lengths, cut, batches.layout.max_text_tokens)
+        cut += min(example.cut - example.turns_left_out, len(answers))
+        fewer += min(example.turns_left_out, len(answers))
+    layout = batches.layout
+    return TextStatistics(
+        lengths, cut, layout.max_text_tokens, fewer, 1 if layout.kind == "original" else layout.max_turns
+    )

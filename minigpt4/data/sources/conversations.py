@@ -61,6 +61,8 @@ def _add(rows: Rows, place: str, item: Any) -> None:  # noqa: ANN401  (whatever 
     image = item.get("image", item.get("images"))
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
+    if image in ("", []):  # as some lists write text alone
+        image = None
     if image is not None and not (isinstance(image, str) and image.strip()):
         raise BadRecordError(NO_PICTURE, f"{key}: its image is not the name of one picture")
     pairs = [_pair(turns[start : start + 2], start, key) for start in range(0, len(turns), 2)]

@@ -83,6 +83,13 @@ def test_messages_of_other_trainers_are_read_too(tmp_path: Path) -> None:
     assert source.skipped == {"system messages": 1}
 
 
+@pytest.mark.parametrize("image", [None, "", []])
+def test_text_alone_may_name_no_picture(image: object, tmp_path: Path) -> None:
+    source = open_source(write_list(tmp_path, talk("q", "a", image=image)), format="conversations")
+
+    assert source.read(0).picture is None and source.read(0).turns == (("q", "a"),)
+
+
 BAD: dict[str, tuple[object, str]] = {
     "no object": (7, "has no list of conversations"),
     "no turns": ({"conversations": []}, "has no list of conversations"),
