@@ -42,6 +42,8 @@ def features(
     if here.is_main_process:
         known = counted(counts.known, "record")
         note(f"{counted(counts.computed, 'picture')} computed, {known} had theirs, {counts.bad:,} bad")
+        if settings.features != "cache":
+            note("the recipe says features: compute, so train does not read them: set features=cache there")
         print(folder)
 
 

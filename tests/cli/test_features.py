@@ -68,7 +68,9 @@ def test_features_are_computed_once_and_then_trained_on(run: Run, recipe: Path, 
     assert "features of first  7 of 7 pictures" in done.err
     again = run("data", "features", str(recipe))
     assert (again.status, again.out) == (0, done.out)
-    assert "0 pictures computed" in again.err
+    assert "0 pictures computed" in again.err and "train does not read them" not in done.err + again.err
+    other = run("data", "features", str(recipe), "--set", "features=compute")
+    assert "the recipe says features: compute, so train does not read them: set features=cache there" in other.err
 
     before = sorted(path.name for path in store.rglob("*"))
     trained = run("train", str(recipe))

@@ -5,7 +5,7 @@ in its complaint. Nothing is ever run or fetched because of a path, but for `hub
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import islice
 from os import PathLike
@@ -23,6 +23,7 @@ from minigpt4.data.sources.parquet import ParquetSource, open_parquet
 from minigpt4.data.sources.questions import open_questions
 from minigpt4.data.sources.shard_index import Report
 from minigpt4.data.sources.shards import open_shards
+from minigpt4.data.sources.splits import training_files
 from minigpt4.errors import DataError
 
 Format = Literal["auto", "shards", "captions", "alignment", "conversations", "vqa", "parquet", "hub"]
@@ -161,6 +162,11 @@ def _of_folder(folder: Path) -> tuple[str, Path]:
         return "captions", folder
     if any("question" in name.lower() and name.endswith(".json") for name in names):
         return "vqa", folder
+    return _of_what_lies_deeper(folder, names)
+
+
+def _of_what_lies_deeper(folder: Path, names: Collection[str]) -> tuple[str, Path]:
+    """Tell the format of a folder whose own files, by their `names`, do not say it at once."""
     deeper = [name.lower() for name, _ in islice(files_in(folder), _LOOKED_THROUGH)]
     if any(name.endswith(".tar") for name in deeper):
         return "shards", folder
@@ -170,9 +176,27 @@ def _of_folder(folder: Path) -> tuple[str, Path]:
     lists = [folder / name for name in sorted(names) if name.lower().endswith(_LISTS)]
     if len(lists) == 1 and (listed := _of_list(lists[0])):
         return listed, lists[0]
+    if not lists and (below := _with_table(folder)):
+        return "captions", below
     if any(name.endswith(PICTURE_SUFFIXES) for name in deeper) and any(name.endswith(".txt") for name in deeper):
         return "captions", folder
     raise _no_source(folder, deeper)
+
+
+def _with_table(folder: Path) -> Path | None:
+    """Return the folder below that has a table of captions, as hubs lay out splits; those for testing are none.
+
+    Raises:
+        DataError: Several have one.
+    """
+    below = [path for pattern in ("*/", "*/*/") for path in sorted(folder.glob(pattern)) if not path.is_symlink()]
+    names = training_files([path.relative_to(folder).as_posix() for path in below if table_in(path) is not None])
+    if len(names) > 1:
+        raise DataError(
+            f"{folder} has tables of captions in {len(names)} folders: {', '.join(names[:8])}",
+            "name each of them as a source of its own",
+        )
+    return folder / names[0] if names else None
 
 
 def _has_pairs(names: Sequence[str]) -> bool:

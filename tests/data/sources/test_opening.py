@@ -28,6 +28,11 @@ QUESTION = [{"image": "a.jpg", "question": "q", "answer": "a"}]
         ({"coco.json": {"images": [], "annotations": []}}, ("captions", "coco.json")),
         ({"data/a.parquet": b""}, ("parquet", "")),
         ({"data/0.tar": b"", "data/0.parquet": b""}, ("shards", "")),
+        (
+            {"train/metadata.csv": b"", "train/a.jpg": b"", "test/metadata.csv": b"", "README.txt": b""},
+            ("captions", "train"),
+        ),
+        ({"data/train/Metadata.jsonl": b"", "data/val/metadata.jsonl": b""}, ("captions", "data/train")),
         ({"0.parquet": b"", "0/1.jpg": b"", "0/1.txt": b"", "0/1.json": b"{}"}, ("captions", "")),
         ({"a.parquet": b"", "a.jpg": b"", "README.txt": b""}, ("parquet", "")),
         ({"talk.json": TALK, "a.jpg": b""}, ("conversations", "talk.json")),
@@ -71,6 +76,15 @@ def test_what_is_no_source_is_refused_with_what_was_looked_for(files: dict[str, 
 
     with pytest.raises(DataError, match=r"is not a source of examples, expected \*\.tar \(shards\), filter_cap\.json"):
         open_source(tmp_path)
+
+
+def test_tables_in_several_folders_are_told(tmp_path: Path) -> None:
+    for name in ("cats", "dogs", "test"):
+        write(tmp_path / name / "captions.csv", b"")
+
+    with pytest.raises(DataError, match=r"has tables of captions in 2 folders: cats, dogs") as told:
+        open_source(tmp_path)
+    assert told.value.hint == "name each of them as a source of its own"
 
 
 def test_a_folder_without_words_is_told_apart(tmp_path: Path) -> None:
