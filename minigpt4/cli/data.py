@@ -126,12 +126,15 @@ def _refuse_too_many_bad(seen: "SourceCheck") -> None:
 
 
 def _cure(seen: "SourceCheck") -> str:
-    from minigpt4.data.sources.faults import MISSING_PICTURE
+    from minigpt4.data.sources.faults import MISSING_PICTURE, OUTSIDE
 
-    missing = seen.faults.get(MISSING_PICTURE)
-    if missing is None or 2 * missing.count < seen.bad:
-        return "mend the data, or raise max_bad_fraction in the recipe"
-    return "name the folder of the pictures with --images (`images` of a source in a recipe), or mend the data"
+    kind, fault = max(seen.faults.items(), key=lambda item: item[1].count)
+    named = "name the folder of the pictures with --images (`images` of a source in a recipe)"
+    if 2 * fault.count >= seen.bad and kind == MISSING_PICTURE:
+        return f"{named}, or mend the data"
+    if 2 * fault.count >= seen.bad and kind == OUTSIDE:
+        return f"nothing outside the folder is read, by links neither: {named}, or copy them (cp -rL)"
+    return "mend the data, or raise max_bad_fraction in the recipe"
 
 
 def _processor_of(model: str) -> "MiniGPT4Processor":

@@ -142,7 +142,7 @@ def _prompts_of(keys: Keys, setting: Setting, *, check_files: bool) -> list[str]
         keys.notes.append(f"model.prompt_path: {problem}; a run refuses that")
         return []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{setting.place}: cannot read the prompts in {path}", "name a file of text") from error
     prompts = [line for line in lines if IMAGE_MARK in line]

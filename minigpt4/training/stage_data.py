@@ -306,7 +306,7 @@ def _read_prompts(path: Path) -> list[str]:
         ConfigError: The file cannot be read, or has none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the prompts {path}: {error}", hint="one prompt a line") from error
     # As the original: lines without a place for the picture are passed over where any line has one.

@@ -64,6 +64,15 @@ def test_pictures_that_are_missing_have_a_cure(run: Run, tmp_path: Path) -> None
     assert run("data", "check", "lists/captions.csv", "--images", "pics").status == 0
 
 
+def test_links_out_of_the_folder_have_a_cure(run: Run, tmp_path: Path) -> None:
+    write(tmp_path / "real/0.jpg", picture(0))
+    write(tmp_path / "pics/captions.csv", "file_name,caption\n0.jpg,a cat\n")
+    (tmp_path / "pics/0.jpg").symlink_to(tmp_path / "real/0.jpg")
+
+    assert "--images (`images` of a source in a recipe), or copy them (cp -rL)" in run("data", "check", "pics").err
+    assert run("data", "check", "pics/captions.csv", "--images", "real").status == 0
+
+
 def test_known_faults_of_a_large_source_count_by_all_its_records(run: Run, tmp_path: Path) -> None:
     write(tmp_path / "pics/0.jpg", picture(0))
     rows = [f"0.jpg,words {number}\n" for number in range(10_950)] + [f"gone{n}.jpg,words\n" for n in range(100)]

@@ -67,6 +67,15 @@ def test_stage_1_has_the_published_numbers(tree: Path) -> None:
     assert (sources(recipe).prompts, sources(recipe).crop) == ([], True)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tree: Path) -> None:
+    path = tree / "prompts/alignment.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    recipe, _ = translated(STAGE_2_YAML, check_files=True)
+
+    prompts = sources(recipe).prompts
+    assert isinstance(prompts, list) and prompts[0].startswith("<Img>")
+
+
 def test_stage_2_asks_with_the_prompts_of_its_file(tree: Path) -> None:
     recipe, notes = translated(STAGE_2_YAML, check_files=True)
     prompts = sources(recipe).prompts

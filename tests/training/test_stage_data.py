@@ -67,6 +67,13 @@ def test_whole_batches_come_from_one_source_the_same_in_all_processes(folder: Pa
     assert of_the_first == pytest.approx(ITEMS * 3 / 4, abs=ITEMS / 8)
 
 
+def test_a_file_of_prompts_as_windows_writes_it_is_read(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfWhat is it?\r\n\r\nDescribe it.\r\n")
+    sources = {"sources": [{"path": str(folder / "a")}], "prompts": str(tmp_path / "prompts.txt")}
+
+    assert batches(folder, data=sources).prompts == ["What is it?", "Describe it."]
+
+
 def test_samples_are_mixed_within_a_batch_elsewhere(folder: Path) -> None:
     data = batches(folder)
     assert any(len(source_of(data, item)) == 2 for item in range(10))

@@ -63,7 +63,9 @@ class GuardedFolder:
             if (path := self._inside(name, key)) is not None:
                 return _read(path, key, DEFAULT_LIMITS.max_bytes, LARGE_PICTURE)
         shown = names[0] if names else ""
-        raise BadRecordError(MISSING_PICTURE, f"{key}: the picture {shown[:200]!r} is not in {self.path}")
+        alike = shown.replace("\\", "/")  # as another system writes it
+        other = f", but {alike} is" if alike != shown and self._inside(alike, key) else ""
+        raise BadRecordError(MISSING_PICTURE, f"{key}: the picture {shown[:200]!r} is not in {self.path}{other}")
 
     def read_text(self, name: str, key: str) -> str:
         """Return the caption that a text file holds, without blanks round it.

@@ -84,6 +84,13 @@ def test_what_is_not_there_is_missing(name: str, folder: Path) -> None:
     assert told.value.kind == "picture that is missing" and len(told.value.message) < 500
 
 
+def test_a_name_with_backslashes_is_pointed_at(folder: Path) -> None:
+    with pytest.raises(BadRecordError, match=r"the picture 'a\\\\1\.jpg' is not in .*, but a/1\.jpg is$"):
+        GuardedFolder(folder).read_picture(["a\\1.jpg"], "key")
+    with pytest.raises(BadRecordError, match=r"is not in [^,]*$"):
+        GuardedFolder(folder).read_picture(["a\\gone.jpg"], "key")
+
+
 def test_folder_and_pipe_are_not_read(folder: Path) -> None:
     os.mkfifo(folder / "pipe.jpg")
 
