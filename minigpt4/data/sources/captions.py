@@ -1,9 +1,9 @@
 """Pictures with captions: a folder with a table, a table alone, or a text file beside each picture.
 
 The table is `captions.csv`, `.tsv`, `.json` or `.jsonl` (or `metadata.*`, as hubs name it): a row for each picture,
-with a column for the file and one for the caption under their usual names; JSON may also be `{"cat.jpg": "a cat"}` or
-COCO's `{"images": [...], "annotations": [...]}`. A picture no row names, a row without its picture and a text without
-its picture are bad records: counted, not passed over in silence.
+with a column for the file and one for the caption, or for a list of some, under their usual names; JSON may also be
+`{"cat.jpg": "a cat"}` or COCO's `{"images": [...], "annotations": [...]}`. A picture no row names, a row without its
+picture and a text without its picture are bad records: counted, not passed over in silence.
 """
 
 import csv
@@ -27,7 +27,7 @@ from minigpt4.errors import DataError
 
 TABLES = [f"{stem}.{suffix}" for stem in ("captions", "metadata") for suffix in ("csv", "tsv", "json", "jsonl")]
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "image_id", "picture", "path", "img")
-TEXT_COLUMNS = ("caption", "text", "title", "description", "sentence")
+TEXT_COLUMNS = ("caption", "text", "title", "description", "sentence", "captions", "sentences")
 _NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
 _FOLDERS = ("", "images/", "image/")
 
@@ -53,6 +53,8 @@ def open_captions(
     folder = images or (path.parent if path.is_file() else path)
     files = {} if images and table else dict(files_in(folder))
     rows = Rows()
+    if table is None and text:
+        raise DataError(f"{path} has captions in text files, so `text` changes nothing", "leave text out")
     if table is None:
         _add_sidecars(rows, files)
     else:
@@ -120,8 +122,9 @@ def _add_table(rows: Rows, table: Path, text: str | None, files: Mapping[str, in
                     alike = _in_other_letters(name, lower) or _behind_a_link(name, folder)
                     raise BadRecordError(MISSING_PICTURE, f"{key}: the picture {name[:200]!r} is not there{alike}")
                 named.add(places[0])
-            caption = checked_text(found.get(columns[1]), f"{key} ({name[:200]})")
-            rows.add(places[0], places, [("", caption)])
+            said = found.get(columns[1])
+            for caption in said if isinstance(said, list) and said else [said]:
+                rows.add(places[0], places, [("", checked_text(caption, f"{key} ({name[:200]})"))])
         except BadRecordError as error:
             rows.add_bad(error)
         except DataError as error:  # a row without the columns; perhaps the others have them

@@ -232,7 +232,7 @@ def _of_list(path: Path) -> str | None:
             if "annotations" in content:
                 return "captions" if "images" in content else "alignment"
             entries = list(islice(content.values(), _LOOKED_AT))
-            if entries and all(isinstance(entry, str) for entry in entries):
+            if entries and all(isinstance(entry, str | list) for entry in entries):
                 return "captions"
         else:
             entries = content[:_LOOKED_AT] if isinstance(content, list) else []

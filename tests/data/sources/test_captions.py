@@ -166,6 +166,32 @@ def test_a_picture_named_in_other_letters_is_pointed_at(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"cat.jpg": ["a cat", "it sits", " "], "dog.jpg": "a dog"},
+        [{"image": "cat.jpg", "captions": ["a cat", "it sits", None]}, {"image": "dog.jpg", "captions": "a dog"}],
+    ],
+)
+def test_several_captions_of_a_picture_are_records_of_their_own(content: object, tmp_path: Path) -> None:
+    pictures(tmp_path, "cat.jpg", "dog.jpg")
+
+    source = open_source(write(tmp_path / "list.json", content))
+
+    assert [(record.key, record.turns[0][1]) for record in good(source)] == [
+        ("cat.jpg", "a cat"), ("cat.jpg", "it sits"), ("dog.jpg", "a dog"),
+    ]  # fmt: skip
+    assert list(faults(source)) == ["no text"]
+
+
+def test_a_column_of_text_files_is_refused(tmp_path: Path) -> None:
+    pictures(tmp_path, "cat.jpg")
+    write(tmp_path / "cat.txt", "a cat")
+
+    with pytest.raises(DataError, match="has captions in text files, so `text` changes nothing"):
+        open_source(tmp_path, text="words")
+
+
 def test_names_as_programs_write_them_are_read(tmp_path: Path) -> None:
     pictures(tmp_path, "cat.jpg", "a/dog.jpg", "images/cow.jpg")
     write(tmp_path / "captions.csv", "file,caption\n./cat.jpg,a cat\n./a//dog.jpg,a dog\n./cow,a cow\n")
