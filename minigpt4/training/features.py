@@ -17,19 +17,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import ModelOutput
 
-from minigpt4.data.batches import MAX_ATTEMPTS, Process, SourceBatches
+from minigpt4.data.batches import Process, SourceBatches
 from minigpt4.data.record import Record
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.model.efficientnet_lite import EfficientNetLiteOutput
 from minigpt4.processing import MiniGPT4Processor
 from minigpt4.training.feature_fingerprint import fingerprint_of
+from minigpt4.training.feature_needs import NeededRecords, num_places
 from minigpt4.training.feature_reading import Read, read_ahead
 from minigpt4.training.feature_store import (
     FeatureStore,
@@ -250,12 +250,6 @@ def _work_digest(batches: SourceBatches) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def num_places(batches: SourceBatches) -> int:
-    """Return how many places of the order the processes of a stage read: whole windows."""
-    windows = -(-batches.length // batches.bucket_batches)
-    return windows * batches.bucket_batches * batches.batch_size * batches.process.world_size
-
-
 @dataclass
 class _Maker:
     """Makes the features of pictures.
@@ -323,49 +317,6 @@ class _Maker:
         pixels = torch.stack([pixels for _, pixels in self._queue]).to(self.device)
         self._queue = []
         self.writer.add(digests, make_features(self.model, pixels, self.fingerprint))
-
-
-class NeededRecords:
-    """The records that the places of a stage lead to, bad ones and those in their place included.
-
-    Args:
-        batches: Of the stage; of any of its processes.
-    """
-
-    UNSEEN, WANTED, GOOD, BAD = range(4)
-
-    def __init__(self, batches: SourceBatches) -> None:
-        self._order = batches.order
-        self._places = num_places(batches)
-        self._states = [np.zeros(size, np.uint8) for size in batches.order.sizes]
-
-    def find(self) -> bool:
-        """Find records that are needed and were not looked at; whether there are any."""
-        found = False
-        for place in range(self._places):
-            source, number = self._order.pick(place)
-            states = self._states[source]
-            for attempt in range(1, MAX_ATTEMPTS):
-                if states[number] != self.BAD:
-                    break
-                number = self._order.replacement(place, attempt)
-            if states[number] == self.UNSEEN:
-                states[number] = self.WANTED
-                found = True
-        return found
-
-    def wanted(self) -> np.ndarray:
-        """Return `(records, 2)`, source and number of each record found, in the order in which sources hold them."""
-        rows = [
-            np.stack([np.full(len(numbers), source), numbers], axis=1)
-            for source, states in enumerate(self._states)
-            for numbers in [np.flatnonzero(states == self.WANTED)]
-        ]
-        return np.concatenate(rows)
-
-    def note(self, source: int, number: int, *, bad: bool) -> None:
-        """Take what a record turned out to be."""
-        self._states[source][number] = self.BAD if bad else self.GOOD
 
 
 @torch.no_grad()
