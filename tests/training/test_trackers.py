@@ -94,6 +94,8 @@ def test_weights_and_biases_keeps_its_run_over_a_resume(tmp_path: Path, monkeypa
         tracker.log({"loss": 0.625 + start, "empty": math.nan}, start)
         tracker.finish()
 
+    wandb.teardown()  # a process of its own writes, which may be behind, and is waited for here
+
     started = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
     name = (tmp_path / "wandb_id.txt").read_text().strip()
     assert len(started) == 2
