@@ -242,7 +242,8 @@ def counting_bar(unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
             elif now - told.get(what, begun[what]) > SECONDS_A_LINE or (done == total and (unit or what in told)):
                 told[what] = now
                 left = "" if done >= total else f", {(total - done) / max(rate, 1e-9):.0f} s left"
-                note(f"{what}  {done:,} of {counted(total, unit) if unit else f'{total:,}'}  {rate:.1f} a second{left}")
+                of = f" of {counted(total, unit) if unit else f'{total:,}'}" if total else ""
+                note(f"{what}  {done:,}{of}  {rate:.1f} a second{left}")
             if done == total:
                 begun.pop(what)
                 told.pop(what, None)

@@ -194,10 +194,16 @@ def test_what_takes_long_is_told_where_there_is_no_terminal_and_the_rest_is_not(
     monkeypatch.setattr(time, "monotonic", lambda: now)
     with counting_bar() as report:
         report("soon done", 10, 10)
+        for done in (10, 20, 40):
+            report("reading a list", done, 0)
+            now += 20.0
+        report("reading a list", 50, 50)
         for done in range(0, 101, 25):
             report("reading shards", done, 100)
             now += 20.0
     assert capsys.readouterr().err.splitlines() == [
+        "reading a list  40  1.0 a second",
+        "reading a list  50 of 50  0.8 a second",
         "reading shards  50 of 100  1.2 a second, 40 s left",
         "reading shards  100 of 100  1.2 a second",
     ]

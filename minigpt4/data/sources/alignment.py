@@ -7,14 +7,19 @@ from pathlib import Path
 
 from minigpt4.data.sources.faults import WRONG_TEXT, BadRecordError, checked_text
 from minigpt4.data.sources.guarded_folder import GuardedFolder
-from minigpt4.data.sources.listed import ListSource, Rows, list_source, picture_name, read_json
+from minigpt4.data.sources.listed import Count, ListSource, Rows, list_source, picture_name, read_json
 from minigpt4.errors import DataError
 
 LIST_NAME = "filter_cap.json"
 
 
 def open_alignment(
-    path: Path, *, images: Path | None = None, text: str | None = None, within: Path | None = None
+    path: Path,
+    *,
+    images: Path | None = None,
+    text: str | None = None,
+    within: Path | None = None,
+    count: Count | None = None,
 ) -> ListSource:
     """Open pairs of the second stage.
 
@@ -23,6 +28,7 @@ def open_alignment(
         images: Where `ID.jpg` lie; left out: in `image` beside the list.
         text: The caption's key.
         within: Links may lead anywhere in this folder.
+        count: Told of the rows read.
 
     Raises:
         DataError: The list is missing or of another form.
@@ -35,7 +41,7 @@ def open_alignment(
             f'{file} is not of the form {{"annotations": [{{"image_id": ..., "caption": ...}}]}}',
             "a list of captions of another form is read with format: captions",
         )
-    rows = Rows()
+    rows = Rows(count=count)
     for number, item in enumerate(annotations, 1):
         key = f"{file.name}:{number}"
         try:

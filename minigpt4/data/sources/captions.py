@@ -22,7 +22,7 @@ from minigpt4.data.sources.faults import (
     checked_text,
 )
 from minigpt4.data.sources.guarded_folder import PICTURE_SUFFIXES, GuardedFolder, files_in, leaves_folder
-from minigpt4.data.sources.listed import ListSource, Rows, items_of, list_source, picture_name, read_json
+from minigpt4.data.sources.listed import Count, ListSource, Rows, items_of, list_source, picture_name, read_json
 from minigpt4.errors import DataError
 
 TABLES = [f"{stem}.{suffix}" for stem in ("captions", "metadata") for suffix in ("csv", "tsv", "json", "jsonl")]
@@ -36,7 +36,12 @@ Row = tuple[str, Any]
 
 
 def open_captions(
-    path: Path, *, images: Path | None = None, text: str | None = None, within: Path | None = None
+    path: Path,
+    *,
+    images: Path | None = None,
+    text: str | None = None,
+    within: Path | None = None,
+    count: Count | None = None,
 ) -> ListSource:
     """Open pictures with captions.
 
@@ -45,6 +50,7 @@ def open_captions(
         images: Where the pictures lie; left out: beside the table.
         text: The caption's column.
         within: Links may lead anywhere in this folder.
+        count: Told of the rows read.
 
     Raises:
         DataError: There is nothing of the kind, or the table has no such columns.
@@ -52,7 +58,7 @@ def open_captions(
     table = path if path.is_file() else table_in(path)
     folder = images or (path.parent if path.is_file() else path)
     files = {} if images and table else dict(files_in(folder))
-    rows = Rows()
+    rows = Rows(count=count)
     if table is None and text:
         raise DataError(f"{path} has captions in text files, so `text` changes nothing", "leave text out")
     if table is None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from minigpt4.data.sources.faults import NO_PICTURE, NO_TEXT, WRONG_TEXT, BadRecordError, checked_text
 from minigpt4.data.sources.guarded_folder import GuardedFolder
-from minigpt4.data.sources.listed import ListSource, Rows, items_of, list_source
+from minigpt4.data.sources.listed import Count, ListSource, Rows, items_of, list_source
 
 TURNS = ("conversations", "conversation", "messages")
 """Names of the list of turns."""
@@ -22,18 +22,21 @@ _MARK = re.compile(r"\n*<image>\n*")
 _ASKS, _ANSWERS = frozenset(["human", "user"]), frozenset(["gpt", "assistant"])
 
 
-def open_conversations(path: Path, *, images: Path | None = None, within: Path | None = None) -> ListSource:
+def open_conversations(
+    path: Path, *, images: Path | None = None, within: Path | None = None, count: Count | None = None
+) -> ListSource:
     """Open conversations.
 
     Args:
         path: The list (`.json` or `.jsonl`).
         images: Where the pictures lie; left out: beside the list.
         within: Links may lead anywhere in this folder.
+        count: Told of the rows read.
 
     Raises:
         DataError: The file cannot be read, or is no list.
     """
-    rows = Rows()
+    rows = Rows(count=count)
     for place, item in items_of(path):
         try:
             _add(rows, place, item)

@@ -9,7 +9,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,12 @@ MAX_LIST_BYTES = 2 * 1024**3
 MAX_LINE_BYTES = 1024**2
 """Of a line of a JSON Lines file."""
 
+TOLD_EVERY = 10_000
+"""Rows after which whoever waits for a list is told."""
+
 Turns = Sequence[tuple[str, str]]
+Count = Callable[[int, int], None]
+"""Told how many rows were read, and of how many: 0 while nobody knows."""
 
 
 @dataclass
@@ -37,6 +42,7 @@ class Rows:
         lengths: Bytes of what each says.
         bad: Numbers of those that are bad as they stand.
         skipped: What was passed over, by kind.
+        count: Told of the rows until all are there.
     """
 
     text: bytearray = field(default_factory=bytearray)
@@ -44,6 +50,7 @@ class Rows:
     lengths: "array[int]" = field(default_factory=lambda: array("L"))
     bad: list[int] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
+    count: Count | None = None
 
     def add(self, key: str, pictures: Sequence[str] | None, turns: Turns) -> None:
         """Add a record.
@@ -73,6 +80,14 @@ class Rows:
         self.text += json.dumps(row).encode()
         self.ends.append(len(self.text))
         self.lengths.append(length)
+        if self.count is not None and len(self) % TOLD_EVERY == 0:
+            self.count(len(self), 0)
+
+    def all_there(self) -> None:
+        """Tell that no row follows, if anything was told."""
+        if self.count is not None and len(self) >= TOLD_EVERY:
+            self.count(len(self), len(self))
+        self.count = None  # rows go to other processes, and who waits does not
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -164,6 +179,7 @@ def list_source(name: str, file: Path, pictures: GuardedFolder, rows: Rows, size
     """
     if not len(rows):
         raise DataError(f"{file} names no records", "add some, or name another file")
+    rows.all_there()
     digest = hashlib.sha256(rows.text)
     digest.update(rows.ends.tobytes())
     digest.update(json.dumps(sizes).encode())

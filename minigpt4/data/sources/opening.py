@@ -7,6 +7,7 @@ in its complaint. Nothing is ever run or fetched because of a path, but for `hub
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -18,7 +19,7 @@ from minigpt4.data.sources.captions import FILE_COLUMNS, open_captions, table_in
 from minigpt4.data.sources.conversations import TURNS, open_conversations
 from minigpt4.data.sources.guarded_folder import PICTURE_SUFFIXES, files_in
 from minigpt4.data.sources.hub import PREFIX, cache_of, dataset_folder
-from minigpt4.data.sources.listed import ListSource, read_json, read_json_lines
+from minigpt4.data.sources.listed import Count, ListSource, read_json, read_json_lines
 from minigpt4.data.sources.parquet import ParquetSource, open_parquet
 from minigpt4.data.sources.questions import open_questions
 from minigpt4.data.sources.shard_index import Report
@@ -71,7 +72,7 @@ def open_source(
         format: One of `Format`; `auto` looks.
         images: Where the pictures lie that a list names; left out: beside it.
         text: Column or key of the caption.
-        report: Told what takes long: reading shards that have no index, asking the hub.
+        report: Told what takes long: reading lists, and shards that have no index; asking the hub.
 
     Returns:
         The source.
@@ -101,7 +102,8 @@ def open_source(
         return replace(open_shards(str(place), text=text, report=report), name=name)
     if not place.exists():
         raise DataError(f"{name} does not exist", "check the path; relative ones start at the current folder")
-    return replace(_open(kind, place, folder, text, within), name=name)
+    count = None if report is None else partial(report, f"reading {place.name}")
+    return replace(_open(kind, place, folder, text, within, count), name=name)
 
 
 def _refuse_what_changes_nothing(kind: str, name: str, *, images: bool, text: bool) -> None:
@@ -113,19 +115,19 @@ def _refuse_what_changes_nothing(kind: str, name: str, *, images: bool, text: bo
 
 
 def _open(
-    kind: str, place: Path, images: Path | None, text: str | None, within: Path | None
+    kind: str, place: Path, images: Path | None, text: str | None, within: Path | None, count: Count | None
 ) -> ListSource | ParquetSource:
     match kind:
         case "conversations":
-            return open_conversations(_the_list(place), images=images, within=within)
+            return open_conversations(_the_list(place), images=images, within=within, count=count)
         case "vqa":
-            return open_questions(place, images=images, within=within)
+            return open_questions(place, images=images, within=within, count=count)
         case "parquet":
             return open_parquet(place, images=images, text=text, within=within)
         case "alignment":
-            return open_alignment(place, images=images, text=text, within=within)
+            return open_alignment(place, images=images, text=text, within=within, count=count)
         case _:
-            return open_captions(place, images=images, text=text, within=within)
+            return open_captions(place, images=images, text=text, within=within, count=count)
 
 
 def recognise(place: Path) -> tuple[str, Path]:

@@ -15,26 +15,29 @@ from typing import Any
 from minigpt4.data.sources.conversations import coco_names
 from minigpt4.data.sources.faults import NO_PICTURE, NO_TEXT, WRONG_TEXT, BadRecordError, checked_text
 from minigpt4.data.sources.guarded_folder import PICTURE_SUFFIXES, GuardedFolder
-from minigpt4.data.sources.listed import ListSource, Rows, items_of, list_source, read_json
+from minigpt4.data.sources.listed import Count, ListSource, Rows, items_of, list_source, read_json
 from minigpt4.errors import DataError
 
 _IMAGE_KEYS = ("image", "image_id", "imageId", "img", "file_name")
 _ANSWER_KEYS = ("answers", "direct_answers", "answer", "label")
 
 
-def open_questions(path: Path, *, images: Path | None = None, within: Path | None = None) -> ListSource:
+def open_questions(
+    path: Path, *, images: Path | None = None, within: Path | None = None, count: Count | None = None
+) -> ListSource:
     """Open questions with answers.
 
     Args:
         path: A folder with a list of questions and one of annotations, or a list.
         images: Where the pictures lie; left out: beside the list.
         within: Links may lead anywhere in this folder.
+        count: Told of the rows read.
 
     Raises:
         DataError: A list is missing or of another form.
     """
     file = find_questions(path) if path.is_dir() else path
-    rows = Rows()
+    rows = Rows(count=count)
     for key, item in _items(file):
         try:
             if isinstance(item, BadRecordError):

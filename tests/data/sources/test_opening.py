@@ -1,10 +1,11 @@
 """What a path is, is told by what lies there; nothing runs and nothing is fetched because of a path."""
 
+import pickle
 from pathlib import Path
 
 import pytest
 
-from minigpt4.data.sources import open_source
+from minigpt4.data.sources import listed, open_source
 from minigpt4.data.sources.opening import recognise
 from minigpt4.errors import DataError
 from tests.data.sources.source_files import picture, samples, shard, write
@@ -182,3 +183,31 @@ def test_path_with_a_colon_that_exists_is_a_path(tmp_path: Path, monkeypatch: py
     write(Path("set:one") / "a.txt", "a cat")
 
     assert open_source("set:one").read(0).turns == (("", "a cat"),)
+
+
+TOLD = {"human": "Q", "gpt": "A"}
+LONG_LISTS = {
+    "captions.csv": "file_name,caption\n" + "".join(f"{n}.jpg,picture {n}\n" for n in range(7)),
+    "filter_cap.json": {"annotations": [{"image_id": n, "caption": "a"} for n in range(7)]},
+    "talk.json": [{"image": "a.jpg", "conversations": [{"from": w, "value": v} for w, v in TOLD.items()]}] * 7,
+    "vqa.json": [QUESTION[0]] * 7,
+}
+
+
+@pytest.mark.parametrize("name", LONG_LISTS)
+def test_whoever_waits_for_a_long_list_is_told_and_nobody_of_a_short_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int, int]] = []
+    write(tmp_path / name, LONG_LISTS[name])
+
+    def tell(*what: object) -> None:
+        told.append(what)  # type: ignore[arg-type]
+
+    open_source(tmp_path / name, report=tell)
+    assert told == []
+
+    monkeypatch.setattr(listed, "TOLD_EVERY", 3)
+    source = open_source(tmp_path / name, report=tell)
+    assert told == [(f"reading {name}", done, total) for done, total in ((3, 0), (6, 0), (7, 7))]
+    assert len(pickle.loads(pickle.dumps(source))) == 7, "who waits stays here when the rows go to a reader"
