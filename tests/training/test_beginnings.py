@@ -18,7 +18,7 @@ from minigpt4.training.objectives import Outcome, TrainingStep
 from minigpt4.training.run import Reports, run
 from tests.model import tiny
 from tests.training.test_branches import losses, model_of
-from tests.training.test_run import model_folder, pictures, recipe
+from tests.training.whole_run import model_folder, pictures, recipe
 
 BEGINNING = [1, 40, 41, 42, 43, 44]
 PICTURE = [tiny.IMAGE_TOKEN_ID] * tiny.NUM_IMAGE_TOKENS
