@@ -13,7 +13,7 @@ from minigpt4.data.batches import SourceBatches
 from minigpt4.data.examples import pixel_values
 from minigpt4.errors import DataError, ImageError, PromptError
 from minigpt4.training.feature_store import FeatureStore
-from minigpt4.training.stopping import begin_reading, end_reading
+from minigpt4.training.stopping import any_number_of_readers, begin_reading, end_reading
 
 CHUNK = 8
 """Neighbouring records are read by one worker: they often show the same picture, and lie together on the disk."""
@@ -89,15 +89,16 @@ def read_ahead(
     Raises:
         DataError: A process that reads ended.
     """
-    loader: Any = DataLoader(
-        _Chunks(batches, numbers, store, fresh),
-        batch_size=None,
-        collate_fn=list,
-        num_workers=workers,
-        prefetch_factor=2 if workers else None,
-        worker_init_fn=begin_reading,
-    )
-    chunks = iter(loader)
+    with any_number_of_readers():
+        loader: Any = DataLoader(
+            _Chunks(batches, numbers, store, fresh),
+            batch_size=None,
+            collate_fn=list,
+            num_workers=workers,
+            prefetch_factor=2 if workers else None,
+            worker_init_fn=begin_reading,
+        )
+        chunks = iter(loader)
     try:
         while True:
             try:

@@ -47,7 +47,13 @@ from minigpt4.training.run_folder import (
     metrics_path,
 )
 from minigpt4.training.schedule import batches_before, learning_rate, num_batches
-from minigpt4.training.stopping import StopRequest, begin_reading, end_reading, stop_requests
+from minigpt4.training.stopping import (
+    StopRequest,
+    any_number_of_readers,
+    begin_reading,
+    end_reading,
+    stop_requests,
+)
 from minigpt4.training.update import PRECISIONS, Figures, Updater, chosen_precision, make_optimizer
 from minigpt4.weights.files.disk import make_folder
 
@@ -323,16 +329,17 @@ class _Told(Dataset[dict[str, Any] | MiniGPT4Error]):
 
 def _loaded(data: Dataset[dict[str, Any]], workers: int) -> Generator[dict[str, Any]]:
     """Read batches ahead; a reader that is killed or stuck is an error, not a wait without end."""
-    loader = DataLoader(
-        _Told(data),
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        timeout=LOADER_TIMEOUT if workers else 0,
-        worker_init_fn=begin_reading,
-    )
-    batches = iter(loader)
+    with any_number_of_readers():
+        loader = DataLoader(
+            _Told(data),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            timeout=LOADER_TIMEOUT if workers else 0,
+            worker_init_fn=begin_reading,
+        )
+        batches = iter(loader)
     try:
         while True:
             try:

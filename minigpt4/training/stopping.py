@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -86,6 +87,17 @@ def stop_requests(told: Callable[[], None]) -> Iterator[StopRequest]:
 def _tell(request: StopRequest, told: Callable[[], None]) -> None:
     if request.heard.get():
         told()
+
+
+@contextmanager
+def any_number_of_readers() -> Iterator[None]:
+    """Begin as many readers as a recipe says, of which the library warns where there are fewer cores.
+
+    They wait for disks as well, and a recipe goes from machine to machine.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
 
 
 def begin_reading(worker: int) -> None:

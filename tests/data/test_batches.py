@@ -80,6 +80,7 @@ def test_batches_do_not_depend_on_what_was_read_before() -> None:
 
 @pytest.mark.parametrize("bucket_batches", [1, 3])
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than there are cores
 def test_any_number_of_workers_gives_the_same_batches(workers: int, bucket_batches: int) -> None:
     source = Made(40, text_lengths=[1 + n % 7 for n in range(40)])
     alone = keys(batches(source, bucket_batches=bucket_batches))

@@ -263,6 +263,7 @@ def test_a_finished_work_is_not_read_again(source: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than there are cores
 def test_batches_name_the_same_examples_and_the_same_bad_ones(workers: int, source: Path, tmp_path: Path) -> None:
     shutil.copy(source / "bad.png", source / "1.png")
     (source / "2.png").write_bytes(b"no picture")
