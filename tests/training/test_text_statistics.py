@@ -1,6 +1,7 @@
 """What is said of a stage's texts before it begins."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -23,11 +24,13 @@ def test_one_length_is_said_once() -> None:
 
 
 @pytest.mark.parametrize(("kind", "words"), [("template", "2 questions"), ("original", "1 question")])
-def test_turns_that_are_left_out_are_no_lost_ends(kind: str, words: str, tmp_path: Path) -> None:
+def test_turns_that_are_left_out_are_no_lost_ends(
+    kind: Literal["template", "original"], words: str, tmp_path: Path
+) -> None:
     turns = [{"from": who, "value": "a dog"} for who in ("human", "gpt")]
     talk = [{"conversations": turns * number} for number in (1, 2, 3, 3)]
     source = open_source(write(tmp_path / "talk.json", talk))
-    layout = Layout(tiny_chat.processor(), kind=kind, max_turns=2)  # type: ignore[arg-type]
+    layout = Layout(tiny_chat.processor(), kind=kind, max_turns=2)
     batches = SourceBatches([source], Order((4,), (1.0,), 0, 0), layout, ["Describe."], length=4, batch_size=1)
 
     statistics = text_statistics(batches)

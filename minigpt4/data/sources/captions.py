@@ -225,7 +225,7 @@ def _csv_rows(table: Path, delimiter: str) -> Iterator[Row]:
                 delimiter = max(",;\t", key=header.count)
                 file.seek(0)
             lines: list[str] = []
-            reader = csv.DictReader(_noted(file, lines), delimiter=delimiter, strict=False)
+            reader = csv.DictReader(_noted(file, lines), delimiter=delimiter)
             num_columns = _num_columns(reader, table)
             while True:
                 lines.clear()

@@ -99,24 +99,19 @@ def test_a_folder_without_words_is_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "options", "words"),
+    ("name", "content", "images", "text", "words"),
     [
-        ("x.json", TALK, {"images": "nowhere"}, "nowhere is not a folder, expected that of the pictures"),
-        ("x.json", TALK, {"text": "words"}, "so `text` changes nothing"),
-        (
-            "x.json",
-            [{"question": "q", "answer": "a", "image": "a.jpg"}],
-            {"text": "words"},
-            "so `text` changes nothing",
-        ),
-        ("x.tar", b"", {"images": "."}, "so `images` changes nothing"),
+        ("x.json", TALK, "nowhere", None, "nowhere is not a folder, expected that of the pictures"),
+        ("x.json", TALK, None, "words", "so `text` changes nothing"),
+        ("x.json", QUESTION, None, "words", "so `text` changes nothing"),
+        ("x.tar", b"", ".", None, "so `images` changes nothing"),
     ],
 )
 def test_an_option_that_is_wrong_or_changes_nothing_is_refused(
-    name: str, content: object, options: dict[str, str], words: str, tmp_path: Path
+    name: str, content: object, images: str | None, text: str | None, words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=words):
-        open_source(write(tmp_path / name, content), **options)  # type: ignore[arg-type]
+        open_source(write(tmp_path / name, content), images=images, text=text)
 
 
 @pytest.mark.parametrize("name", ["0.tar.gz", "0.TGZ"])
@@ -201,8 +196,8 @@ def test_whoever_waits_for_a_long_list_is_told_and_nobody_of_a_short_one(
     told: list[tuple[str, int, int]] = []
     write(tmp_path / name, LONG_LISTS[name])
 
-    def tell(*what: object) -> None:
-        told.append(what)  # type: ignore[arg-type]
+    def tell(what: str, done: int, total: int) -> None:
+        told.append((what, done, total))
 
     open_source(tmp_path / name, report=tell)
     assert told == []
