@@ -12,6 +12,7 @@ def main() -> None:
     try:
         from minigpt4.cli.running import run  # a third of a second, in which somebody may press Ctrl-C
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        if sys.stderr is not None:
+            print("stopped", file=sys.stderr)
         sys.exit(130)
     run()

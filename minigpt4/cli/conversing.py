@@ -95,7 +95,7 @@ def lines() -> Iterator[str]:
     with _history():
         while True:
             try:
-                if not on_screen:
+                if not on_screen and sys.stderr is not None:
                     print("> ", end="", file=sys.stderr, flush=True)
                 line = input("> " if on_screen else "")
             except KeyboardInterrupt:

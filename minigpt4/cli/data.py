@@ -1,7 +1,6 @@
 """`minigpt4 data check` and `minigpt4 data index`: looking at examples before training on them."""
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minigpt4.cli.app import AsJson, data_app, examples
-from minigpt4.cli.terminal import note, parts_bar, quiet
+from minigpt4.cli.terminal import is_watched, note, parts_bar, quiet
 from minigpt4.errors import DataError, UsageError
 from minigpt4.plurals import counted
 
@@ -222,7 +221,7 @@ def counting_bar(unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
     told: dict[str, float] = {}
     tasks: dict[str, Any] = {}
     with ExitStack() as stack:
-        bar = _bar(unit) if sys.stderr.isatty() else None
+        bar = _bar(unit) if is_watched() else None
         if bar is not None:
             stack.callback(bar.stop)
 

@@ -1,12 +1,11 @@
 """What the terminal shows of a training run: how far it is, how fast, how well, and how long it will take."""
 
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from minigpt4.cli.terminal import note
+from minigpt4.cli.terminal import is_watched, note
 
 if TYPE_CHECKING:
     from minigpt4.training.loop import Progress
@@ -35,7 +34,7 @@ def training_bar(line_seconds: float = LINE_SECONDS) -> "Iterator[Callable[[Prog
 
         def report(progress: "Progress") -> None:
             if not shown:  # not before the first step: until then the terminal belongs to what loads
-                shown.append(stack.enter_context(_bars()) if sys.stderr.isatty() else _lines(line_seconds))
+                shown.append(stack.enter_context(_bars()) if is_watched() else _lines(line_seconds))
             if recent and recent[-1].stage != progress.stage:
                 recent.clear()
             recent.append(progress)

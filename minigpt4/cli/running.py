@@ -90,7 +90,7 @@ def _run(arguments: list[str]) -> None:
         where = getattr(error, "ctx", None)
         message = error.format_message()
         if where and message == where.get_help():  # a group without a command
-            print(message, file=sys.stderr)
+            note(message)
             sys.exit(2)
         message = _wrong_value(error) or " ".join(message.split()).rstrip(".")
         raise UsageError(message[:1].lower() + message[1:], _usage_hint(arguments, where)) from error

@@ -11,15 +11,25 @@ from minigpt4.errors import MiniGPT4Error
 
 
 def note(text: str) -> None:
-    """Tell the person something that is no answer."""
-    print(text, file=sys.stderr, flush=True)
+    """Tell the person something that is no answer.
+
+    Text and line break are one write: with `PYTHONUNBUFFERED` another thread's line would come between two.
+    Where standard error is closed, nothing is told: `print` would take standard output, which is for answers.
+    """
+    if sys.stderr is not None:
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)
+
+
+def is_watched() -> bool:
+    """Whether standard error is a terminal, where a person sees a bar move."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def complain(error: MiniGPT4Error) -> None:
     """Say what went wrong and how to mend it."""
-    print(f"error: {error.message}", file=sys.stderr)
+    note(f"error: {error.message}")
     if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)
+        note(f"hint: {error.hint}")
 
 
 def quiet(*, hub: bool = False) -> None:
@@ -48,7 +58,7 @@ def forgiving_streams() -> None:
 def patience(what: str, seconds: float = 3.0) -> Iterator[None]:
     """Say on a terminal what takes long, once it has taken so many seconds."""
     timer = threading.Timer(seconds, note, [what])
-    if sys.stderr is not None and sys.stderr.isatty():
+    if is_watched():
         timer.start()
     try:
         yield
@@ -63,7 +73,7 @@ def parts_bar() -> Iterator[Callable[[str, int, int], None]]:
     with ExitStack() as stack:
 
         def report(what: str, done: int, total: int) -> None:
-            if not sys.stderr.isatty():
+            if not is_watched():
                 if tasks.setdefault(what, done) is done:
                     note(what)
                 return
