@@ -11,7 +11,7 @@ import pytest
 from minigpt4.cli import interrupts
 from minigpt4.cli.interrupts import AGAIN_SECONDS, heard, insisting
 
-LONG = 20 * AGAIN_SECONDS
+LONG = 60.0
 
 
 class Keeps:
@@ -25,10 +25,12 @@ class Keeps:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_that_gets_lost_is_raised_again_where_the_program_waits() -> None:
     began = time.monotonic()
+    waits = False
     with pytest.raises(KeyboardInterrupt), insisting():
         Keeps()
-        assert time.monotonic() - began < AGAIN_SECONDS, "it was not lost"
+        waits = True
         threading.Event().wait(LONG)
+    assert waits, "it was not lost"
     assert time.monotonic() - began < LONG
 
 
@@ -44,7 +46,8 @@ def test_who_cleans_up_is_left_alone() -> None:
     assert ended
 
 
-def test_a_second_one_of_a_person_does_not_wait() -> None:
+def test_a_second_one_of_a_person_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "AGAIN_SECONDS", LONG)
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt), insisting():
         try:
@@ -52,7 +55,7 @@ def test_a_second_one_of_a_person_does_not_wait() -> None:
         finally:
             threading.Timer(0.1, signal.pthread_kill, [threading.get_ident(), signal.SIGINT]).start()
             time.sleep(LONG)
-    assert time.monotonic() - began < AGAIN_SECONDS
+    assert time.monotonic() - began < LONG
 
 
 def test_one_that_was_heard_is_raised_no_more() -> None:
