@@ -5,7 +5,7 @@ in its complaint. Nothing is ever run or fetched because of a path, but for `hub
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -15,7 +15,7 @@ from typing import Literal, Protocol, get_args
 
 from minigpt4.data.record import Source
 from minigpt4.data.sources.alignment import LIST_NAME, open_alignment
-from minigpt4.data.sources.captions import FILE_COLUMNS, open_captions, table_in
+from minigpt4.data.sources.captions import open_captions
 from minigpt4.data.sources.conversations import TURNS, open_conversations
 from minigpt4.data.sources.guarded_folder import PICTURE_SUFFIXES, files_in
 from minigpt4.data.sources.hub import PREFIX, cache_of, dataset_folder
@@ -25,6 +25,7 @@ from minigpt4.data.sources.questions import open_questions
 from minigpt4.data.sources.shard_index import Report
 from minigpt4.data.sources.shards import open_shards
 from minigpt4.data.sources.splits import training_files
+from minigpt4.data.sources.tables import FILE_COLUMNS, is_table, table_in
 from minigpt4.errors import DataError
 
 Format = Literal["auto", "shards", "captions", "alignment", "conversations", "vqa", "parquet", "hub"]
@@ -148,7 +149,7 @@ def recognise(place: Path) -> tuple[str, Path]:
     suffix = place.suffix.lower()
     if place.name.lower().endswith(_PACKED):
         raise DataError(f"{place} is a compressed archive, {_PLAIN[0]}", _PLAIN[1])
-    kind = "parquet" if suffix == ".parquet" else _of_list(place) if suffix in _LISTS else None
+    kind = "parquet" if suffix == ".parquet" else _of_list(place) if suffix in (*_LISTS, ".txt") else None
     if kind:
         return kind, place
     raise DataError(f"{place} is not a source of examples, {_EXPECTED}", "name its format")
@@ -176,7 +177,8 @@ def _of_what_lies_deeper(folder: Path, names: Collection[str]) -> tuple[str, Pat
         # Writing plain files, img2dataset leaves tables without pictures beside pictures with their texts.
         return "captions" if _has_pairs(deeper) else "parquet", folder
     lists = [folder / name for name in sorted(names) if name.lower().endswith(_LISTS)]
-    if len(lists) == 1 and (listed := _of_list(lists[0])):
+    others = [path for path in lists if path.suffix.lower() in (".csv", ".tsv") and not is_table(path)]
+    if len(lists) == 1 and not (others and _has_pairs(deeper)) and (listed := _of_list(lists[0])):
         return listed, lists[0]
     if not lists and (below := _with_table(folder)):
         return "captions", below
@@ -222,22 +224,31 @@ def _no_source(folder: Path, names: Sequence[str]) -> DataError:
 
 def _of_list(path: Path) -> str | None:
     """Tell what a list is about by its first entries."""
-    if path.suffix.lower() in (".csv", ".tsv"):
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
         return "captions"
-    if path.suffix.lower() != ".json":
-        entries: list[object] = [item for _, item in islice(read_json_lines(path), _LOOKED_AT)]
-    else:
-        content = read_json(path)
-        if isinstance(content, dict):
-            if "questions" in content:
-                return "vqa"
-            if "annotations" in content:
-                return "captions" if "images" in content else "alignment"
-            entries = list(islice(content.values(), _LOOKED_AT))
-            if entries and all(isinstance(entry, str | list) for entry in entries):
-                return "captions"
-        else:
-            entries = content[:_LOOKED_AT] if isinstance(content, list) else []
+    if suffix == ".txt":
+        return "captions" if is_table(path) else None
+    if suffix != ".json":
+        return _of_entries([item for _, item in islice(read_json_lines(path), _LOOKED_AT)])
+    content = read_json(path)
+    if isinstance(content, dict):
+        return _of_object(content)
+    return _of_entries(content[:_LOOKED_AT]) if isinstance(content, list) else None
+
+
+def _of_object(content: Mapping[str, object]) -> str | None:
+    if "questions" in content:
+        return "vqa"
+    if "annotations" in content:
+        return "captions" if "images" in content else "alignment"
+    entries = list(islice(content.values(), _LOOKED_AT))
+    if isinstance(content.get("images"), list) or (entries and all(isinstance(entry, str | list) for entry in entries)):
+        return "captions"
+    return _of_entries(entries)
+
+
+def _of_entries(entries: Sequence[object]) -> str | None:
     keys = {str(key).lower() for entry in entries if isinstance(entry, dict) for key in entry}
     if keys.intersection(TURNS):
         return "conversations"

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4.data.record import Record
-from minigpt4.data.sources.captions import FILE_COLUMNS, TEXT_COLUMNS
 from minigpt4.data.sources.faults import LARGE_PICTURE, NO_PICTURE, BadRecordError, checked_text
 from minigpt4.data.sources.guarded_folder import GuardedFolder
 from minigpt4.data.sources.splits import LEFT_OUT, training_files
+from minigpt4.data.sources.tables import FILE_COLUMNS, TEXT_COLUMNS
 from minigpt4.errors import DataError
 from minigpt4.processing.pictures import DEFAULT_LIMITS
 

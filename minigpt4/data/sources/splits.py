@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 _OTHERS = re.compile(r"(^|[/_.-])(test|val|valid|validation|dev)\d*([/_.-]|$)")
 LEFT_OUT = "file of another split"
+ROW_LEFT_OUT = "row of another split"
 
 
 def training_files(names: Sequence[str]) -> list[str]:
@@ -14,3 +15,8 @@ def training_files(names: Sequence[str]) -> list[str]:
         names: Relative to the folder that a person named, so that its own name does not count.
     """
     return [name for name in names if not _OTHERS.search(name.lower())] or list(names)
+
+
+def is_of_another(split: object) -> bool:
+    """Tell whether what stands in a row's column `split` says that the row is for testing."""
+    return isinstance(split, str) and bool(_OTHERS.search(split.strip().lower()))

@@ -1,0 +1,188 @@
+"""Tables of captions as data sets publish them: Flickr8k, Flickr30k, Karpathy's lists, captions in lists."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from minigpt4.data.sources import BadRecordError, CheckableSource, open_source
+from minigpt4.data.sources.checking import check_source
+from minigpt4.errors import DataError
+from tests.data.sources.source_files import picture, write
+
+FLICKR8K = 'image,caption\n1.jpg,A child climbs .\n1.jpg,"A girl , in pink , climbs ."\n2.jpg,A dog .\n'
+FLICKR30K = (
+    "image_name| comment_number| comment\n1.jpg| 0| Two men , one with a hat .\n1.jpg| 1| They look at \" it \" .\n"
+    "2.jpg| 4   A dog runs .\n2.jpg| 0| A dog .\n"
+)  # fmt: skip
+
+
+def said(source: CheckableSource) -> list[tuple[str, str]]:
+    """Each sound record's name and words."""
+    bad = set(source.known_bad())
+    records = [source.read(number) for number in range(len(source)) if number not in bad]
+    return [(record.key, record.turns[0][1]) for record in records]
+
+
+def told(source: CheckableSource) -> list[str]:
+    sentences = []
+    for number in source.known_bad():
+        with pytest.raises(BadRecordError) as error:
+            source.read(number)
+        sentences.append(error.value.message)
+    return sentences
+
+
+def pictures(folder: Path, *names: str) -> None:
+    for number, name in enumerate(names):
+        write(folder / name, picture(number))
+
+
+@pytest.mark.parametrize("place", ["", "captions.txt"])
+def test_flickr8k_is_read_as_it_is_unpacked(place: str, tmp_path: Path) -> None:
+    pictures(tmp_path, "Images/1.jpg", "Images/2.jpg")
+    write(tmp_path / "captions.txt", FLICKR8K)
+
+    source = open_source(tmp_path / place)
+
+    assert said(source) == [
+        ("Images/1.jpg", "A child climbs ."),
+        ("Images/1.jpg", "A girl , in pink , climbs ."),
+        ("Images/2.jpg", "A dog ."),
+    ]
+    assert len(source) == 3
+
+
+@pytest.mark.parametrize("place", ["", "results.csv"])
+def test_flickr30k_is_read_and_its_row_without_a_bar_is_one_bad_record(place: str, tmp_path: Path) -> None:
+    pictures(tmp_path, "flickr30k_images/1.jpg", "flickr30k_images/2.jpg")
+    write(tmp_path / "results.csv", FLICKR30K)
+
+    source = open_source(tmp_path / place)
+
+    assert said(source) == [
+        ("flickr30k_images/1.jpg", "Two men , one with a hat ."),
+        ("flickr30k_images/1.jpg", 'They look at " it " .'),
+        ("flickr30k_images/2.jpg", "A dog ."),
+    ]
+    assert told(source) == ["results.csv:4 (2 of 3 fields) (2.jpg) has no caption"]
+
+
+def test_a_picture_whose_only_row_is_bad_is_counted_once(tmp_path: Path) -> None:
+    pictures(tmp_path, *(f"{name}.jpg" for name in "abcdef"))
+    rows = ["a.jpg,a cat, asleep", "b.jpg,", "c.jpg," + "x" * 2**18, "d.jpg", "e.jpg,fine", 'f.jpg,"not closed']
+    write(tmp_path / "captions.csv", "file,caption\n" + "\n".join(rows) + "\nz.jpg,gone\n")
+
+    source = open_source(tmp_path)
+
+    assert [sentence.split(" ")[0].rstrip(":") for sentence in told(source)] == [
+        f"captions.csv:{line}" for line in (2, 3, 4, 5, 8)
+    ]  # fmt: skip
+    assert said(source) == [("e.jpg", "fine")]
+
+
+def test_a_picture_that_no_row_names_is_still_counted(tmp_path: Path) -> None:
+    pictures(tmp_path, "Images/1.jpg", "Images/2.jpg", "Images/3.jpg")
+    write(tmp_path / "captions.txt", FLICKR8K)
+
+    assert told(open_source(tmp_path)) == ["Images/3.jpg has no caption, captions.txt does not name it"]
+
+
+def test_texts_beside_pictures_stay_texts_whatever_they_are_called(tmp_path: Path) -> None:
+    pictures(tmp_path, "captions.jpg", "cat.jpg")
+    for name, text in (("captions.txt", "a page, full of captions"), ("cat.txt", "a cat"), ("results.csv", "a,b\n")):
+        write(tmp_path / name, text)
+
+    source = open_source(tmp_path)
+
+    assert said(source) == [("captions.jpg", "a page, full of captions"), ("cat.jpg", "a cat")]
+
+
+def test_a_folder_of_any_name_that_has_the_pictures_is_looked_into(tmp_path: Path) -> None:
+    pictures(tmp_path, "train2017/0007.jpg", "train2017/0008.jpg")
+    write(tmp_path / "captions.json", {"0007.jpg": "a cat", "train2017/0008.jpg": "a dog"})
+
+    assert said(open_source(tmp_path)) == [("train2017/0007.jpg", "a cat"), ("train2017/0008.jpg", "a dog")]
+
+
+def test_of_several_folders_with_pictures_none_is_guessed(tmp_path: Path) -> None:
+    pictures(tmp_path, "new/1.jpg", "old/1.jpg")
+    write(tmp_path / "captions.json", {"1.jpg": "a cat"})
+
+    assert told(open_source(tmp_path))[0] == "captions.json:1.jpg: the picture '1.jpg' is not there"
+
+
+KARPATHY = {
+    "dataset": "coco",
+    "images": [
+        {
+            "filepath": "val2014", "filename": "1.jpg", "split": "restval",
+            "sentences": [{"tokens": ["a", "cat"], "raw": "A cat."}, {"tokens": [], "raw": "It sits."}],
+        },
+        {"filepath": "train2014", "filename": "1.jpg", "split": "train", "sentences": [{"raw": "A dog."}]},
+        {"filepath": "val2014", "filename": "2.jpg", "split": "test", "sentences": [{"raw": "A cow."}]},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["", "dataset_coco.json"])
+def test_karpathys_lists_are_read_without_what_is_for_testing(place: str, tmp_path: Path) -> None:
+    pictures(tmp_path, "train2014/1.jpg", "val2014/1.jpg", "val2014/2.jpg")
+    write(tmp_path / "dataset_coco.json", KARPATHY)
+
+    source = open_source(tmp_path / place)
+
+    assert said(source) == [("val2014/1.jpg", "A cat."), ("val2014/1.jpg", "It sits."), ("train2014/1.jpg", "A dog.")]
+    assert source.skipped == {"row of another split": 1}
+    assert len(source) == 3
+
+
+def test_the_same_lists_may_name_pictures_of_one_folder(tmp_path: Path) -> None:
+    pictures(tmp_path / "images", "1.jpg", "2.jpg")
+    path = write(tmp_path / "dataset_coco.json", KARPATHY)
+
+    assert [key for key, _ in said(open_source(path))] == ["images/1.jpg"] * 3
+    assert check_source(open_source(path, images=tmp_path / "images")).good == 3
+
+
+def test_rows_for_testing_alone_are_read_and_their_pictures_are_named(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.jpg", "b.jpg")
+    rows = ["a.jpg,a cat,train", "b.jpg,a dog,test"]
+    write(tmp_path / "captions.csv", "\n".join(["file,caption,split", *rows]))
+    source = open_source(tmp_path)
+    assert said(source) == [("a.jpg", "a cat")] and source.skipped == {"row of another split": 1} and len(source) == 1
+
+    write(tmp_path / "captions.csv", "\n".join(["file,caption,split", rows[1]]))
+    source = open_source(tmp_path / "captions.csv")
+    assert said(source) == [("b.jpg", "a dog")] and source.skipped == {}
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        ('"[""a cat"", ""it\'s \\ud83d\\udc08""]"', ["a cat", "it's \U0001f408"]),
+        ('"[\'a cat\', ""it\'s \\d""]"', ["a cat", "it's \\d"]),
+        ("['a cat'] is written on it", ["['a cat'] is written on it"]),
+        ("['a', 1]", ["['a', 1]"]),
+    ],
+)
+def test_a_list_in_a_field_of_a_csv_is_several_captions(field: str, expected: Sequence[str], tmp_path: Path) -> None:
+    pictures(tmp_path, "a.jpg")
+    table = write(tmp_path / "list.csv", f"raw;filename\n{field};a.jpg\n")
+
+    assert [words for _, words in said(open_source(table))] == list(expected)
+
+
+def test_a_bad_caption_of_a_list_leaves_those_behind_it(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.jpg", "b.jpg")
+    content = [{"image": "a.jpg", "captions": ["a cat", None, "it sits"]}, {"image": "b.jpg", "captions": []}]
+
+    source = open_source(write(tmp_path / "list.json", content))
+
+    assert said(source) == [("a.jpg", "a cat"), ("a.jpg", "it sits")]
+    assert told(source) == ["list.json:1 (a.jpg) has no caption", "list.json:2 (b.jpg) has no caption"]
+
+
+def test_a_text_that_is_no_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not a source of examples"):
+        open_source(write(tmp_path / "notes.txt", "one, two\nthree\n"))
