@@ -136,11 +136,14 @@ class ListSource:
         """Return the numbers of the records that are bad without being read."""
         return self.rows.bad
 
-    def picture_of(self, number: int) -> str | None:
-        """Return the likeliest place of a record's picture; None for text alone, and for what is bad as it stands."""
-        row = self.rows[number]
-        pictures = row[1] if len(row) > 2 else None
-        return pictures[0] if pictures else None
+    def together(self) -> Iterable[Sequence[int]]:
+        """Return the numbers of the records of each picture; those of bad ones, and of text alone, by themselves."""
+        found: dict[str | int, list[int]] = {}
+        for number in range(len(self)):
+            row = self.rows[number]
+            pictures = row[1] if len(row) > 2 else None
+            found.setdefault(pictures[0] if pictures else number, []).append(number)
+        return found.values()
 
     def read(self, number: int, *, with_picture: bool = True) -> Record:
         """Return a record.

@@ -124,7 +124,7 @@ def _open(
         case "vqa":
             return open_questions(place, images=images, within=within, count=count)
         case "parquet":
-            return open_parquet(place, images=images, text=text, within=within)
+            return open_parquet(place, images=images, text=text, within=within, count=count)
         case "alignment":
             return open_alignment(place, images=images, text=text, within=within, count=count)
         case _:

@@ -65,8 +65,8 @@ def test_one_row_group_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
     source = open_source(table(tmp_path / "x.parquet", image=PICTURES, caption=CAPTIONS))
     assert isinstance(source, parquet.ParquetSource)
     opened: list[Path] = []
-    plain = parquet._opened
-    monkeypatch.setattr(parquet, "_opened", lambda path: opened.append(path) or plain(path))
+    plain = parquet.opened
+    monkeypatch.setattr(parquet, "opened", lambda path: opened.append(path) or plain(path))
 
     for number in range(7):
         source.read(number)
@@ -126,7 +126,8 @@ def test_path_that_leads_out_is_refused(tmp_path: Path) -> None:
         ({"image": [b"x"], "words": ["a"]}, "has no column for the caption, expected caption or text"),
         ({"blob": [b"x"], "caption": ["a"]}, "has no column for the picture, expected image"),
         ({"image": [1], "caption": ["a"]}, "column image is int64, expected bytes, a file name"),
-        ({"image": [b"x"], "caption": [["a"]]}, "column caption is list<.*>, expected text"),
+        ({"image": [b"x"], "caption": [[1]]}, "column caption is list<.*>, expected text or lists of text"),
+        ({"image": [b"x"], "caption": [{"id": 1}]}, "column caption is struct<.*>, expected text"),
     ],
 )
 def test_columns_of_another_kind_are_refused(columns: dict[str, Any], words: str, tmp_path: Path) -> None:
