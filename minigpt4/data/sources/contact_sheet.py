@@ -5,6 +5,7 @@ Knows records and Pillow; where records come from, and what a model makes of the
 
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -14,10 +15,19 @@ from minigpt4.errors import DataError
 from minigpt4.processing.pictures import open_image
 from minigpt4.weights.files.atomic import write_file
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 COLUMNS = 4
 PICTURE = (280, 210)
 """Largest width and height of a picture on the sheet, in pixels."""
-_MARGIN, _LINE, _LINES, _FONT = 16, 17, 6, 13
+_MARGIN, _LINE, _LINES, _FONT, _WIDER_FONT = 16, 17, 6, 13, 11
+_SYSTEMS_FONTS = (
+    "DejaVuSans.ttf", "Arial.ttf", "LiberationSans-Regular.ttf", "NotoSans-Regular.ttf",
+    "NotoSansCJK-Regular.ttc", "PingFang.ttc", "msyh.ttc", "wqy-microhei.ttc",
+)  # fmt: skip
+"""For letters that Pillow's own font has not, which are all beyond ASCII; a system has some of them, or none."""
+_NO_LETTER = "\u0378"
+"""Belongs to no letter, so that a font draws what it draws for any letter that it has not."""
 _LETTERS = 44
 """In a line; the font's widest letters then still fit nearly always, and a line is cut off where they do not."""
 
@@ -71,11 +81,31 @@ def _draw_cell(record: Record, lines: Sequence[str], size: tuple[int, int]) -> I
     if record.picture is not None:
         picture = ImageOps.contain(open_image(record.picture), PICTURE)
         cell.paste(picture, ((PICTURE[0] - picture.width) // 2, PICTURE[1] - picture.height))
-    draw, font = ImageDraw.Draw(cell), ImageFont.load_default(_FONT)
+    draw, font = ImageDraw.Draw(cell), _font_for("".join([record.key, *lines]))
     draw.text((0, PICTURE[1] + 2), _printable(record.key)[-_LETTERS:], "gray", font)
     for number, line in enumerate(lines, 1):
         draw.text((0, PICTURE[1] + 2 + number * _LINE), line, "black", font)
     return cell
+
+
+def _font_for(text: str) -> Font:
+    """Return the font that has the most letters of a text, Pillow's own where that has as many as others."""
+    return max(_fonts(), key=lambda font: sum(_has(font, letter) for letter in set(text)))
+
+
+@cache
+def _fonts() -> list[Font]:
+    found: list[Font] = [ImageFont.load_default(_FONT)]
+    for name in _SYSTEMS_FONTS:
+        try:
+            found.append(ImageFont.truetype(name, _WIDER_FONT))
+        except OSError:  # this system has it not
+            continue
+    return found
+
+
+def _has(font: Font, letter: str) -> bool:
+    return bytes(font.getmask(letter)) != bytes(font.getmask(_NO_LETTER))
 
 
 def _wrapped(text: str) -> list[str]:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from minigpt4.data.record import Record
+from minigpt4.data.sources import contact_sheet
 from minigpt4.data.sources.contact_sheet import COLUMNS, PICTURE, draw_contact_sheet, plain_words, write_contact_sheet
 from minigpt4.errors import DataError
 from tests.processing.picture_files import saved
@@ -74,3 +75,18 @@ def test_file_is_written_whole(tmp_path: Path) -> None:
 def test_nothing_to_show_is_a_sentence() -> None:
     with pytest.raises(DataError, match="no sound record"):
         draw_contact_sheet([])
+
+
+@pytest.mark.skipif(len(contact_sheet._fonts()) == 1, reason="this system has no fonts")
+@pytest.mark.parametrize("letters", ["\xe9\xfc\xf1", "\u0436\u0444\u044b"])
+def test_letters_beyond_ascii_are_written_where_the_system_has_a_font(letters: str) -> None:
+    drawn = {draw_contact_sheet([record("white", letter * 9)]).tobytes() for letter in letters}
+
+    assert len(drawn) == len(letters)  # not the same box for each of them
+
+
+def test_plain_words_are_written_in_the_same_font_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = draw_contact_sheet([record("white", "a cat")]).tobytes()
+    monkeypatch.setattr(contact_sheet, "_fonts", lambda: [ImageFont.load_default(13)])
+
+    assert draw_contact_sheet([record("white", "a cat")]).tobytes() == here
