@@ -125,7 +125,7 @@ def _refuse_too_many_bad(seen: "SourceCheck") -> None:
 
 
 def _cure(seen: "SourceCheck") -> str:
-    from minigpt4.data.sources.faults import MISSING_PICTURE, OUTSIDE
+    from minigpt4.data.sources.faults import ADDRESS, MISSING_PICTURE, OUTSIDE, WHOLE_PATH
 
     kind, fault = max(seen.faults.items(), key=lambda item: item[1].count)
     named = "name the folder of the pictures with --images (`images` of a source in a recipe)"
@@ -133,6 +133,10 @@ def _cure(seen: "SourceCheck") -> str:
         return f"{named}, or mend the data"
     if 2 * fault.count >= seen.bad and kind == OUTSIDE:
         return f"nothing outside the folder is read, by links neither: {named}, or copy them (cp -rL)"
+    if 2 * fault.count >= seen.bad and kind == WHOLE_PATH:
+        return "write names that begin in the folder of the pictures"
+    if 2 * fault.count >= seen.bad and kind == ADDRESS:
+        return "fetch them first, as docs/training.md says (img2dataset)"
     return "mend the data, or raise max_bad_fraction in the recipe"
 
 

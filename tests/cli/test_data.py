@@ -64,6 +64,16 @@ def test_pictures_that_are_missing_have_a_cure(run: Run, tmp_path: Path) -> None
     assert run("data", "check", "lists/captions.csv", "--images", "pics").status == 0
 
 
+def test_names_that_are_whole_paths_or_addresses_have_a_cure(run: Run, tmp_path: Path) -> None:
+    write(tmp_path / "pics/1.png", picture(1))
+    for name, cure in (
+        (f"{tmp_path}/pics/1.png", "write names that begin in the folder of the pictures"),
+        ("https://a.example/1.png", "fetch them first, as docs/training.md says (img2dataset)"),
+    ):
+        write(tmp_path / "pics/list.csv", f"file_name,caption\n{name},a\n")
+        assert f"hint: {cure}\n" in run("data", "check", "pics/list.csv").err
+
+
 def test_links_out_of_the_folder_have_a_cure(run: Run, tmp_path: Path) -> None:
     write(tmp_path / "real/0.jpg", picture(0))
     write(tmp_path / "pics/captions.csv", "file_name,caption\n0.jpg,a cat\n")

@@ -7,7 +7,7 @@ picture are bad records: counted, not passed over in silence.
 """
 
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -20,7 +20,14 @@ from minigpt4.data.sources.faults import (
     BadRecordError,
     checked_text,
 )
-from minigpt4.data.sources.guarded_folder import PICTURE_SUFFIXES, GuardedFolder, files_in, leaves_folder
+from minigpt4.data.sources.guarded_folder import (
+    PICTURE_SUFFIXES,
+    GuardedFolder,
+    files_in,
+    is_picture,
+    leaves_folder,
+    refuse_address,
+)
 from minigpt4.data.sources.listed import Count, ListSource, Rows, list_source, picture_name
 from minigpt4.data.sources.splits import ROW_LEFT_OUT, is_of_another
 from minigpt4.data.sources.tables import SPLIT, Row, captions_in, columns_of, rows_of, table_in
@@ -64,22 +71,18 @@ def open_captions(
         reading.add_to(rows)
         if path.is_dir():
             _add_unnamed(rows, files, reading.named, table.name)
-    sizes = sorted((name, size) for name, size in files.items() if _is_picture(name))
+    sizes = sorted((name, size) for name, size in files.items() if is_picture(name))
     return list_source(str(path), table or path, GuardedFolder(folder, within), rows, sizes)
-
-
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith(PICTURE_SUFFIXES)
 
 
 def _add_sidecars(rows: Rows, files: Mapping[str, int]) -> None:
     """Add `cat.jpg` with `cat.txt` or `cat.TXT`, and each of both without the other as bad."""
-    stems = {name.rpartition(".")[0] for name in files if _is_picture(name)}
+    stems = {name.rpartition(".")[0] for name in files if is_picture(name)}
     texts = {name.rpartition(".")[0]: name for name in files if name.lower().endswith(".txt")}
     others = {name.rpartition(".")[0]: name for name in files if not name.lower().endswith(".txt")}
     for name in files:
         stem = name.rpartition(".")[0]
-        if _is_picture(name):
+        if is_picture(name):
             if (text := texts.get(stem)) is not None:
                 rows.add_sidecar(name, name, text, files[text])
             else:
@@ -91,14 +94,14 @@ def _add_sidecars(rows: Rows, files: Mapping[str, int]) -> None:
 
 def _add_unnamed(rows: Rows, files: Mapping[str, int], named: set[str], table: str) -> None:
     for name in files:
-        if _is_picture(name) and name not in named:
+        if is_picture(name) and name not in named:
             rows.add_bad(BadRecordError(NO_TEXT, f"{name} has no caption, {table} does not name it"))
 
 
 def _places(name: str, folders: Iterable[str]) -> list[str]:
     """Return where the picture of a name may lie: an id stands for a file with the usual endings."""
     name = str(PurePosixPath(name))  # "./cat.jpg" and "a//cat.jpg" are names that programs write
-    endings = ("",) if _is_picture(name) else ("", *PICTURE_SUFFIXES)
+    endings = ("",) if is_picture(name) else ("", *PICTURE_SUFFIXES)
     return [f"{folder}{name}{ending}" for folder in folders for ending in endings]
 
 
@@ -107,13 +110,13 @@ def _plain(name: str) -> str:
     return unicodedata.normalize("NFC", name).lower()
 
 
-def _in_other_letters(name: str, files: Mapping[str, str]) -> str:
+def _in_other_letters(name: str, files: Mapping[str, str], folders: Sequence[str]) -> str:
     """Say which of the files, by their plain names, a picture that is not there may be.
 
     A name may have been written on another system, with backslashes, or begin with folders above this one.
     """
     parts = PurePosixPath(name.replace("\\", "/")).parts
-    places = [_plain(place) for start in range(len(parts)) for place in _places("/".join(parts[start:]), _FOLDERS)]
+    places = [_plain(place) for start in range(len(parts)) for place in _places("/".join(parts[start:]), folders)]
     found = next((files[place] for place in places if place in files), None)
     if not found:
         return ""
@@ -121,10 +124,11 @@ def _in_other_letters(name: str, files: Mapping[str, str]) -> str:
     return f", but {found} is{', its accents written another way (Unicode NFC or NFD)' if accents else ''}"
 
 
-def _behind_a_link(name: str, folder: Path) -> str:
-    above = PurePosixPath(name).parts[:-1]
-    linked = bool(above) and (folder / above[0]).is_symlink()
-    return f", and {above[0]} is a link to a folder, which is not followed" if linked else ""
+def _behind_a_link(name: str, links: Sequence[str]) -> str:
+    """Say which of the links to folders a picture that is not there may lie behind."""
+    above = PurePosixPath(name).parts[:1]
+    link = next((link for link in links if link in above), next(iter(links), ""))
+    return f", and {link} is a link to a folder, which is not followed" if link else ""
 
 
 @dataclass
@@ -210,11 +214,14 @@ class _Reading:
         """
         above = row.fields.get(_FOLDER_COLUMN)
         places = _places(name, [f"{above}/", *self._folders] if isinstance(above, str) and above else self._folders)
+        if self.files is not None and leaves_folder(name):
+            self._name_whole_path(name)
         if self.files is None or leaves_folder(name):
             return places
+        refuse_address(name, row.key)
         found = next((place for place in places if place in self.files), None)
         if found is None:
-            alike = _in_other_letters(name, self._plain_names) or _behind_a_link(name, self.folder)
+            alike = _in_other_letters(name, self._plain_names, self._folders) or _behind_a_link(name, self._links)
             raise BadRecordError(MISSING_PICTURE, f"{row.key}: the picture {name[:200]!r} is not there{alike}")
         self.named.add(found)
         return [found]
@@ -222,8 +229,19 @@ class _Reading:
     @cached_property
     def _folders(self) -> tuple[str, ...]:
         """Where pictures may lie; the one folder that has any belongs to these, whatever its name."""
-        above = {name.rpartition("/")[0] for name in self.files or () if _is_picture(name)}
+        above = {name.rpartition("/")[0] for name in self.files or () if is_picture(name)}
         return (*_FOLDERS, *(f"{folder}/" for folder in above if folder and len(above) == 1))
+
+    def _name_whole_path(self, name: str) -> None:
+        """Count a picture of the folder that is named by its whole path, which is told later, as named."""
+        path, folder = Path(name), self.folder.absolute()
+        if path.is_relative_to(folder):
+            self.named.add(path.relative_to(folder).as_posix())
+
+    @cached_property
+    def _links(self) -> list[str]:
+        """The folder's links to folders."""
+        return sorted(path.name for path in self.folder.iterdir() if path.is_symlink() and path.is_dir())
 
     @cached_property
     def _plain_names(self) -> Mapping[str, str]:

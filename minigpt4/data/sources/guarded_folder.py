@@ -7,12 +7,15 @@ Knows folders and names; no formats.
 """
 
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from minigpt4.data.sources.faults import (
+    ADDRESS,
     LARGE_PICTURE,
     LARGE_TEXT,
     MAX_TEXT_BYTES,
@@ -29,6 +32,30 @@ from minigpt4.processing.pictures import DEFAULT_LIMITS
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 """What is taken for a picture by its name; what is in it, the opener decides later."""
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
+
+def is_picture(name: str) -> bool:
+    """Tell whether a file is taken for a picture."""
+    return name.lower().endswith(PICTURE_SUFFIXES)
+
+
+def is_address(name: str) -> bool:
+    """Tell whether a name leads into a network: `https://...`, `s3://...`."""
+    return bool(_ADDRESS.match(name))
+
+
+def refuse_address(name: str, key: str) -> None:
+    """Refuse a picture that lies in a network.
+
+    Raises:
+        BadRecordError: It does.
+    """
+    if is_address(name):
+        raise BadRecordError(
+            ADDRESS, f"{key}: {name[:200]!r} is an address, and pictures are read from this machine's disks"
+        )
 
 
 def leaves_folder(name: str) -> bool:
@@ -50,7 +77,7 @@ class GuardedFolder:
     within: Path | None = None
 
     def read_picture(self, names: Sequence[str], key: str) -> bytes:
-        """Return the first of some files that exists.
+        """Return the first of some files that exists; of none in the folder, in the one below it that has pictures.
 
         Args:
             names: Where it may lie, relative to the folder, the likeliest first.
@@ -61,6 +88,9 @@ class GuardedFolder:
         """
         for name in names:
             if (path := self._inside(name, key)) is not None:
+                return _read(path, key, DEFAULT_LIMITS.max_bytes, LARGE_PICTURE)
+        for name in names if self._only_folder else ():
+            if (path := self._inside(f"{self._only_folder}/{name}", key)) is not None:
                 return _read(path, key, DEFAULT_LIMITS.max_bytes, LARGE_PICTURE)
         shown = names[0] if names else ""
         alike = shown.replace("\\", "/")  # as another system writes it
@@ -81,8 +111,23 @@ class GuardedFolder:
         except UnicodeDecodeError as error:
             raise BadRecordError(WRONG_TEXT, f"{key}: the text {name!r} is not UTF-8") from error
 
+    @cached_property
+    def _only_folder(self) -> str:
+        """The one folder that has pictures; empty where several have, or this one."""
+        found: set[str] = set()
+        try:
+            for name, _ in files_in(self.path):
+                if is_picture(name):
+                    found.add(name.rpartition("/")[0])
+                if len(found) > 1 or "" in found:
+                    return ""
+        except DataError:
+            return ""
+        return next(iter(found), "")
+
     def _inside(self, name: str, key: str) -> Path | None:
         """Return the file's real path; None where there is no such file."""
+        refuse_address(name, key)
         if leaves_folder(name):
             path = Path(name)
             if ".." not in path.parts and path.is_relative_to(self.path.absolute()):
@@ -146,5 +191,9 @@ def files_in(folder: Path) -> Iterator[tuple[str, int]]:
             raise DataError(f"the folder {path} cannot be read: {error.strerror}", "check the path") from error
         waiting += [(f"{prefix}{entry.name}/", Path(entry.path)) for entry, is_folder in reversed(found) if is_folder]
         for entry, is_folder in found:
-            if not is_folder and entry.is_file():
-                yield prefix + entry.name, entry.stat().st_size
+            try:
+                size = entry.stat().st_size if not is_folder and entry.is_file() else None
+            except OSError:  # a link that leads in a circle
+                size = None
+            if size is not None:
+                yield prefix + entry.name, size

@@ -189,8 +189,28 @@ def list_source(name: str, file: Path, pictures: GuardedFolder, rows: Rows, size
     return ListSource(name, file.name, pictures, rows, digest.hexdigest())
 
 
-def read_json(path: Path) -> Any:  # noqa: ANN401  (whatever a file holds)
+def read_json_pairs(path: Path) -> list[tuple[str, Any]]:
+    """Read a JSON file that holds an object, as its keys and values: a key that stands there twice is there twice.
+
+    Raises:
+        DataError: As for `read_json`.
+    """
+    outermost: list[tuple[str, Any]] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        outermost[:] = pairs  # the last object that ends is the one round all others
+        return dict(pairs)
+
+    read_json(path, keep)
+    return outermost
+
+
+def read_json(path: Path, as_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:  # noqa: ANN401  (whatever a file holds)
     """Read a JSON file whole.
+
+    Args:
+        path: The file.
+        as_object: Makes an object of its keys and values; left out: a dict.
 
     Raises:
         DataError: It cannot be read, is larger than `MAX_LIST_BYTES`, nested too deep or not JSON.
@@ -201,7 +221,7 @@ def read_json(path: Path) -> Any:  # noqa: ANN401  (whatever a file holds)
                 f"{path} has {size:,} bytes, up to {MAX_LIST_BYTES // 1024**3} GiB are read",
                 "split it, and name the parts as sources of their own; or write shards or parquet",
             )
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes(), object_pairs_hook=as_object)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}", "check the path") from error
     except RecursionError as error:

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from minigpt4.data.record import Source
 from minigpt4.data.sources.alignment import LIST_NAME, open_alignment
@@ -34,7 +34,9 @@ Format = Literal["auto", "shards", "captions", "alignment", "conversations", "vq
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:(//|(?=[^\\/]))", re.IGNORECASE)
 _DRIVE = re.compile(r"[a-z]:", re.IGNORECASE)
 _LISTS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+_TEXTS = (".txt", ".token")
 _PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
+_SHEETS, _ZIPS = (".xlsx", ".xls", ".ods"), (".zip", ".7z", ".rar")
 _PLAIN = (
     "expected a plain tar, in which samples are read by their place",
     "unpack it once (gunzip 00000.tar.gz makes 00000.tar): pictures take no more room unpacked",
@@ -146,10 +148,12 @@ def recognise(place: Path) -> tuple[str, Path]:
         return "shards", place
     if not place.exists():
         raise DataError(f"{place} does not exist", "check the path; relative ones start at the current folder")
+    if not place.is_file():
+        raise DataError(f"{place} is neither a file nor a folder", "write what comes through it into a file first")
     suffix = place.suffix.lower()
     if place.name.lower().endswith(_PACKED):
         raise DataError(f"{place} is a compressed archive, {_PLAIN[0]}", _PLAIN[1])
-    kind = "parquet" if suffix == ".parquet" else _of_list(place) if suffix in (*_LISTS, ".txt") else None
+    kind = "parquet" if suffix == ".parquet" else _of_list(place) if suffix in (*_LISTS, *_TEXTS) else None
     if kind:
         return kind, place
     raise DataError(f"{place} is not a source of examples, {_EXPECTED}", "name its format")
@@ -170,7 +174,8 @@ def _of_folder(folder: Path) -> tuple[str, Path]:
 
 def _of_what_lies_deeper(folder: Path, names: Collection[str]) -> tuple[str, Path]:
     """Tell the format of a folder whose own files, by their `names`, do not say it at once."""
-    deeper = [name.lower() for name, _ in islice(files_in(folder), _LOOKED_THROUGH)]
+    files = [name for name, _ in islice(files_in(folder), _LOOKED_THROUGH)]
+    deeper = [name.lower() for name in files]
     if any(name.endswith(".tar") for name in deeper):
         return "shards", folder
     if any(name.endswith(".parquet") for name in deeper):
@@ -184,7 +189,7 @@ def _of_what_lies_deeper(folder: Path, names: Collection[str]) -> tuple[str, Pat
         return "captions", below
     if any(name.endswith(PICTURE_SUFFIXES) for name in deeper) and any(name.endswith(".txt") for name in deeper):
         return "captions", folder
-    raise _no_source(folder, deeper)
+    raise _no_source(folder, files)
 
 
 def _with_table(folder: Path) -> Path | None:
@@ -210,16 +215,28 @@ def _has_pairs(names: Sequence[str]) -> bool:
 
 def _no_source(folder: Path, names: Sequence[str]) -> DataError:
     """Say what a folder lacks; `names` are those of its files."""
+    lower = [name.lower() for name in names]
     if not names:
         return DataError(f"{folder} is an empty folder, {_EXPECTED}", "name another folder")
-    if all(name.endswith(PICTURE_SUFFIXES) for name in names):
+    if all(name.endswith(PICTURE_SUFFIXES) for name in lower):
         return DataError(
             f"{folder} has pictures and no words to them, expected captions.csv, .tsv, .json or .jsonl, or .txt files",
             "write captions.csv with the columns file_name and caption",
         )
-    if any(name.endswith(_PACKED) for name in names):
+    if any(name.endswith(_PACKED) for name in lower):
         return DataError(f"{folder} has compressed archives, {_PLAIN[0]}", _PLAIN[1])
-    return DataError(f"{folder} is not a source of examples, {_EXPECTED}", "name its format, or another folder")
+    return DataError(f"{folder} is not a source of examples, {_EXPECTED}", _cure_of_folder(names))
+
+
+def _cure_of_folder(names: Sequence[str]) -> str:
+    lists = [name for name in names if name.lower().endswith(_LISTS)]
+    if len(lists) > 1 or any("/" in name for name in lists):
+        named = f"{', '.join(lists[:4])}{', ...' if len(lists) > 4 else ''}"
+        return f"name one of its lists ({named}), and the folder of the pictures (--images)"
+    for endings, cure in ((_SHEETS, "save {} as captions.csv"), (_ZIPS, "unpack {} first")):
+        if found := next((name for name in names if name.lower().endswith(endings)), None):
+            return cure.format(found)
+    return "name its format, or another folder"
 
 
 def _of_list(path: Path) -> str | None:
@@ -227,7 +244,7 @@ def _of_list(path: Path) -> str | None:
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv"):
         return "captions"
-    if suffix == ".txt":
+    if suffix in _TEXTS:
         return "captions" if is_table(path) else None
     if suffix != ".json":
         return _of_entries([item for _, item in islice(read_json_lines(path), _LOOKED_AT)])
@@ -237,12 +254,14 @@ def _of_list(path: Path) -> str | None:
     return _of_entries(content[:_LOOKED_AT]) if isinstance(content, list) else None
 
 
-def _of_object(content: Mapping[str, object]) -> str | None:
+def _of_object(content: Mapping[str, Any]) -> str | None:
     if "questions" in content:
         return "vqa"
     if "annotations" in content:
         return "captions" if "images" in content else "alignment"
     entries = list(islice(content.values(), _LOOKED_AT))
+    if isinstance(content.get("data"), list):  # TextVQA, TextCaps
+        return _of_entries(content["data"][:_LOOKED_AT])
     if isinstance(content.get("images"), list) or (entries and all(isinstance(entry, str | list) for entry in entries)):
         return "captions"
     return _of_entries(entries)

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minigpt4.data.sources.tables import FILE_COLUMNS, SPLIT, TEXT_COLUMNS, WORDS
+from minigpt4.data.sources.tables import (
+    ADDRESS_COLUMNS,
+    FILE_COLUMNS,
+    SPLIT,
+    TEXT_COLUMNS,
+    WORDS,
+    addresses_instead,
+)
 from minigpt4.errors import DataError
 
 MAX_GROUP_BYTES = 2 * 1024**3
@@ -135,6 +142,8 @@ def _choose_columns(schema: Any, path: Path, text: str | None) -> Columns:  # no
     there = {name.lower(): name for name in schema.names}
     image = _first(there, (*_IMAGE_COLUMNS, *FILE_COLUMNS))
     caption = _first(there, [text.lower()] if text else TEXT_COLUMNS)
+    if image is None and _first(there, ADDRESS_COLUMNS):
+        raise addresses_instead(path)
     if image is None or caption is None:
         what = "picture, expected image" if image is None else f"caption, expected {text or ' or '.join(TEXT_COLUMNS)}"
         raise DataError(

@@ -167,7 +167,9 @@ def caption_in_json(content: bytes, key: str, caption_key: str) -> str:
         raise BadRecordError(WRONG_TEXT, f"{key}: its JSON is not an object")
     if caption_key not in record:
         shown = ", ".join(sorted(map(str, record))[:8])[:200]
-        raise BadRecordError(NO_TEXT, f"{key}: its JSON has no {caption_key!r}, but {shown or 'nothing'}")
+        raise BadRecordError(
+            NO_TEXT, f"{key}: its JSON has no {caption_key!r}, but {shown or 'nothing'}; name one with `text`"
+        )
     return checked_text(record[caption_key], key)
 
 

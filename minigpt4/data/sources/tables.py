@@ -8,6 +8,7 @@ caption may be a list of some. Knows no folder of pictures.
 import ast
 import csv
 import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4.data.sources.faults import LARGE_TEXT, WRONG_TEXT, BadRecordError
-from minigpt4.data.sources.listed import items_of, read_json
+from minigpt4.data.sources.guarded_folder import is_address, is_picture
+from minigpt4.data.sources.listed import items_of, read_json, read_json_pairs
 from minigpt4.errors import DataError
 
 FILE_COLUMNS = (
@@ -23,6 +25,7 @@ FILE_COLUMNS = (
 )  # fmt: skip
 TEXT_COLUMNS = (
     "caption", "text", "title", "description", "sentence", "captions", "sentences", "comment", "raw", "sentences_raw",
+    "caption_str",
 )  # fmt: skip
 WORDS = ("raw", "caption", "text", "sentence")
 """Where the words of a caption lie that is an object, as COCO's `sentences` are."""
@@ -30,8 +33,11 @@ SPLIT = "split"
 """A column that says what a row is for."""
 
 USUAL_NAMES = [f"{stem}.{suffix}" for stem in ("captions", "metadata") for suffix in ("csv", "tsv", "json", "jsonl")]
-_FLICKR = ("captions.txt", "results.csv")
-"""Names of Flickr8k's and Flickr30k's tables, which other files have as well."""
+_FLICKR = ("captions.txt", "results.csv", "flickr8k.token.txt", "results_20130124.token")
+"""Names of Flickr8k's and Flickr30k's tables, of which other files have some as well."""
+_TOKEN = re.compile(r"([^\t#]+)#\d+\t(.*)", re.DOTALL)
+"""A line of the older ones: `cat.jpg#0`, a tab and a caption."""
+ADDRESS_COLUMNS = ("url", "image_url", "img_url", "coco_url", "link")
 _DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 _LONGEST_HEADER = 65536
 
@@ -67,7 +73,7 @@ def is_table(path: Path) -> bool:
         names = {name.strip().lower() for name in next(csv.reader([header], delimiter=_delimiter(header)), ())}
     except (OSError, UnicodeDecodeError, csv.Error):
         return False
-    return not names.isdisjoint(FILE_COLUMNS) and not names.isdisjoint(TEXT_COLUMNS)
+    return _is_token(header) or (not names.isdisjoint(FILE_COLUMNS) and not names.isdisjoint(TEXT_COLUMNS))
 
 
 def rows_of(table: Path) -> Iterator[Row]:
@@ -77,7 +83,7 @@ def rows_of(table: Path) -> Iterator[Row]:
         DataError: The file cannot be read, or is no table.
     """
     suffix = table.suffix.lower()
-    if suffix in (".csv", ".tsv", ".txt"):
+    if suffix in (".csv", ".tsv", ".txt", ".token"):
         return _csv_rows(table, "\t" if suffix == ".tsv" else "")
     items = _json_items(table) if suffix == ".json" else items_of(table)
     return (Row(key, {}, item) if isinstance(item, BadRecordError) else Row(key, item) for key, item in items)
@@ -99,6 +105,9 @@ def columns_of(row: Mapping[str, Any], text: str | None, table: Path) -> tuple[s
     chosen = {what: next((names[name] for name in usual[what] if name in names), None) for what in usual}
     picture, caption = chosen["picture"], chosen["caption"]
     if picture is None or caption is None:
+        if picture is None and (set(names).intersection(ADDRESS_COLUMNS) or any(map(is_address, names))):
+            raise addresses_instead(table)
+        _refuse_first_row(row, table)
         lacking = [what for what, found in chosen.items() if found is None]
         expected = " and ".join(f"no column for the {what}, expected {' or '.join(usual[what])}" for what in lacking)
         there = ", ".join(map(str, row))[:200] or "none"
@@ -106,6 +115,23 @@ def columns_of(row: Mapping[str, Any], text: str | None, table: Path) -> tuple[s
         named = ", or name the caption's column with `text` (--text)" if caption is None else ""
         raise DataError(f"{table} has {expected}, but it has {there}", f"rename a column to {renamed}{named}")
     return picture, caption
+
+
+def addresses_instead(table: Path) -> DataError:
+    """Say that a table has addresses of pictures and no pictures."""
+    return DataError(
+        f"{table} has addresses of pictures and no pictures, which are read from this machine's disks",
+        "fetch them first, as docs/training.md says (img2dataset), and name the folder with its shards",
+    )
+
+
+def _refuse_first_row(row: Mapping[str, Any], table: Path) -> None:
+    """Refuse a table whose first line names no columns."""
+    if any(is_picture(str(name)) for name in row):
+        raise DataError(
+            f"the first line of {table} is a row, expected the names of its columns: {', '.join(map(str, row))[:200]}",
+            "write a line above it, such as file_name,caption",
+        )
 
 
 def captions_in(said: object) -> list[object]:
@@ -128,6 +154,11 @@ def _words(said: object) -> object:
     return next((said[name] for name in WORDS if name in said), said)
 
 
+def _is_token(line: str) -> bool:
+    match = _TOKEN.match(line)
+    return match is not None and is_picture(match[1])
+
+
 def _delimiter(header: str) -> str:
     return max(_DELIMITERS, key=header.count)
 
@@ -135,9 +166,12 @@ def _delimiter(header: str) -> str:
 def _csv_rows(table: Path, delimiter: str) -> Iterator[Row]:
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
-            if not delimiter:
-                delimiter = _delimiter(file.readline(_LONGEST_HEADER))
-                file.seek(0)
+            header = file.readline(_LONGEST_HEADER)
+            file.seek(0)
+            if _is_token(header):
+                yield from _token_rows(table.name, file)
+                return
+            delimiter = delimiter or _delimiter(header)
             lines: list[str] = []
             reader = csv.DictReader(_noted(file, lines), delimiter=delimiter)
             columns = _names_of(reader, table)
@@ -157,6 +191,15 @@ def _csv_rows(table: Path, delimiter: str) -> Iterator[Row]:
         raise DataError(f"{table} is not UTF-8", "save it as UTF-8") from error
     except OSError as error:
         raise DataError(f"{table} cannot be read: {error.strerror}", "check the path") from error
+
+
+def _token_rows(name: str, file: Iterable[str]) -> Iterator[Row]:
+    for number, line in enumerate(file, 1):
+        key = f"{name}:{number}"
+        if match := _TOKEN.fullmatch(line.strip()):
+            yield Row(key, {"file_name": match[1], "caption": match[2]})
+        elif line.strip():
+            yield Row(key, {}, BadRecordError(WRONG_TEXT, f"{key} is not a picture's name with #, a tab and a caption"))
 
 
 def _csv_row(key: str, row: dict[Any, Any], lines: Sequence[str], delimiter: str) -> Row:
@@ -194,9 +237,13 @@ def _listed(field: str | None) -> object:
 
 def _names_of(reader: "csv.DictReader[str]", table: Path) -> Sequence[str]:
     try:
-        return reader.fieldnames or ()
+        names = reader.fieldnames or ()
     except csv.Error as error:
         raise DataError(f"{table}: its first line cannot be read: {error}", "write names of columns there") from error
+    usual = [name for name in (name.strip().lower() for name in names) if name in (*FILE_COLUMNS, *TEXT_COLUMNS)]
+    if twice := next((name for name in usual if usual.count(name) > 1), None):
+        raise DataError(f"{table} has more than one column {twice}", "rename those that are not meant")
+    return names
 
 
 def _noted(file: Iterable[str], lines: list[str]) -> Iterator[str]:
@@ -226,8 +273,10 @@ def _json_items(table: Path) -> Iterator[tuple[str, Any]]:
             yield key, item
     elif isinstance(content, dict) and isinstance(content.get("images"), list):
         yield from ((f"{table.name}:{number}", item) for number, item in enumerate(content["images"], 1))
+    elif isinstance(content, dict) and isinstance(content.get("data"), list):  # TextCaps
+        yield from ((f"{table.name}:{number}", item) for number, item in enumerate(content["data"], 1))
     elif isinstance(content, dict):
-        for name, caption in content.items():
+        for name, caption in read_json_pairs(table):  # a picture may stand there twice
             yield f"{table.name}:{name[:80]}", {"file_name": name, "caption": caption}
     else:
         raise DataError(f"{table} is neither a list nor an object", "write a list of pictures with captions")

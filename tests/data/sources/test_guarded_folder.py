@@ -118,3 +118,35 @@ def test_files_are_listed_in_order_without_hidden_ones_and_linked_folders(folder
     assert list(files_in(folder)) == [("b.jpg", 2), ("a/0.jpg", 2), ("a/1.jpg", 3)]
     with pytest.raises(DataError, match="cannot be read"):
         list(files_in(folder / "gone"))
+
+
+def test_a_link_in_a_circle_is_no_file(folder: Path) -> None:
+    (folder / "round.jpg").symlink_to("round.jpg")
+
+    assert [name for name, _ in files_in(folder)] == ["a/1.jpg"]
+    with pytest.raises(BadRecordError, match="is not in"):
+        GuardedFolder(folder).read_picture(["round.jpg"], "key")
+
+
+def test_the_one_folder_that_has_pictures_is_looked_into(folder: Path) -> None:
+    guarded = GuardedFolder(folder)
+
+    assert guarded.read_picture(["0.jpg", "1.jpg"], "key") == b"one"
+    write(folder / "1.jpg", b"nearer")
+    assert guarded.read_picture(["1.jpg"], "key") == b"nearer"
+
+
+@pytest.mark.parametrize(("other", "name"), [("b/2.jpg", "1.jpg"), ("b/2.jpg", "2.jpg"), ("2.jpg", "1.jpg")])
+def test_none_of_several_folders_is_guessed(other: str, name: str, folder: Path) -> None:
+    write(folder / other, b"two")
+
+    with pytest.raises(BadRecordError, match=f"the picture '{name}' is not in"):
+        GuardedFolder(folder).read_picture([name], "key")
+
+
+@pytest.mark.parametrize("name", ["https://a.example/1.jpg", "S3://bucket/1.jpg"])
+def test_an_address_is_told_as_one(name: str, folder: Path) -> None:
+    with pytest.raises(BadRecordError, match="is an address, and pictures are read from this machine's disks") as told:
+        GuardedFolder(folder).read_picture([name], "key")
+
+    assert told.value.kind == "picture named by its address"

@@ -1,5 +1,6 @@
 """What a path is, is told by what lies there; nothing runs and nothing is fetched because of a path."""
 
+import os
 import pickle
 from pathlib import Path
 
@@ -59,6 +60,10 @@ def test_folder_is_recognised(files: dict[str, object], expected: tuple[str, str
         ("x.json", {"annotations": [], "images": []}, "captions"),
         ("x.json", {"a.jpg": "a cat"}, "captions"),
         ("x.json", {"questions": []}, "vqa"),
+        ("x.json", {"dataset_name": "textvqa", "data": QUESTION}, "vqa"),
+        ("x.json", {"dataset_name": "textcaps", "data": [{"image_id": "a"}]}, "captions"),
+        ("x.json", {"images": [{"filename": "a.jpg", "sentences": []}], "dataset": "coco"}, "captions"),
+        ("x.txt", "image,caption\na.jpg,a cat\n", "captions"),
         ("x.jsonl", '{"image": "a.jpg", "question": "q"}', "vqa"),
         ("x.jsonl", '{"file_name": "a.jpg", "text": "q"}', "captions"),
         ("x.json", TALK, "conversations"),
@@ -206,3 +211,40 @@ def test_whoever_waits_for_a_long_list_is_told_and_nobody_of_a_short_one(
     source = open_source(tmp_path / name, report=tell)
     assert told == [(f"reading {name}", done, total) for done, total in ((3, 0), (6, 0), (7, 7))]
     assert len(pickle.loads(pickle.dumps(source))) == 7, "who waits stays here when the rows go to a reader"
+
+
+@pytest.mark.parametrize(
+    ("names", "hint"),
+    [
+        (["annotations/coco.json", "train/1.jpg"], "name one of its lists (annotations/coco.json), and the"),
+        ([f"{name}.csv" for name in "abcdef"], "name one of its lists (a.csv, b.csv, c.csv, d.csv, ...), and the"),
+        (["Captions.xlsx", "1.jpg"], "save Captions.xlsx as captions.csv"),
+        (["photos.zip"], "unpack photos.zip first"),
+        (["one.json"], "name its format, or another folder"),
+    ],
+)
+def test_a_folder_that_is_no_source_has_a_cure(names: list[str], hint: str, tmp_path: Path) -> None:
+    for name in names:
+        write(tmp_path / name, "[]")
+
+    with pytest.raises(DataError, match="is not a source of examples") as told:
+        open_source(tmp_path)
+    assert told.value.hint.startswith(hint)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_no_source(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.csv")
+
+    with pytest.raises(DataError, match=r"x\.csv is neither a file nor a folder"):
+        open_source(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize(("name", "content"), [("talk.json", [{**TALK[0]}]), ("vqa.json", QUESTION)])
+def test_pictures_of_a_list_may_lie_in_the_one_folder_beside_it(name: str, content: object, tmp_path: Path) -> None:
+    write(tmp_path / "train2017" / "a.jpg", picture())
+    if name == "talk.json":
+        turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+        content = [{"image": "a.jpg", "conversations": turns}]
+
+    assert open_source(write(tmp_path / name, content)).read(0).picture == picture()

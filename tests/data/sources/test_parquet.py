@@ -162,3 +162,9 @@ def test_missing_library_is_a_sentence(tmp_path: Path, monkeypatch: pytest.Monke
         open_source(path)
 
     assert told.value.hint == 'pip install "minigpt4[data]"'
+
+
+def test_a_list_of_addresses_has_the_way_to_pictures(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"x\.parquet has addresses of pictures and no pictures") as told:
+        open_source(table(tmp_path / "x.parquet", URL=["http://a.example/1.jpg"], TEXT=["a cat"]))
+    assert "img2dataset" in told.value.hint

@@ -130,7 +130,11 @@ BAD_SAMPLES: dict[str, tuple[dict[str, bytes], str, str]] = {
     "JSON list": ({**X, "b.json": b"[]"}, WRONG_TEXT, ": its JSON is not an object"),
     "deep JSON": ({**X, "b.json": b"[" * 10**5}, WRONG_TEXT, ": its JSON is nested too deep"),
     "huge number": ({**X, "b.json": b'{"a": ' + b"9" * 5000 + b"}"}, WRONG_TEXT, ": its JSON cannot be read"),
-    "no caption key": ({**X, "b.json": b'{"alt": 1}'}, NO_TEXT, ": its JSON has no 'caption', but alt"),
+    "no caption key": (
+        {**X, "b.json": b'{"alt": 1}'},
+        NO_TEXT,
+        ": its JSON has no 'caption', but alt; name one with `text`",
+    ),
     "null caption": (sample("b", None), NO_TEXT, " has no caption"),
     "blank caption": (sample("b", " \n"), NO_TEXT, " has no caption"),
     "list of captions": (sample("b", ["a"]), WRONG_TEXT, ": the caption is a list, expected text"),

@@ -186,3 +186,73 @@ def test_a_bad_caption_of_a_list_leaves_those_behind_it(tmp_path: Path) -> None:
 def test_a_text_that_is_no_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a source of examples"):
         open_source(write(tmp_path / "notes.txt", "one, two\nthree\n"))
+
+
+@pytest.mark.parametrize("name", ["Flickr8k.token.txt", "results_20130124.token"])
+@pytest.mark.parametrize("as_file", [False, True])
+def test_the_older_lists_of_flickr_are_read(name: str, as_file: bool, tmp_path: Path) -> None:
+    pictures(tmp_path, "Flicker8k_Dataset/1.jpg", "Flicker8k_Dataset/2.jpg")
+    path = write(tmp_path / name, '1.jpg#0\tA cat , "red" .\n1.jpg.1#0\tA cow .\nno line\n\n2.jpg#4\tA dog .\n')
+
+    source = open_source(path if as_file else tmp_path)
+
+    assert said(source) == [("Flicker8k_Dataset/1.jpg", 'A cat , "red" .'), ("Flicker8k_Dataset/2.jpg", "A dog .")]
+    assert told(source) == [
+        f"{name}:2: the picture '1.jpg.1' is not there",
+        f"{name}:3 is not a picture's name with #, a tab and a caption",
+    ]
+
+
+ADDRESSES = {
+    "named columns": "caption\turl\na cat\thttps://a.example/1.jpg\n",
+    "CC3M": "a cat\thttps://a.example/1.jpg\na dog\thttps://a.example/2.jpg\n",
+}
+
+
+@pytest.mark.parametrize("form", ADDRESSES)
+def test_a_list_of_addresses_has_the_way_to_pictures(form: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"list\.tsv has addresses of pictures and no pictures") as error:
+        open_source(write(tmp_path / "list.tsv", ADDRESSES[form]))
+    assert "img2dataset" in error.value.hint
+
+
+def test_pictures_named_by_addresses_are_told_as_such(tmp_path: Path) -> None:
+    source = open_source(write(tmp_path / "list.csv", "image,caption\nhttps://a.example/1.jpg,a cat\n"))
+
+    assert told(source) == [
+        "list.csv:2: 'https://a.example/1.jpg' is an address, and pictures are read from this machine's disks"
+    ]
+
+
+def test_a_table_without_names_of_columns_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the first line of .* is a row, .*: 1\.jpg, a cat") as error:
+        open_source(write(tmp_path / "list.csv", "1.jpg,a cat\n2.jpg,a dog\n"))
+    assert error.value.hint == "write a line above it, such as file_name,caption"
+
+
+def test_two_columns_of_a_name_are_refused(tmp_path: Path) -> None:
+    pictures(tmp_path, "1.jpg")
+
+    with pytest.raises(DataError, match="has more than one column caption"):
+        open_source(write(tmp_path / "list.csv", "image,caption,Caption\n1.jpg,a cat,a dog\n"))
+    assert said(open_source(write(tmp_path / "list.csv", "image,caption,x,x,,\n1.jpg,a cat,,,,\n"))) == [
+        ("1.jpg", "a cat")
+    ]
+
+
+def test_a_picture_that_stands_twice_in_an_object_has_both_captions(tmp_path: Path) -> None:
+    pictures(tmp_path, "1.jpg", "2.jpg")
+    path = write(tmp_path / "list.json", '{"1.jpg": {"caption": "a cat"}, "2.jpg": "a dog", "1.jpg": "it sits"}')
+
+    source = open_source(path, format="captions")
+
+    assert said(source) == [("1.jpg", "a cat"), ("2.jpg", "a dog"), ("1.jpg", "it sits")]
+
+
+def test_textcaps_is_read(tmp_path: Path) -> None:
+    pictures(tmp_path, "train_images/1.jpg")
+    item = {"image_id": "1", "image_path": "train/1.jpg", "caption_str": "a sign", "reference_strs": ["a sign"]}
+
+    source = open_source(write(tmp_path / "TextCaps.json", {"dataset_name": "textcaps", "data": [item]}))
+
+    assert told(source) == ["TextCaps.json:1: the picture 'train/1.jpg' is not there, but train_images/1.jpg is"]
