@@ -213,7 +213,8 @@ class _Reading:
             BadRecordError: It is not there.
         """
         above = row.fields.get(_FOLDER_COLUMN)
-        places = _places(name, [f"{above}/", *self._folders] if isinstance(above, str) and above else self._folders)
+        folders = [f"{above}/", *self._folders] if isinstance(above, str) and above else self._folders
+        places = [place for written in dict.fromkeys((name, name.strip())) for place in _places(written, folders)]
         if self.files is not None and leaves_folder(name):
             self._name_whole_path(name)
         if self.files is None or leaves_folder(name):

@@ -1,7 +1,8 @@
 """LLaVA's form of conversations: `[{"id", "image", "conversations": [{"from", "value"}, ...]}, ...]`.
 
 The form of OpenAI's messages is read as well, which other trainers take: `messages` with `role` and `content`, and
-`images`, a list of one; a message of the role `system` at the beginning is passed over, as the template has its own.
+`images`, a list of one; a content may be a list of parts (`{"type": "text", "text": ...}`, and `image` or `image_url`
+with the picture's file). A message of the role `system` at the beginning is passed over, as the template has its own.
 `<image>` and the line breaks round it are removed from the text: where the picture stands, the prompt template says.
 A record without a picture is text alone. The picture may also lie there under COCO's long name, `COCO_train2014_...`,
 which the original puts before every name.
@@ -18,6 +19,8 @@ from minigpt4.data.sources.listed import Count, ListSource, Rows, items_of, list
 TURNS = ("conversations", "conversation", "messages")
 """Names of the list of turns."""
 COCO_PREFIX = "COCO_train2014_"
+_PICTURES = ("image", "image_url")
+"""Kinds of parts that stand for pictures."""
 _MARK = re.compile(r"\n*<image>\n*")
 _ASKS, _ANSWERS = frozenset(["human", "user"]), frozenset(["gpt", "assistant"])
 
@@ -61,7 +64,7 @@ def _add(rows: Rows, place: str, item: Any) -> None:  # noqa: ANN401  (whatever 
         turns = turns[1:]
         rows.skipped["system messages"] += 1
     key = f"{place} ({item['id']})"[:200] if isinstance(item.get("id"), str | int) else place
-    image = item.get("image", item.get("images"))
+    image = item.get("image", item.get("images", _images_in(turns)))
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
     if image in ("", []):  # as some lists write text alone
@@ -69,6 +72,8 @@ def _add(rows: Rows, place: str, item: Any) -> None:  # noqa: ANN401  (whatever 
     if image is not None and not (isinstance(image, str) and image.strip()):
         raise BadRecordError(NO_PICTURE, f"{key}: its image is not the name of one picture")
     pairs = [_pair(turns[start : start + 2], start, key) for start in range(0, len(turns), 2)]
+    if image is None and item.get("video"):
+        raise BadRecordError(NO_PICTURE, f"{key} is about a video, and pictures are read")
     if image is None and any("<image>" in str(_said(turn)[1]) for turn in turns[::2]):
         raise BadRecordError(NO_PICTURE, f"{key} speaks of <image> and names none")
     rows.add(key, None if image is None else coco_names(image), pairs)
@@ -78,7 +83,20 @@ def _said(turn: Any) -> tuple[Any, Any]:  # noqa: ANN401  (whatever a list holds
     """Return who says a turn, and what."""
     if not isinstance(turn, dict):
         return None, None
-    return turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    said = turn.get("value", turn.get("content"))
+    if isinstance(said, list) and all(isinstance(part, dict) for part in said):
+        texts = [part["text"] for part in said if isinstance(part.get("text"), str)]
+        marks = ["<image>"] * any(part.get("type") in _PICTURES for part in said)
+        said = "\n".join([*marks, *texts])
+    return turn.get("from", turn.get("role")), said
+
+
+def _images_in(turns: list[Any]) -> list[Any] | None:
+    """Return the pictures that parts of messages name; None where there are none."""
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    named = [part.get(kind) for part in parts for kind in _PICTURES if part.get("type") == kind]
+    return [name.get("url") if isinstance(name, dict) else name for name in named] or None
 
 
 def _pair(turns: list[Any], start: int, key: str) -> tuple[str, str]:

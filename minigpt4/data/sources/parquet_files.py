@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minigpt4.data.sources.conversations import TURNS
 from minigpt4.data.sources.tables import (
     ADDRESS_COLUMNS,
     FILE_COLUMNS,
@@ -144,6 +145,11 @@ def _choose_columns(schema: Any, path: Path, text: str | None) -> Columns:  # no
     caption = _first(there, [text.lower()] if text else TEXT_COLUMNS)
     if image is None and _first(there, ADDRESS_COLUMNS):
         raise addresses_instead(path)
+    if caption is None and not text and (talk := _first(there, ("question", *TURNS, "texts"))):
+        raise DataError(
+            f"{path} has questions or conversations (column {talk}), and of parquet files captions are read",
+            "write its pictures into a folder and the words as a list, LLaVA's for one: docs/training.md",
+        )
     if image is None or caption is None:
         what = "picture, expected image" if image is None else f"caption, expected {text or ' or '.join(TEXT_COLUMNS)}"
         raise DataError(

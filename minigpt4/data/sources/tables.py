@@ -186,7 +186,9 @@ def _csv_rows(table: Path, delimiter: str) -> Iterator[Row]:
                     known = dict(zip(columns, lines[0].split(delimiter), strict=False))
                     yield Row(key, known, BadRecordError(LARGE_TEXT, f"{key}: the row cannot be read: {error}"))
                     continue
-                yield _csv_row(f"{table.name}:{reader.line_num}", row, lines, delimiter)
+                # Spreadsheets leave rows of nothing but delimiters.
+                if any("".join(value or "").strip() for value in row.values()):
+                    yield _csv_row(f"{table.name}:{reader.line_num}", row, lines, delimiter)
     except UnicodeDecodeError as error:
         raise DataError(f"{table} is not UTF-8", "save it as UTF-8") from error
     except OSError as error:

@@ -124,3 +124,46 @@ def test_bad_record_is_told_and_the_next_is_read(fault: str, tmp_path: Path) -> 
 def test_what_is_no_list_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a list"):
         open_source(write(tmp_path / "x.json", {"a": 1}), format="conversations")
+
+
+PARTS: dict[str, tuple[list[dict[str, object]], dict[str, object]]] = {
+    "OpenAI's": ([{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": "a.jpg"}}], {}),
+    "a name": ([{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What?"}], {}),
+    "a place": ([{"type": "image"}, {"type": "text", "text": "What?"}], {"images": ["a.jpg"]}),
+}
+
+
+@pytest.mark.parametrize("form", PARTS)
+def test_messages_in_parts_are_read(form: str, tmp_path: Path) -> None:
+    write(tmp_path / "a.jpg", picture())
+    parts, more = PARTS[form]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "A bus."}]}
+
+    source = open_source(write_list(tmp_path, {"messages": [{"role": "user", "content": parts}, answer], **more}))
+
+    assert source.read(0) == Record("llava.json:1", picture(), (("What?", "A bus."),))
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ([{"type": "image"}, {"type": "text", "text": "What?"}], "speaks of <image> and names none"),
+        ([{"type": "image", "image": name} for name in ("a.jpg", "b.jpg")], "is not the name of one picture"),
+        ([{"type": "image_url", "image_url": {"url": "https://a.example/a.jpg"}}], "is an address"),
+        ([{"type": "image", "image": 7}], "is not the name of one picture"),
+        (["What?"], "the question is a list"),
+    ],
+)
+def test_parts_that_name_no_picture_of_a_folder_are_bad(parts: object, words: str, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A bus."}]
+
+    with pytest.raises(BadRecordError, match=words):
+        open_source(write_list(tmp_path, {"messages": turns})).read(0)
+
+
+def test_a_video_is_not_taken_for_text_alone(tmp_path: Path) -> None:
+    item = {**talk("<video>What?", "A bus."), "video": "a.mp4"}
+    del item["image"]
+
+    with pytest.raises(BadRecordError, match="is about a video, and pictures are read"):
+        open_source(write_list(tmp_path, item)).read(0)

@@ -168,3 +168,9 @@ def test_a_list_of_addresses_has_the_way_to_pictures(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x\.parquet has addresses of pictures and no pictures") as told:
         open_source(table(tmp_path / "x.parquet", URL=["http://a.example/1.jpg"], TEXT=["a cat"]))
     assert "img2dataset" in told.value.hint
+
+
+@pytest.mark.parametrize("column", ["question", "conversations", "texts"])
+def test_questions_and_conversations_are_not_taken_for_captions(column: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"has questions or conversations \(column {column}\)"):
+        open_source(table(tmp_path / "x.parquet", image=[b"x"], **{column: ["a"], "answers": [["b"]]}))

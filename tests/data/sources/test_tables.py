@@ -256,3 +256,19 @@ def test_textcaps_is_read(tmp_path: Path) -> None:
     source = open_source(write(tmp_path / "TextCaps.json", {"dataset_name": "textcaps", "data": [item]}))
 
     assert told(source) == ["TextCaps.json:1: the picture 'train/1.jpg' is not there, but train_images/1.jpg is"]
+
+
+def test_rows_of_nothing_but_delimiters_are_none(tmp_path: Path) -> None:
+    pictures(tmp_path, "1.jpg")
+
+    source = open_source(write(tmp_path / "list.csv", "image;caption\r\n;;\r\n1.jpg;a cat\r\n;;\r\n;\r\n"))
+
+    assert said(source) == [("1.jpg", "a cat")] and len(source) == 1
+
+
+def test_blanks_round_a_pictures_name_are_none_of_it(tmp_path: Path) -> None:
+    pictures(tmp_path, "1.jpg", " 2.jpg")
+
+    table = write(tmp_path / "list.csv", "caption,image\na cat, 1.jpg \na dog, 2.jpg\n")
+
+    assert said(open_source(table)) == [("1.jpg", "a cat"), (" 2.jpg", "a dog")]
