@@ -100,7 +100,8 @@ def _add_unnamed(rows: Rows, files: Mapping[str, int], named: set[str], table: s
 
 def _places(name: str, folders: Iterable[str]) -> list[str]:
     """Return where the picture of a name may lie: an id stands for a file with the usual endings."""
-    name = str(PurePosixPath(name))  # "./cat.jpg" and "a//cat.jpg" are names that programs write
+    if "//" in name or "./" in name or name.endswith("/"):
+        name = str(PurePosixPath(name))  # "./cat.jpg" and "a//cat.jpg" are names that programs write
     endings = ("",) if is_picture(name) else ("", *PICTURE_SUFFIXES)
     return [f"{folder}{name}{ending}" for folder in folders for ending in endings]
 
@@ -215,9 +216,10 @@ class _Reading:
         above = row.fields.get(_FOLDER_COLUMN)
         folders = [f"{above}/", *self._folders] if isinstance(above, str) and above else self._folders
         places = [place for written in dict.fromkeys((name, name.strip())) for place in _places(written, folders)]
-        if self.files is not None and leaves_folder(name):
+        if self.files is None:
+            return places
+        if leaves_folder(name):
             self._name_whole_path(name)
-        if self.files is None or leaves_folder(name):
             return places
         refuse_address(name, row.key)
         found = next((place for place in places if place in self.files), None)
