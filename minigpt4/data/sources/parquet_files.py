@@ -156,6 +156,8 @@ def _choose_columns(schema: Any, path: Path, text: str | None) -> Columns:  # no
             f"{path} has no column for the {what}, but it has {', '.join(schema.names)[:200]}",
             "rename a column, or name the caption's with `text`",
         )
+    if twice := next((name for name in (image, caption) if schema.names.count(name) > 1), None):
+        raise DataError(f"{path} has more than one column {twice}", "rename those that are not meant")
     _refuse_other_pictures(schema.field(image).type, image, path)
     kind = schema.field(caption).type
     listed = _is_list(kind)

@@ -19,4 +19,4 @@ def training_files(names: Sequence[str]) -> list[str]:
 
 def is_of_another(split: object) -> bool:
     """Tell whether what stands in a row's column `split` says that the row is for testing."""
-    return isinstance(split, str) and bool(_OTHERS.search(split.strip().lower()))
+    return isinstance(split, str) and bool(_OTHERS.match(split.strip().lower()))

@@ -174,3 +174,11 @@ def test_a_list_of_addresses_has_the_way_to_pictures(tmp_path: Path) -> None:
 def test_questions_and_conversations_are_not_taken_for_captions(column: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"has questions or conversations \(column {column}\)"):
         open_source(table(tmp_path / "x.parquet", image=[b"x"], **{column: ["a"], "answers": [["b"]]}))
+
+
+def test_two_columns_of_a_name_are_refused(tmp_path: Path) -> None:
+    columns = [pa.array([b"x"]), pa.array(["a"]), pa.array(["b"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["image", "caption", "caption"]), tmp_path / "x.parquet")
+
+    with pytest.raises(DataError, match="has more than one column caption"):
+        open_source(tmp_path)
