@@ -20,7 +20,7 @@ from minigpt4.data.sources.guarded_folder import GuardedFolder
 from minigpt4.data.sources.listed import Count
 from minigpt4.data.sources.parquet_files import Columns, RowGroup, damaged, describe_files, opened
 from minigpt4.data.sources.parquet_rows import RowIndex, index_rows
-from minigpt4.data.sources.splits import LEFT_OUT, ROW_LEFT_OUT, training_files
+from minigpt4.data.sources.splits import LEFT_OUT, training_files
 from minigpt4.data.sources.tables import captions_in
 from minigpt4.errors import DataError
 from minigpt4.processing.pictures import DEFAULT_LIMITS
@@ -60,9 +60,9 @@ class ParquetSource:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Files and rows that are for testing."""
-        counts = {LEFT_OUT: self.left_out, ROW_LEFT_OUT: self.rows.left_out if self.rows else 0}
-        return {what: count for what, count in counts.items() if count}
+        """Files and rows that are for testing, and rows without a picture that say why."""
+        files = {LEFT_OUT: self.left_out} if self.left_out else {}
+        return files | (self.rows.left_out if self.rows else {})
 
     def __len__(self) -> int:
         return len(self.rows) if self.rows else self.groups[-1].start + self.groups[-1].rows
@@ -165,6 +165,9 @@ def open_parquet(
     if columns is None or not groups:
         raise DataError(f"the parquet files of {path} have no rows", "fetch them again")
     rows = index_rows(folder, files, groups, columns, count)
+    if rows is not None and not len(rows):
+        why = ", ".join(f"{number:,} x {what}" for what, number in rows.left_out.items()) or "empty lists of captions"
+        raise DataError(f"the parquet files of {path} have no rows to learn from: {why}", "fetch them again")
     named = [columns.picture, columns.caption]
     described = [named, [(name, (folder / name).stat().st_size) for name in files], [vars(group) for group in groups]]
     digest = hashlib.sha256(json.dumps(described).encode())

@@ -21,6 +21,7 @@ from minigpt4.errors import DataError
 
 MAX_GROUP_BYTES = 2 * 1024**3
 """Of a row group, unpacked: it is held in memory."""
+_STATUS = "status"
 _IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "picture", "img", "image_bytes", "bytes")
 
 
@@ -51,6 +52,7 @@ class Columns:
         words: Where in an object of that column the words lie; None where it holds text.
         listed: It holds lists of captions.
         split: That which says what a row is for, where there is one.
+        status: That in which img2dataset says whether it fetched a row's picture, where there is one.
     """
 
     picture: str
@@ -58,6 +60,7 @@ class Columns:
     words: str | None = None
     listed: bool = False
     split: str | None = None
+    status: str | None = None
 
     def leaves(self, file: Any) -> list[str]:  # noqa: ANN401  (pyarrow.parquet.ParquetFile)
         """Return what is read of a file's captions: of objects, the words alone."""
@@ -168,9 +171,13 @@ def _choose_columns(schema: Any, path: Path, text: str | None) -> Columns:  # no
             f"{path}: column {caption} is {str(kind)[:200]}, expected text or lists of text",
             "name another column with `text`",
         )
-    split = there.get(SPLIT)
-    has_split = split is not None and _is_text(schema.field(split).type)
-    return Columns(image, caption, words, listed, split if has_split else None)
+    split, status = (_text_column(there, name, schema) for name in (SPLIT, _STATUS))
+    return Columns(image, caption, words, listed, split, status if "error_message" in there else None)
+
+
+def _text_column(there: dict[str, str], name: str, schema: Any) -> str | None:  # noqa: ANN401  (of pyarrow)
+    found = there.get(name)
+    return found if found is not None and _is_text(schema.field(found).type) else None
 
 
 def _first(there: dict[str, str], names: Iterable[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Which files of a data set are to learn from: hubs keep those for testing in the same folder."""
+"""Which files and rows of a data set are to learn from: hubs keep those for testing in the same folder or table."""
 
 import re
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 _OTHERS = re.compile(r"(^|[/_.-])(test|val|valid|validation|dev)\d*([/_.-]|$)")
 LEFT_OUT = "file of another split"
 ROW_LEFT_OUT = "row of another split"
+NOT_FETCHED = "row whose picture was not fetched"
 
 
 def training_files(names: Sequence[str]) -> list[str]:

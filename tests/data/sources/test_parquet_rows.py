@@ -245,3 +245,33 @@ def test_a_damaged_list_is_refused_at_the_start(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match=r"x\.parquet is not a parquet file, or it is damaged: ."):
         open_source(path)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_rows_that_img2dataset_could_not_fetch_are_passed_over_and_counted(listed: bool, tmp_path: Path) -> None:
+    """`--output_format parquet` keeps them: some ten in a hundred, which would stop any run as bad records."""
+    said = SAID if listed else [texts[0] for texts in SAID]
+    status = ["success", "failed_to_download", "success", "failed_to_resize", "success"]
+    found = [None if state != "success" else content for state, content in zip(status, PICTURES, strict=True)]
+    errors = [None if state == "success" else "HTTP Error 404" for state in status]
+    made = table(tmp_path / "00000.parquet", jpg=found, caption=said, status=status, error_message=errors)
+
+    source = open_source(made)
+
+    assert source.skipped == {"row whose picture was not fetched": 2}
+    assert [source.read(n).picture for n in range(len(source))] == [
+        PICTURES[row] for row in (0, 2, 4) for _ in range(len(SAID[row]) if listed else 1)
+    ]
+    assert check_source(source).bad == 0
+
+
+def test_a_column_status_of_another_kind_means_nothing(tmp_path: Path) -> None:
+    made = table(tmp_path / "x.parquet", image=PICTURES, caption=[texts[0] for texts in SAID], status=["draft"] * 5)
+    assert len(open_source(made)) == 5
+
+
+def test_a_table_of_which_nothing_was_fetched_is_refused(tmp_path: Path) -> None:
+    jpg = pa.array([None], pa.binary())
+    made = table(tmp_path / "x.parquet", jpg=jpg, caption=["a cat"], status=["failed"], error_message=["404"])
+    with pytest.raises(DataError, match="no rows to learn from: 1 x row whose picture was not fetched"):
+        open_source(made)
