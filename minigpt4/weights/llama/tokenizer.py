@@ -203,6 +203,11 @@ def _mended(folder: Path, files: dict[str, bytes], pieces: dict[str, str]) -> Me
     if not any(_content(special.get(name)) for name in pieces):
         what = "was missing" if SPECIAL_TOKENS_FILE not in files else "was empty"
         notes.append(f"{SPECIAL_TOKENS_FILE} {what} and was written from the vocabulary")
+    if "add_bos_token" not in config and (notes or FAST_FILE not in files):  # a sound tokenizer.json says it itself
+        config["add_bos_token"] = True  # what the first LlamaTokenizer took; today's takes false
+        notes.append(
+            f"{CONFIG_FILE} did not say that a text begins with bos_token, as LLaMA's do; add_bos_token is true"
+        )
     if not notes:
         return MendedTokenizer(files)
     for name, token in tokens.items():

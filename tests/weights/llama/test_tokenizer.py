@@ -55,7 +55,7 @@ def nothing_but_the_vocabulary(folder: Path) -> None:
     ("damage", "said"),
     [
         (old_class, ["LLaMATokenizer"]),
-        (empty_strings, ["LLaMATokenizer", "no bos_token, eos_token, unk_token", "was empty"]),
+        (empty_strings, ["LLaMATokenizer", "no bos_token, eos_token, unk_token", "was empty", "add_bos_token is true"]),
         (no_special_tokens_map, ["special_tokens_map.json was missing"]),
         (nothing_but_the_vocabulary, ["tokenizer_config.json was missing", "special_tokens_map.json was missing"]),
     ],
@@ -69,6 +69,7 @@ def test_broken_folder_gives_the_sound_folders_tokenizer_and_says_what_was_mende
         assert sum(words in note for note in notes) == 1, words
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
     assert tokenizer.pad_token == "</s>"
+    assert tokenizer("a").input_ids[0] == 1
     sound = TextEncoder(llama_kind())
     for text in SENTENCES:
         plain = text.replace("<s>", "").replace("</s>", "").replace("<|im_end|>", "")
@@ -76,6 +77,25 @@ def test_broken_folder_gives_the_sound_folders_tokenizer_and_says_what_was_mende
     written = mended_tokenizer(folder).files
     assert json.loads(written[CONFIG])["tokenizer_class"] == "LlamaTokenizer"
     assert json.loads(written[SPECIAL])["eos_token"]["content"] == "</s>"
+
+
+def test_text_begins_with_bos_where_the_configuration_does_not_say(folder: Path) -> None:
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    del config["add_bos_token"]
+    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    tokenizer, notes = load_llama_tokenizer(folder)
+    assert tokenizer("a").input_ids[0] == 1
+    assert [note for note in notes if "add_bos_token is true" in note] == notes
+
+
+def test_sound_tokenizer_json_says_itself_how_a_text_begins(folder: Path) -> None:
+    load_llama_tokenizer(folder)[0].save_pretrained(folder)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config.pop("add_bos_token", None)
+    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    assert (folder / "tokenizer.json").is_file()
+    assert "tokenizer.json" in mended_tokenizer(folder).files
+    assert load_llama_tokenizer(folder)[0]("a").input_ids[0] == 1
 
 
 def test_mended_files_need_no_mending(folder: Path, tmp_path: Path) -> None:
