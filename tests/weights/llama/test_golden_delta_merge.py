@@ -1,0 +1,203 @@
+"""Every run of the original's merging tools that was recorded, and what ours makes of the same folders.
+
+What a tool wrote is equal bit for bit, files beside the weights included. Where one failed on folders that belong
+together, or wrote a wrong model without a word, ours merges them rightly or refuses them with a sentence.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minigpt4.errors import WeightsError
+from minigpt4.weights.files.tensors import open_tensors
+from minigpt4.weights.llama.delta import apply_delta
+from tests.weights.llama.test_delta import assert_same, read
+from tests.weights.original.test_golden_import import SETS, golden
+
+pytestmark = [
+    pytest.mark.reference,
+    pytest.mark.skipif(not SETS, reason="the recorded outputs of the original code are not beside the project"),
+]
+INV_FREQ = "rotary_emb.inv_freq"
+MISSING = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module", params=SETS, ids=lambda path: path.name)
+def reference(request: pytest.FixtureRequest) -> Path:
+    folder: Path = request.param
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recorded(reference: Path) -> dict[str, Any]:
+    return golden(reference, "golden/delta_merge.json")
+
+
+def assert_expected(out: Path, expected: Path) -> None:
+    """The tensors of a recorded result; the frequencies are the base's own, which one of its ways rounds first."""
+    actual, wanted = read(out), read(expected)
+    for name in [name for name in wanted if name.endswith(INV_FREQ)]:
+        if torch.equal(wanted[name], actual[name].half().float()):
+            actual[name] = wanted[name]
+    assert_same(actual, wanted)
+
+
+def files_beside_weights(folder: Path) -> dict[str, Any]:
+    """The small files, as content: configurations without the name of the folder they came from."""
+    found: dict[str, Any] = {}
+    for path in folder.iterdir():
+        if path.suffix == ".json" and "index" not in path.name and path.name != "manifest.json":
+            found[path.name] = json.loads(path.read_text(encoding="utf-8"))
+            if path.name == "config.json":
+                found[path.name].pop("_name_or_path", None)
+        elif path.name == "tokenizer.model":
+            found[path.name] = path.read_bytes()
+    return found
+
+
+def with_tensors(source: Path, target: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """Copy a folder with other tensors, in one file without an index."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.bin", "*.index.json"))
+    tensors = read(source)
+    change(tensors)
+    torch.save(tensors, target / "pytorch_model.bin")
+    return target
+
+
+def without(*endings: str) -> Callable[[dict[str, Tensor]], None]:
+    def drop(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(endings)]:
+            del tensors[name]
+
+    return drop
+
+
+@pytest.mark.parametrize(
+    ("case", "delta"),
+    [
+        ("v0.1.10 apply_delta, delta_v0 (vocab+1)", "delta_v0"),
+        ("v0.2.5 apply_delta, delta_v1.1 (same vocab)", "delta_v1.1"),
+        ("v0.2.5 apply_delta_low_cpu_mem, delta_v1.1", "delta_v1.1"),
+    ],
+)
+def test_files_beside_the_weights_are_those_of_the_original_tool(
+    case: str, delta: str, reference: Path, recorded: dict[str, Any], tmp_path: Path
+) -> None:
+    folder, run = reference / "delta", recorded[case]
+    assert run["result"] == "ok"
+    apply_delta(folder / "base", folder / delta, tmp_path / "out", file_format="bin")
+    written = files_beside_weights(tmp_path / "out")
+    weights = {name for name in run["files"] if name.startswith("pytorch_model")}
+    assert set(run["files"]) - weights <= set(written)
+    for name, content in files_beside_weights(folder / run["folder"]).items():
+        assert written[name] == content, name
+    for name, content in recorded["tokenizer_files"].get(run["folder"], {}).items():
+        assert written[name] == content, name
+
+
+def test_every_folder_holds_the_recorded_tensors(reference: Path, recorded: dict[str, Any]) -> None:
+    for folder, table in recorded["tensor_table"].items():
+        tensors = open_tensors(reference / "delta" / folder)
+        told = {name: [list(tensors.shape(name)), str(tensors.dtype(name))] for name in tensors}
+        assert told == table, folder
+
+
+def test_tokenizer_that_is_saved_is_the_deltas_as_the_first_and_the_last_tool_did(
+    reference: Path, recorded: dict[str, Any], tmp_path: Path
+) -> None:
+    assert recorded["which_tokenizer_is_saved"] == {
+        "v0.1.10": "delta", "v0.2.0": "base", "v0.2.3": "base", "v0.2.5": "delta",
+    }  # fmt: skip
+    folder = reference / "delta"
+    base = shutil.copytree(folder / "base", tmp_path / "base")
+    config = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 7}), encoding="utf-8")
+    apply_delta(base, folder / "delta_v1.1", tmp_path / "out")
+    for name in recorded["tokenizer_files"]["delta_v1.1"]:
+        written, own = ((of / name).read_bytes() for of in (tmp_path / "out", folder / "delta_v1.1"))
+        assert written == own, name
+
+
+@pytest.mark.parametrize(("delta", "expected"), [("delta_v0", "expected_v0"), ("delta_v1.1", "expected_v1.1")])
+def test_both_versions_merge_where_each_tool_failed_on_the_others(
+    delta: str, expected: str, reference: Path, recorded: dict[str, Any], tmp_path: Path
+) -> None:
+    failed = [run for name, run in recorded.items() if name.startswith("MISMATCH") and re.search(rf"{delta}\b", name)]
+    assert failed
+    assert {run["error_type"] for run in failed} == {"RuntimeError"}
+    apply_delta(reference / "delta/base", reference / "delta" / delta, tmp_path / "out")
+    assert_expected(tmp_path / "out", reference / "delta" / expected)
+
+
+def test_rows_that_cannot_be_added_are_refused_with_both_numbers(reference: Path, tmp_path: Path) -> None:
+    """A base with one row more than the delta, which one of the tools made by itself."""
+    folder = reference / "delta"
+    with pytest.raises(WeightsError) as error:
+        apply_delta(folder / "expected_v0", folder / "delta_v1.1", tmp_path / "out")
+    for side in ("expected_v0", "delta_v1.1"):
+        rows = open_tensors(folder / side).shape("lm_head.weight")[0]
+        assert f" {rows} " in error.value.message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("delta", ["delta_v0", "delta_v1.1"])
+def test_old_class_name_in_the_base_stops_no_merge(
+    delta: str, reference: Path, recorded: dict[str, Any], tmp_path: Path
+) -> None:
+    failed = recorded["BASE tokenizer_class LLaMATokenizer, v0.1.10, delta_v0"]
+    assert "LLaMATokenizer does not exist" in failed["error"]
+    base = shutil.copytree(reference / "delta/base", tmp_path / "base")
+    path = base / "tokenizer_config.json"
+    path.write_text(path.read_text(encoding="utf-8").replace("LlamaTokenizer", "LLaMATokenizer"), encoding="utf-8")
+    apply_delta(base, reference / "delta" / delta, tmp_path / "out")
+    assert_expected(tmp_path / "out", reference / "delta" / delta.replace("delta", "expected"))
+    written = json.loads((tmp_path / "out/tokenizer_config.json").read_text(encoding="utf-8"))
+    assert written["tokenizer_class"] == "LlamaTokenizer"
+
+
+def test_delta_that_lacks_a_tensor_is_refused_by_its_name_before_anything_is_written(
+    reference: Path, recorded: dict[str, Any], tmp_path: Path
+) -> None:
+    runs = [run for name, run in recorded.items() if name.startswith(f"DELTA missing {MISSING}")]
+    assert [run["result"] for run in runs] == ["ok", "error"]  # one filled it with random numbers, one stopped midway
+    delta = with_tensors(reference / "delta/delta_v1.1", tmp_path / "delta", without(MISSING))
+    with pytest.raises(WeightsError, match=re.escape(f"lacks the tensor {MISSING}")):
+        apply_delta(reference / "delta/base", delta, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_delta_without_frequencies_leaves_the_bases_as_they_are(
+    reference: Path, recorded: dict[str, Any], tmp_path: Path
+) -> None:
+    doubled = recorded["DELTA without inv_freq keys, v0.2.5 apply_delta"]["inv_freq_in_result"]
+    delta = with_tensors(reference / "delta/delta_v1.1", tmp_path / "delta", without(INV_FREQ))
+    apply_delta(reference / "delta/base", delta, tmp_path / "out")
+    assert_expected(tmp_path / "out", reference / "delta/expected_v1.1_low_cpu_mem")
+    written = read(tmp_path / "out")[f"model.layers.0.self_attn.{INV_FREQ}"]
+    torch.testing.assert_close(2 * written, torch.tensor(doubled), rtol=1e-3, atol=0)  # theirs was rounded, too
+
+
+def test_base_in_a_single_file_is_merged_where_the_original_wrote_no_weights(
+    reference: Path, recorded: dict[str, Any], tmp_path: Path
+) -> None:
+    run = recorded["v0.2.5 apply_delta_low_cpu_mem onto a single-file base (pytorch_model.bin)"]
+    assert not any(name.endswith(".bin") for name in run["files"])
+    base = with_tensors(reference / "delta/base", tmp_path / "base", lambda tensors: None)
+    apply_delta(base, reference / "delta/delta_v1.1", tmp_path / "out")
+    assert_expected(tmp_path / "out", reference / "delta/expected_v1.1_low_cpu_mem")
+
+
+def test_both_ways_of_the_original_differ_in_the_frequencies_alone(reference: Path, recorded: dict[str, Any]) -> None:
+    told = recorded["comparisons"]["normal vs low_cpu_mem (v1.1)"]
+    normal, low = (read(reference / "delta" / name) for name in ("expected_v1.1", "expected_v1.1_low_cpu_mem"))
+    differing = {name for name in normal if not torch.equal(normal[name], low[name])}
+    assert differing == set(told["differ"])
+    assert all(name.endswith(INV_FREQ) for name in differing)
+    assert len(normal) - len(differing) == told["bit_equal"]
