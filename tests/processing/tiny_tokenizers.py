@@ -8,6 +8,7 @@ import tempfile
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,21 +23,22 @@ SENTENCES = [
 ]
 
 
-def sentencepiece_model() -> bytes:
-    """The content of a `tokenizer.model` with LLaMA's settings."""
+def sentencepiece_model(**other: Any) -> bytes:
+    """The content of a `tokenizer.model` with LLaMA's settings, or with others."""
     model = BytesIO()
+    llamas = {
+        "model_type": "bpe",
+        "vocab_size": 380,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "split_by_unicode_script": False,
+        "allow_whitespace_only_pieces": True,
+        "num_threads": 1,
+        "minloglevel": 2,
+    }
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 4),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=380,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        split_by_unicode_script=False,
-        allow_whitespace_only_pieces=True,
-        num_threads=1,
-        minloglevel=2,
+        sentence_iterator=iter(SENTENCES * 4), model_writer=model, **(llamas | other)
     )
     return model.getvalue()
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import sentencepiece
 
 from minigpt4.errors import WeightsError
+from minigpt4.processing.text_encoding import TextEncoder
 from minigpt4.weights.files.disk import storing
 
 if TYPE_CHECKING:  # loaded where a tokenizer is built: mending the files of a 13 GB model needs no 100 MB library
@@ -37,6 +38,14 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token")
 LFS_POINTER = b"version https://git-lfs"
 MAX_FILE_BYTES = 256 * 2**20
 """No tokenizer file is near this; a larger one is something else under its name."""
+
+_PROBES = (
+    "###Human: <Img>",
+    "  What  is\nhere? ",
+    "\ufb01\u00bd \u4f60\U0001f600",
+    "questions about pictures, and answers",
+)
+"""Texts in which a vocabulary of another kind shows: separators, spaces, and characters that some rewrite or lack."""
 
 _NORMALIZER = 3
 """The field of a SentencePiece file that says how text is normalized; it comes after the pieces."""
@@ -133,10 +142,25 @@ def load_llama_tokenizer(folder: Path) -> tuple["PreTrainedTokenizerBase", list[
                 f"the tokenizer of {folder} cannot be read: {' '.join(str(error).split())[:200]}",
                 "copy the tokenizer files of the same language model from where it was published",
             ) from error
+    says_how = FAST_FILE in mended.files or getattr(tokenizer, "add_prefix_space", None) is False
+    if VOCABULARY_FILE in mended.files and not says_how:
+        _refuse_other_splitting(folder / VOCABULARY_FILE, mended.files[VOCABULARY_FILE], tokenizer)
     tokenizer.name_or_path = folder.name  # not the scratch folder, which is gone
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer, mended.notes
+
+
+def _refuse_other_splitting(path: Path, vocabulary: bytes, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a vocabulary that is not of LLaMA's kind: the library would split texts by it as if it were."""
+    pieces, encoder = sentencepiece.SentencePieceProcessor(model_proto=vocabulary), TextEncoder(tokenizer)
+    for text in _PROBES:
+        if encoder.encode(text) != pieces.encode(text):
+            raise WeightsError(
+                f"{path} is no vocabulary of LLaMA's kind: it splits {text!r} in another way than byte-pair encoding "
+                "with bytes for unknown characters and no change of the text",
+                "use the language model's tokenizer.json beside it, or a LLaMA or Vicuna",
+            )
 
 
 def special_pieces(path: Path, content: bytes) -> dict[str, str]:

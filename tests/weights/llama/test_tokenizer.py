@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 
 from minigpt4.errors import WeightsError
 from minigpt4.processing.text_encoding import TextEncoder
 from minigpt4.weights.llama.tokenizer import load_llama_tokenizer, mended_ids, mended_tokenizer
-from tests.processing.tiny_tokenizers import SENTENCES, llama_kind
+from tests.processing.tiny_tokenizers import SENTENCES, llama_kind, sentencepiece_model
 from tests.weights.original.original_files import write_tokenizer
 
 CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
@@ -141,6 +142,29 @@ def test_folder_that_cannot_be_mended_is_refused(
         load_llama_tokenizer(folder)
     assert message in error.value.message
     assert hint in error.value.hint
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model_type": "unigram", "vocab_size": 322}, {"byte_fallback": False, "vocab_size": 100},
+        {"add_dummy_prefix": False}, {"normalization_rule_name": "nmt_nfkc"}, {"remove_extra_whitespaces": True},
+        {"treat_whitespace_as_suffix": True}, {"user_defined_symbols": ["###"]},
+    ],
+    ids=lambda other: next(iter(other)),
+)  # fmt: skip
+def test_vocabulary_of_another_kind_is_refused_and_not_read_as_llamas(other: dict[str, Any], folder: Path) -> None:
+    """The library builds LLaMA's pipeline of any vocabulary, whose ids would then be others than SentencePiece's."""
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model(**other))
+    with pytest.raises(WeightsError, match="is no vocabulary of LLaMA's kind: it splits"):
+        load_llama_tokenizer(folder)
+
+
+def test_folder_that_wants_no_space_before_a_text_is_taken_at_its_word(folder: Path) -> None:
+    change(folder / CONFIG, add_prefix_space=False)
+    tokenizer, _ = load_llama_tokenizer(folder)
+    with_space = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode("## #")
+    assert TextEncoder(tokenizer).encode("## #") != with_space
 
 
 def test_swapped_ids_are_mended_and_right_ones_left() -> None:
