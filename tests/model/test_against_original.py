@@ -224,6 +224,9 @@ def test_wrapped_pictures_reach_the_language_model_as_recorded() -> None:
             ids = before + ids + after
         model(input_ids=torch.tensor([ids] * 3), pixel_values=pixels)
         torch.testing.assert_close(given["inputs_embeds"], recorded[f"wrapped_embeds_{wrap['key']}"], **PICTURE)
+        mask = recorded[f"wrapped_atts_{wrap['key']}"]
+        assert (mask == 1).all()  # as where none is given
+        assert mask.shape == given["inputs_embeds"].shape[:2]
     hook.remove()
 
 

@@ -1,5 +1,6 @@
 """The original's train YAMLs as recipes: every key is mapped, ignored with a sentence, or refused with its line."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,11 @@ def test_recorded_configurations_are_translated(name: str) -> None:
     recipe, notes = recipe_from_original(read_original_yaml(GOLDEN / name))
     assert recipe.stages[0].steps == (20000 if "stage1" in name else 1000)
     assert any("a run needs --options datasets." in note for note in notes)
+    if "stage2" in name:
+        recorded = json.loads((GOLDEN.parent / "golden/prompt_wrap.json").read_text(encoding="utf-8"))
+        template = recipe.stages[0].prompt_template
+        assert template == recorded["prompt_template"]
+        assert [template.replace("{}", prompt) for prompt in sources(recipe).prompts] == recorded["prompt_list"]
 
 
 def test_recipe_is_read_again_as_it_was_written(tree: Path) -> None:

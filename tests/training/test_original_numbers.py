@@ -11,6 +11,8 @@ import pytest
 from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import Dataset
 
 import minigpt4
@@ -127,12 +129,23 @@ def test_every_update_is_the_originals(name: str, model_folder: Path, reference:
     data = RecordedBatches(run, layout_of(recipe.stages[0], processor), pixels)
     watcher = Watcher(model)
 
+    seen: list[Optimizer] = []
+    hook = register_optimizer_step_post_hook(lambda optimizer, *_: seen.append(optimizer))
     train(recipe, model, lambda number, stage: data, watcher, processes())
+    hook.remove()
 
     assert len(watcher.after) == run["updates"]
     for number, (weight, bias) in enumerate(watcher.after):
         close(weight, recorded[f"{name}/after_update_{number}/llama_proj.weight"], f"weight after {number}")
         close(bias, recorded[f"{name}/after_update_{number}/llama_proj.bias"], f"bias after {number}")
+    for place, parameter in enumerate((watcher.projection.weight, watcher.projection.bias)):
+        for moment, value in seen[-1].state[parameter].items():
+            close(value, recorded[f"{name}/optimizer_state/{place}/{moment}"], f"{moment} of {place}")
+    for group, settings in zip(seen[-1].param_groups, run["optimizer_param_groups"], strict=True):
+        # Its learning rate is that of its last update; the original set one for a batch left over, too.
+        told = {key: group[key] for key in settings if key not in ("lr", "betas", "params")}
+        assert told == pytest.approx({key: settings[key] for key in told}, rel=1e-12)
+        assert (list(group["betas"]), len(group["params"])) == (settings["betas"], len(settings["params"]))
     if recipe.stages[0].accumulation == 1:
         assert [s.learning_rate for s in watcher.steps] == pytest.approx([s["lr"] for s in run["steps"]], rel=1e-12)
         assert [s.loss for s in watcher.steps] == pytest.approx([s["loss"] for s in run["steps"]], rel=1e-5)

@@ -116,14 +116,17 @@ def test_picture_is_the_originals_after_every_layer(loaded: Loaded, reference: P
     )
     actual = {f"vit_block_{place}": state for place, state in enumerate(seen.hidden_states[1:])}
     actual |= {f"qformer_layer_{place}": state for place, state in enumerate(read.hidden_states[1:])}
+    patches = model.vision_model.embeddings.patch_embedding(recorded["pixel_values"])
     actual |= {
+        "patch_embed": patches.flatten(2).transpose(1, 2),
         "vit_output": seen.hidden_states[-1],
         "ln_vision_output": seen.last_hidden_state,
         "qformer_embeddings": read.hidden_states[0],
         "qformer_output": read.last_hidden_state,
         "inputs_llama": model.get_image_features(recorded["pixel_values"]).pooler_output,
     }
-    assert actual.keys() | {"pixel_values", "patch_embed", "atts_llama"} == recorded.keys()
+    assert actual.keys() | {"pixel_values", "atts_llama"} == recorded.keys()
+    assert recorded["atts_llama"].shape == actual["inputs_llama"].shape[:2]
     for name, tensor in actual.items():
         assert_close(tensor, recorded[name], name)
 
@@ -207,9 +210,15 @@ def test_training_step_has_the_recorded_labels_logits_loss_and_gradients(loaded:
             assert recorded["to_regress_input_ids"][row, : len(caption)].tolist() == caption, name
         assert torch.equal(labels, recorded["targets"]), name
         assert torch.equal(inputs["attention_mask"], recorded["attention_mask"]), name
+        given: dict[str, Tensor] = {}
+        hook = model.model.language_model.register_forward_pre_hook(
+            lambda _module, _args, kwargs, given=given: given.update(kwargs), with_kwargs=True
+        )
         model.zero_grad()
         output = model(**inputs, pixel_values=pixels[case["image_index"]], labels=labels)
         output.loss.backward()
+        hook.remove()
+        assert_close(given["inputs_embeds"], recorded["inputs_embeds"], f"{name}: embeddings")
         read = inputs["attention_mask"].bool()  # what stands at padding is never read
         assert_close(output.logits[read], recorded["logits"][read], f"{name}: logits")
         assert_close(output.loss[None], recorded["loss"], f"{name}: loss")
