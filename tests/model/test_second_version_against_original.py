@@ -63,7 +63,7 @@ def test_chats_answer_as_the_original_word_for_word(name: str) -> None:
         )[0].tolist()
         assert (turn["min_top2_gap"] or 1.0) > CLEAR
         assert answer == turn["raw_sequence"][1:], number
-        assert tokenizer.decode(answer, skip_special_tokens=True).strip() == turn["text"]
+        assert str(tokenizer.decode(answer, skip_special_tokens=True)).strip() == turn["text"]
 
 
 def said(row: list[int]) -> list[int]:

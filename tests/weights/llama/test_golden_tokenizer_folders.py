@@ -80,8 +80,8 @@ def test_empty_special_tokens_are_mended_where_the_original_took_zero(
 
 def test_every_recorded_folder_is_compared(recorded: dict[str, Any]) -> None:
     assert set(recorded) == set(FOLDERS)
-    known = told_names = {"bos_eos_unk", "ids", "pad_token_id", "special_encode", "enc", "padded"}
-    assert all(told_names <= set(case) for case in recorded.values())
+    known = {"bos_eos_unk", "ids", "pad_token_id", "special_encode", "enc", "padded"}
+    assert all(known <= set(case) for case in recorded.values())
     assert {name for case in recorded.values() for name in case} - known == {
         "padded_error", "AutoTokenizer_use_fast_False",
     }  # fmt: skip
@@ -105,7 +105,7 @@ def test_ids_are_decoded_as_the_slow_tokenizer_does(reference: Path) -> None:
     tokenizer = loaded(reference, SOUND)
     special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     for case in vectors["decode"]:
-        text = tokenizer.decode(case["ids"], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = str(tokenizer.decode(case["ids"], skip_special_tokens=True, clean_up_tokenization_spaces=False))
         if special & set(case["ids"][1:-1]):
             assert text.split() == case["decode_skip_special"].split(), case["ids"]
         else:

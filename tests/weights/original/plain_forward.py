@@ -46,8 +46,8 @@ def vision_tokens(weights: Weights, pixels: Tensor, heads: int, blocks: int) -> 
         query, value = weights[f"{block}.attn.q_bias"], weights[f"{block}.attn.v_bias"]
         bias = torch.cat([query, torch.zeros_like(query), value])
         inputs = norm(weights, f"{block}.norm1", tokens, 1e-6)
-        thirds = functional.linear(inputs, weights[f"{block}.attn.qkv.weight"], bias).chunk(3, -1)
-        tokens = tokens + linear(weights, f"{block}.attn.proj", attention(*thirds, heads))
+        query, key, value = functional.linear(inputs, weights[f"{block}.attn.qkv.weight"], bias).chunk(3, -1)
+        tokens = tokens + linear(weights, f"{block}.attn.proj", attention(query, key, value, heads))
         inputs = linear(weights, f"{block}.mlp.fc1", norm(weights, f"{block}.norm2", tokens, 1e-6))
         tokens = tokens + linear(weights, f"{block}.mlp.fc2", functional.gelu(inputs))
     return tokens
@@ -63,8 +63,9 @@ def image_embeddings(weights: Weights, tokens: Tensor, heads: int, layers: int) 
             name = f"{layer}.{part}"
             if f"{name}.self.query.weight" in weights:
                 read = queries if part == "attention" else tokens
-                given = [linear(weights, f"{name}.self.{one}", read) for one in ("key", "value")]
-                found = attention(linear(weights, f"{name}.self.query", queries), *given, heads)
+                asked = linear(weights, f"{name}.self.query", queries)
+                key, value = (linear(weights, f"{name}.self.{one}", read) for one in ("key", "value"))
+                found = attention(asked, key, value, heads)
                 found = linear(weights, f"{name}.output.dense", found)
                 queries = norm(weights, f"{name}.output.LayerNorm", found + queries, 1e-12)
         inner = functional.gelu(linear(weights, f"{layer}.intermediate_query.dense", queries))

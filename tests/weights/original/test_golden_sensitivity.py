@@ -94,6 +94,10 @@ def skip_cross_attention(run: Run) -> None:
     run.model.qformer.encoder.layer[2].has_cross_attention = False
 
 
+def bias_dropped(run: Run) -> None:
+    run.model.language_projection.bias.data.zero_()
+
+
 def rounded_frequencies(run: Run) -> None:
     rotary = run.model.language_model.rotary_emb
     rotary.inv_freq = rotary.inv_freq.half().float()
@@ -155,7 +159,7 @@ MISTAKES: dict[str, Mistake] = {
     "LLaMA rms_norm_eps 1e-5 instead of 1e-6": lambda run: set_epsilon(norms(run.model.language_model), 1e-5),
     "RoPE built from the (fp16-rounded) inv_freq in the .bin files": rounded_frequencies,
     "pad token <unk> instead of </s>": pad_with_unknown,
-    "llama_proj bias dropped": lambda run: nn.init.zeros_(run.model.language_projection.bias),
+    "llama_proj bias dropped": bias_dropped,
     "bilinear resize": with_pixels(lambda run: normalized(resized(run, Image.Resampling.BILINEAR))),
     "lanczos resize": with_pixels(lambda run: normalized(resized(run, Image.Resampling.LANCZOS))),
     "ImageNet mean/std": with_pixels(

@@ -25,7 +25,8 @@ RELATIVE = 1e-5
 
 def tensors(path: Path) -> dict[str, Tensor]:
     content: dict[str, Any] = torch.load(path, weights_only=True)
-    return content.get("model", content)
+    held: dict[str, Tensor] = content.get("model", content)
+    return held
 
 
 def language_tensors(folder: Path) -> dict[str, Tensor]:
@@ -58,7 +59,8 @@ def cross_attention_every(files: dict[str, Path], every: int) -> None:
 
 def in_safetensors(folder: Path, shards: int) -> None:
     """Write the language model's files anew, dealt to so many, with an index where there are several."""
-    held, places = language_tensors(folder), {}
+    held = language_tensors(folder)
+    places: dict[str, str] = {}
     for path in [*folder.glob("*.bin"), *folder.glob("*.index.json")]:
         path.unlink()
     for number in range(shards):
