@@ -298,8 +298,15 @@ def _eval_yaml(config: MiniGPT4Config) -> str:
         values["qformer_config"] = _differences("qformer_config", config, PUBLISHED_QFORMER)
     else:
         values["has_qformer"] = False
-    kept = {key: value for key, value in values.items() if value != {}}
-    return yaml.safe_dump({"model": kept}, sort_keys=False)
+    # The original's demo takes its picture processor from a data set, and does not begin without the other sections.
+    pictures = {"name": "blip2_image_eval", "image_size": config.vision_config.image_size}
+    dataset = {"vis_processor": {"train": pictures}, "text_processor": {"train": {"name": "blip_caption"}}}
+    content = {
+        "model": {key: value for key, value in values.items() if value != {}},
+        "datasets": {"cc_sbu_align": dataset},
+        "run": {"task": "image_text_pretrain"},
+    }
+    return yaml.safe_dump(content, sort_keys=False)
 
 
 def _differences(section: str, config: MiniGPT4Config, published: Mapping[str, Any]) -> dict[str, Any]:

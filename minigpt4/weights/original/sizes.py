@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from minigpt4.errors import ConfigError, WeightsError
 from minigpt4.model import MiniGPT4Config
+from minigpt4.plurals import counted
 from minigpt4.weights.original.values import SECTIONS, as_number
 
 Shape = tuple[int, ...]
@@ -240,8 +241,8 @@ def _heads(section: str, width: int, published: int | None, overrides: Mapping[s
     if width != published:
         what = "config.json does not say its heads" if published is None else f"not the published {published}"
         notes.append(
-            f"{section}: the width is {width}, {what}; {heads} heads of {HEAD_SIZES[section]} numbers, as published, "
-            f"are taken; --set {section}.{_HEADS}=N if there are others"
+            f"{section}: the width is {width}, {what}; {counted(heads, 'head')} of {HEAD_SIZES[section]} numbers, as "
+            f"published, {'is' if heads == 1 else 'are'} taken; --set {section}.{_HEADS}=N if there are others"
         )
     return heads
 

@@ -96,6 +96,16 @@ def test_yaml_of_an_export_runs_it(model: Path, tmp_path: Path, monkeypatch: pyt
     assert (values["arch"], values["num_query_token"]) == ("mini_gpt4", 3)
 
 
+def test_yaml_of_an_export_has_the_sections_that_the_originals_demo_reads(model: Path, tmp_path: Path) -> None:
+    """Its `Config` raises without `datasets` and `run`; its demo looks at pictures as `cc_sbu_align` says."""
+    export_original(model, tmp_path / "out")
+    content = yaml.safe_load((tmp_path / "out/minigpt4_eval.yaml").read_text(encoding="utf-8"))
+    side = content["model"]["image_size"]
+    pictures = content["datasets"]["cc_sbu_align"]["vis_processor"]["train"]
+    assert pictures == {"name": "blip2_image_eval", "image_size": side}
+    assert content["run"] == {"task": "image_text_pretrain"}
+
+
 def test_yaml_of_an_export_says_heads_that_the_width_does_not_tell(tmp_path: Path) -> None:
     """An import takes 176 wide for 2 heads of 88, and published heads are 16."""
     sizes = replace(original_files.SMALL, vision_width=176, qformer_width=192)
