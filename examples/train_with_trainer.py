@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainingArguments
 
 import minigpt4
 
 QUESTION = "Describe this image in detail."
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def train(
@@ -42,6 +44,7 @@ def train(
     # learns: hence no checkpoints here. Columns are kept since the examples are pairs, not columns.
     settings = {
         "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),  # else a warning that there is nothing to pin for
         "save_strategy": "no",
         "learning_rate": 3e-4,
         "report_to": [],
@@ -52,15 +55,21 @@ def train(
     return trainer
 
 
+def pairs_in(folder: Path) -> list[tuple[Path, str]]:
+    """Return a folder's pictures with their captions; one without the other is left out."""
+    captions = {path.stem: path.read_text(encoding="utf-8").strip() for path in sorted(folder.glob("*.txt"))}
+    pictures = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES}
+    return [(pictures[name], caption) for name, caption in captions.items() if name in pictures]
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit("usage: train_with_trainer.py PICTURES_FOLDER OUTPUT")
+        sys.exit("usage: train_with_trainer.py FOLDER OUTPUT")
     folder, output = map(Path, sys.argv[1:])
-    captions = sorted(folder.glob("*.txt"))
-    pictures = {path.stem: path for path in folder.iterdir() if path.suffix != ".txt"}
+    pairs = pairs_in(folder) if folder.is_dir() else []
+    if not pairs:
+        sys.exit(f"{folder} holds no picture with a caption of its name beside it, such as cat.jpg and cat.txt")
     model, processor = minigpt4.load("nano", dtype="float32")
-    train(
-        model, processor, [(pictures[path.stem], path.read_text(encoding="utf-8").strip()) for path in captions], output
-    )
+    train(model, processor, pairs, output)
     model.save_pretrained(output)
     processor.save_pretrained(output)

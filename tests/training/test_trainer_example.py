@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,7 +37,7 @@ def example() -> ModuleType:
     return module
 
 
-def pairs_in(folder: Path) -> list[tuple[Path, str]]:
+def drawn_pairs(folder: Path) -> list[tuple[Path, str]]:
     pairs = [(folder / f"{number}.png", caption) for number, caption in enumerate(CAPTIONS)]
     for number, (path, _) in enumerate(pairs):
         tiny_chat.picture(number).save(path)
@@ -53,7 +55,7 @@ def loss_of(model: MiniGPT4ForConditionalGeneration, trainer: Trainer) -> float:
 
 
 def test_example_learns(example: ModuleType, tmp_path: Path) -> None:
-    model, processor, pairs = tiny_chat.model(), tiny_chat.processor(), pairs_in(tmp_path)
+    model, processor, pairs = tiny_chat.model(), tiny_chat.processor(), drawn_pairs(tmp_path)
 
     trainer = example.train(model, processor, pairs, tmp_path / "out", max_steps=40, **OPTIONS)
 
@@ -61,7 +63,7 @@ def test_example_learns(example: ModuleType, tmp_path: Path) -> None:
 
 
 def test_example_has_the_loss_of_our_own_training(example: ModuleType, tmp_path: Path) -> None:
-    model, processor, pairs = tiny_chat.model(), tiny_chat.processor(), pairs_in(tmp_path)
+    model, processor, pairs = tiny_chat.model(), tiny_chat.processor(), drawn_pairs(tmp_path)
     trainer = example.train(model, processor, pairs, tmp_path / "out", max_steps=1, **{**OPTIONS, "learning_rate": 0.0})
     records = [Record(caption, path.read_bytes(), (("", caption),)) for path, caption in pairs]
     batch = padded([Layout(processor).encode(record, example.QUESTION) for record in records], 0)
@@ -78,7 +80,7 @@ def test_example_moves_what_may_learn_and_nothing_else(example: ModuleType, tmp_
     model.config.trainable_parts = ("language_projection",)
     before = tensors(model.freeze())
 
-    example.train(model, tiny_chat.processor(), pairs_in(tmp_path), tmp_path / "out", max_steps=2, **OPTIONS)
+    example.train(model, tiny_chat.processor(), drawn_pairs(tmp_path), tmp_path / "out", max_steps=2, **OPTIONS)
 
     moved = {name for name, tensor in tensors(model).items() if not torch.equal(tensor, before[name])}
     assert moved == {"model.language_projection.weight", "model.language_projection.bias"}
@@ -86,12 +88,32 @@ def test_example_moves_what_may_learn_and_nothing_else(example: ModuleType, tmp_
 
 def test_example_takes_its_loss_where_answers_are(example: ModuleType, tmp_path: Path) -> None:
     model, processor = tiny_chat.model(), tiny_chat.processor()
-    trainer = example.train(model, processor, pairs_in(tmp_path), tmp_path / "out", max_steps=1, **OPTIONS)
+    trainer = example.train(model, processor, drawn_pairs(tmp_path), tmp_path / "out", max_steps=1, **OPTIONS)
 
     batch = next(iter(trainer.get_train_dataloader()))
 
     learned = [processor.tokenizer.decode(row[row != -100]) for row in batch["labels"]]
     assert sorted(learned) == sorted(f"{caption}<|im_end|>" for caption in CAPTIONS)
+
+
+def test_example_takes_pictures_that_have_a_caption_of_their_name(example: ModuleType, tmp_path: Path) -> None:
+    for name in ("dog.png", "cat.JPG", "no_caption.png", "captions.csv"):
+        (tmp_path / name).touch()
+    for name in ("dog", "cat", "no_picture"):
+        (tmp_path / f"{name}.txt").write_text(f" a {name}\n", encoding="utf-8")
+
+    assert example.pairs_in(tmp_path) == [(tmp_path / "cat.JPG", "a cat"), (tmp_path / "dog.png", "a dog")]
+
+
+def test_example_says_what_it_wants_of_a_folder_without_captions(tmp_path: Path) -> None:
+    (tmp_path / "captions.csv").touch()
+    command = [sys.executable, str(EXAMPLE), str(tmp_path), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"{tmp_path} holds no picture with a caption of its name beside it, such as cat.jpg and cat.txt\n"
+    )
 
 
 def test_example_is_ten_lines_long() -> None:

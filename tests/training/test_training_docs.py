@@ -50,7 +50,7 @@ def test_recipes_shown_are_recipes() -> None:
     whole = next(content for content in shown if "stages" in content)
     for content in shown:
         make_recipe({**whole, **content}, Path("docs/training.md"))
-    assert len(shown) == 2
+    assert len(shown) == 3
 
 
 @pytest.mark.parametrize("block", [b for b in blocks("console") if "benchmarks/scale.py" in b])
