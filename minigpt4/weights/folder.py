@@ -8,8 +8,10 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoProcessor, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from minigpt4.errors import ConfigError, WeightsError
+from minigpt4.errors import ConfigError, StorageError, WeightsError
 from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
@@ -36,12 +38,15 @@ from minigpt4.weights.alignment import (
     read_description,
 )
 from minigpt4.weights.direct import load_directly
-from minigpt4.weights.files.atomic import MANIFEST_NAME, verify_folder, write_folder
+from minigpt4.weights.files.atomic import MANIFEST_NAME, scratch_folder, verify_folder, write_folder
 from minigpt4.weights.hub import hub_folder, is_on_hub
 from minigpt4.weights.parts import home
 
 Report = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and of how much; bytes, or 0 of 0 where it cannot be known."""
+
+JOINED_KEPT = 8
+"""So many alignments over nano stay in the cache as they were joined, 0.3 GB each: the last ones loaded."""
 
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 """What the library raises of files that are missing or damaged."""
@@ -272,7 +277,8 @@ def _refuse_other(language_model: Path | None, name: str) -> None:
 def built_folder(alignment: Path, report: Report | None, language_model: Path | None = None) -> Path:
     """Join an alignment with its frozen parts, once; return the full folder in the cache.
 
-    It is named by the content of the alignment and of the parts, so a changed alignment is built anew.
+    It is named by the content of the alignment and of the parts, so a changed alignment is built anew. A new one takes
+    the place of the one that was not loaded for longest, where there are `JOINED_KEPT` of them.
 
     Raises:
         WeightsError: The alignment is incomplete, or does not fit the parts.
@@ -284,6 +290,8 @@ def built_folder(alignment: Path, report: Report | None, language_model: Path | 
     target = home() / "models" / f"{NANO}-{digest[:16]}"
     if target.exists():
         verify_folder(target, deep=False)
+        with suppress(OSError):  # a cache of somebody else's: then its folders are not removed either
+            os.utime(target)
         return target
     language_model_dir, vision_weights = nano.frozen_parts(report, language_model)
     if report:
@@ -300,7 +308,16 @@ def built_folder(alignment: Path, report: Report | None, language_model: Path | 
     with write_folder(target, overwrite=True) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+    _remove_unused(target.parent)
     return target
+
+
+def _remove_unused(models: Path) -> None:
+    """Remove the joined folders but those last loaded; a model in memory needs its own no more."""
+    with suppress(OSError, StorageError), scratch_folder(models) as scratch:
+        joined = sorted(models.glob(f"{NANO}-{'[0-9a-f]' * 16}"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in joined[JOINED_KEPT:]:
+            path.rename(scratch / path.name)
 
 
 def _incomplete(folder: Path, error: Exception) -> WeightsError:

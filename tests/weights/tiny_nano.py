@@ -62,10 +62,10 @@ def stand_in_for_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nano, "convert_vision_weights", lambda tensors: seen)
 
 
-def alignment(folder: Path, original: Path) -> Path:
+def alignment(folder: Path, original: Path, *, mark: float = 0.5) -> Path:
     """Write an alignment trained with a language model, with a mark in its projection."""
     model, words = nano.assemble(*nano.frozen_parts(language_model=original))
     with torch.no_grad():
-        model.model.language_projection.bias.fill_(0.5)
+        model.model.language_projection.bias.fill_(mark)
     save_alignment(folder, model, nano.make_processor(model.config, words))
     return folder
