@@ -266,6 +266,21 @@ def test_debug_shows_the_traceback_wherever_it_stands(
         run(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("error", "told"), [(EOFError(), "EOFError"), (ValueError("of\ntwo lines:"), "ValueError: of two lines:")], ids=repr
+)
+def test_our_own_mistake_is_one_sentence_and_status_1(
+    error: Exception, told: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("minigpt4.weights.inventory.list_models", fail)
+    result = run("models")
+    assert (result.status, result.out) == (1, "")
+    assert result.err == f"error: unexpected {told}\nhint: --debug shows where\n"
+
+
 def test_debug_after_two_dashes_is_a_word() -> None:
     assert without_debug(["ask", "--debug", "--", "--debug"]) == (["ask", "--", "--debug"], True)
     assert without_debug(["ask", "--", "--debug"]) == (["ask", "--", "--debug"], False)

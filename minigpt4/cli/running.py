@@ -61,7 +61,8 @@ def run() -> None:
     except Exception as error:
         if debug:
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        said = " ".join(str(error).split())
+        reason = type(error).__name__ + (f": {said}" if said else "")
         complain(MiniGPT4Error(f"unexpected {reason}", hint="--debug shows where"))
         sys.exit(1)
 
