@@ -1,5 +1,6 @@
 """What the terminal shows of a training run: how far it is, how fast, how well, and how long it will take."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,6 +31,7 @@ def training_bar(line_seconds: float = LINE_SECONDS) -> "Iterator[Callable[[Prog
     """
     recent: deque[Progress] = deque(maxlen=WINDOW)
     shown: list[Show] = []
+    beside = _Beside()
     with ExitStack() as stack:
 
         def report(progress: "Progress") -> None:
@@ -37,8 +39,10 @@ def training_bar(line_seconds: float = LINE_SECONDS) -> "Iterator[Callable[[Prog
                 shown.append(stack.enter_context(_bars()) if is_watched() else _lines(line_seconds))
             if recent and recent[-1].stage != progress.stage:
                 recent.clear()
+            if not recent:
+                beside.begin()
             recent.append(progress)
-            shown[0](progress, time_left(recent), figures(recent))
+            shown[0](progress, time_left(recent, beside.seconds(progress)), figures(recent))
 
         yield report
 
@@ -56,12 +60,31 @@ def figures(recent: "deque[Progress]") -> list[str]:
     return shown
 
 
-def time_left(recent: "deque[Progress]") -> str:
-    """Write how long the rest of the stage will take at the rate of the last steps."""
+class _Beside:
+    """What a step takes besides its own time on average: its share of validations, checkpoints and the like."""
+
+    def begin(self) -> None:
+        """Count from the first step that is told of a stage, whose own beginning nobody saw."""
+        self._began = time.monotonic()
+        self._own = 0.0
+        self._steps = -1
+
+    def seconds(self, progress: "Progress") -> float:
+        """Return it, once a step is done."""
+        self._steps += 1
+        if not self._steps:
+            return 0.0
+        self._own += progress.seconds
+        return max(time.monotonic() - self._began - self._own, 0.0) / self._steps
+
+
+def time_left(recent: "deque[Progress]", beside: float = 0.0) -> str:
+    """Write how long the rest of the stage will take at the rate of the last steps, `beside` a step not their own."""
     last = recent[-1]
     if last.step == last.steps:
         return "done"
-    seconds = round((last.steps - last.step) * sum(step.seconds for step in recent) / len(recent))
+    own = sum(step.seconds for step in recent) / len(recent)
+    seconds = round((last.steps - last.step) * (own + beside))
     hours, rest = divmod(seconds, 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02} left"
 

@@ -78,7 +78,7 @@ class Progress:
         grad_norm: Of all gradients together, before clipping.
         tokens: Targets, over all processes.
         images: Pictures, over all processes.
-        seconds: It took so long, loading included.
+        seconds: It took so long, loading included; validating and saving are no part of it.
         skipped: The weights stayed as they were, since the loss or a gradient is not a number.
         memory_bytes: The largest use so far, of the accelerator if there is one.
     """
@@ -193,15 +193,14 @@ def _train_stage(run: _Run, number: int, batches: Batches, checkpoint: Any) -> N
             _seed(run, at)
             rate = learning_rate(stage, at)
             figures = updater(group, rate, stop=run.stop.asked)
-            now = time.monotonic()
-            progress = _progress(stage, at, rate, figures, now - started)
-            started = now
+            progress = _progress(stage, at, rate, figures, time.monotonic() - started)
             run.state.step = at + 1
             run.state.scaler = scaler.state_dict()
             by_the_main_process(lambda: _tell(run, progress), run.processes)  # noqa: B023  (called at once)
             watch.look_at(stage.name, at + 1, group)
             _count_skipped(run, stage, group, figures)
             best = _after_update(run, updater.optimizer, stage, figures)
+            started = time.monotonic()  # a validation, or a checkpoint, took time that is no update's
     run.state.stage, run.state.step = number + 1, 0
     run.state.best_loss = None  # the next stage's is another loss, of other texts
     _save(run, None, best=best)

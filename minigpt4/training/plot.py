@@ -251,7 +251,8 @@ def _summary(stages: Sequence[StageMetrics]) -> str:
     parts = [f"{done:,} step{'s' if done != 1 else ''}"]
     if seconds:
         hours, minutes = divmod(round(seconds / 60), 60)
-        parts.append(f"{hours:,} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s")
+        took = f"{hours:,} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
+        parts.append(f"{took} of updates")  # validations and checkpoints took more
     if last.last < last.steps:
         parts.append("in progress")
     return ", ".join(parts)

@@ -4,6 +4,7 @@ import io
 import math
 import re
 import sys
+import time
 from collections import deque
 from dataclasses import replace
 
@@ -80,6 +81,26 @@ def test_rates_are_those_of_the_last_steps() -> None:
     assert time_left(deque([replace(fast, step=200)])) == "0:06:40 left"
     assert time_left(deque([replace(slow, step=1)])) == "27:45:00 left"
     assert time_left(deque([replace(fast, step=1000)])) == "done"
+
+
+def test_time_left_counts_what_comes_between_the_steps(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A validation of 20 s after every second step of 2 s: ten more seconds a step."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with training_bar(10.0) as report:
+        for stage in ("words", "chat"):
+            for step in range(2, 13):
+                now += 2.0
+                report(replace(STEP, stage=stage, step=step, steps=112))
+                now += 0.0 if step % 2 else 20.0
+            now += 500.0
+
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == ["2", "7", "12"] * 2
+    assert [line.rpartition(", ")[2] for line in lines] == ["0:03:40 left", "0:24:30 left", "0:20:00 left"] * 2
+    assert {part for line in lines for part in line.split(", ") if "steps/s" in part} == {"0.50 steps/s"}
 
 
 def test_rates_of_another_stage_do_not_count(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from minigpt4.training.processes import processes
 from minigpt4.training.recipe import Recipe, StageRecipe
 from minigpt4.training.run_folder import metrics_path
 from minigpt4.training.schedule import learning_rate
-from minigpt4.training.update import make_optimizer
+from minigpt4.training.update import Updater, make_optimizer
 from tests.training import toy
 
 INITIAL_SCALE = 2.0**20
@@ -160,6 +161,35 @@ def test_lines_are_on_the_disk_before_the_checkpoint_of_their_updates(
     trained(toy.recipe(tmp_path, checkpoint_steps=2))
 
     assert at_write == [0, 0, 0, 0]  # after two updates of each stage, and after its end
+
+
+def test_an_update_takes_its_own_time_and_that_of_its_examples_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a validation, a checkpoint or a line of figures takes is no update's; the clock moves where it is told."""
+    now = 0.0
+
+    def takes(seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(work)
+        def timed(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401  (as the work has them)
+            nonlocal now
+            now += seconds
+            return work(*arguments, **options)
+
+        return timed
+
+    monkeypatch.setattr("minigpt4.training.loop.time.monotonic", lambda: now)
+    monkeypatch.setattr("minigpt4.training.loop.write_checkpoint", takes(1000.0, checkpoint.write_checkpoint))
+    monkeypatch.setattr("minigpt4.training.loop.append_line", takes(10.0, run_folder.append_line))
+    monkeypatch.setattr(toy.Watcher, "validation_loss", takes(100.0, toy.Watcher.validation_loss))
+    monkeypatch.setattr(toy.ToyBatches, "__getitem__", takes(1.0, toy.ToyBatches.__getitem__))
+    monkeypatch.setattr("minigpt4.training.update.Updater.__call__", takes(2.0, Updater.__call__))
+
+    _, steps = trained(toy.recipe(tmp_path, checkpoint_steps=1))
+
+    assert [step.seconds for step in steps] == [3.0] * 6
+    assert [line["seconds"] for line in lines_of(tmp_path)] == [3.0] * 6
+    assert now >= 6 * 1100
 
 
 def best_of(output: Path, losses: list[float | None], stop_after: int | None = None, **changes: Any) -> str:

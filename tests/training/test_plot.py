@@ -125,7 +125,7 @@ def test_one_step_can_be_seen(tmp_path: Path) -> None:
     assert points(figure, "loss smoothed") == [(1, 5.0)]
     line = next(line for line in figure.axes[0].get_lines() if line.get_gid() == "loss smoothed")
     assert line.get_marker() == "o"
-    assert figure.get_suptitle() == "run: 1 step, 2 s, in progress"
+    assert figure.get_suptitle() == "run: 1 step, 2 s of updates, in progress"
 
 
 def test_skipped_steps_and_losses_that_are_no_number_are_marked(tmp_path: Path) -> None:
