@@ -127,8 +127,8 @@ def cached_pictures(
     """
     fingerprint = fingerprint_of(recipe, prepared, here)
     folder = store_folder(fingerprint)
-    works = _works(recipe, prepared, here, opened or RunSources())
-    work = _compute(recipe, prepared, here, fingerprint, folder, report, Counts(), works, anew=False)
+    opened = opened or RunSources()
+    work = _compute(recipe, prepared, here, fingerprint, folder, report, Counts(), opened, anew=False)
     _by_the_main_process_in_steps(work, here)
     return CachedPictures(FeatureStore.open(folder, fingerprint), fingerprint.kind)
 
@@ -150,8 +150,8 @@ def compute_features(
     """
     fingerprint = fingerprint_of(recipe, prepared, here)
     folder, counts = store_folder(fingerprint), Counts()
-    works = _works(recipe, prepared, here, opened or RunSources())
-    work = _compute(recipe, prepared, here, fingerprint, folder, report, counts, works, anew=True)
+    opened = opened or RunSources()
+    work = _compute(recipe, prepared, here, fingerprint, folder, report, counts, opened, anew=True)
     _by_the_main_process_in_steps(work, here)
     return folder, counts
 
@@ -184,7 +184,7 @@ def _compute(
     folder: Path,
     report: Report | None,
     counts: Counts,
-    works: Iterator[tuple[str, SourceBatches]],
+    opened: RunSources,
     *,
     anew: bool,
 ) -> Iterator[None]:
@@ -198,20 +198,20 @@ def _compute(
         folder: Of the store.
         report: Told of the records looked at.
         counts: Told what there was to do.
-        works: What a person calls them, and the batches that will be read.
+        opened: Opens the run's sources; who is told what takes long there is told of their order, too.
         anew: Look through what was looked through before as well, and at every byte that is kept.
     """
     create_store(folder, fingerprint)
     with only_writer(folder), seeing_on(prepared.model, here.device):
         yield from remove_damaged(folder, thorough=anew, report=report)
-        maker = _Maker(
-            prepared.model.eval(), prepared.processor, fingerprint, here.device, FeatureStore.open(folder, fingerprint)
-        )
+        store = FeatureStore.open(folder, fingerprint)
+        reports = report, opened.report
+        maker = _Maker(prepared.model.eval(), prepared.processor, fingerprint, here.device, store, *reports)
         done = []
-        for name, batches in works:
+        for name, batches in _works(recipe, prepared, here, opened):
             work = _work_digest(batches)
             if (anew or not is_done(folder, work)) and work not in done:
-                yield from maker.work(f"features of {name}", batches, recipe.workers, report, counts)
+                yield from maker.work(name, batches, recipe.workers, counts)
                 done.append(work)
         maker.writer.write()
         for work in done:
@@ -260,6 +260,8 @@ class _Maker:
         fingerprint: Of the features.
         device: The model's.
         store: What there was at the beginning.
+        report: Told of the records looked at.
+        report_order: Told of the places of a stage's order that are gone through for its records.
     """
 
     model: MiniGPT4ForConditionalGeneration
@@ -267,6 +269,8 @@ class _Maker:
     fingerprint: Fingerprint
     device: torch.device
     store: FeatureStore
+    report: Report | None
+    report_order: Report | None
     _fresh: set[bytes] = field(default_factory=set)  # about 100 bytes a picture
     _fresh_bad: set[bytes] = field(default_factory=set)
     _queue: list[tuple[bytes, Tensor]] = field(default_factory=list)
@@ -274,18 +278,19 @@ class _Maker:
     def __post_init__(self) -> None:
         self.writer = ShardWriter(self.store.folder)
 
-    def work(
-        self, what: str, batches: SourceBatches, workers: int, report: Report | None, counts: Counts
-    ) -> Iterator[None]:
+    def work(self, name: str, batches: SourceBatches, workers: int, counts: Counts) -> Iterator[None]:
         """Look at the pictures of a stage, and at those that stand in for bad ones, until there are no more."""
         needed = NeededRecords(batches)
-        while needed.find():
+        while True:
+            yield from needed.find(f"which records {name} reads", self.report_order)
             numbers = needed.wanted()
+            if not len(numbers):
+                return
             for done, read in enumerate(read_ahead(batches, numbers, self.store, self._fresh, workers), 1):
                 bad = self._take(read, counts)
                 needed.note(read.source, read.number, bad=bad)
-                if report is not None and (done % 16 == 0 or done == len(numbers)):
-                    report(what, done, len(numbers))
+                if self.report is not None and (done % 16 == 0 or done == len(numbers)):
+                    self.report(f"features of {name}", done, len(numbers))
                 yield
             self._look()
 

@@ -49,7 +49,7 @@ class Reports:
         update: Of every update.
         parts: Of frozen parts being fetched and converted.
         features: Of pictures being looked at, with `features: cache`.
-        sources: Of shards without an index being read.
+        sources: Of what takes long before: shards without an index being read, and the like.
         say: Of anything else, a sentence at a time.
     """
 

@@ -43,7 +43,7 @@ class RunSources:
     """
 
     def __init__(self, report: Report | None = None) -> None:
-        self._report = report
+        self.report = report
         self._opened: dict[tuple[object, ...], Source] = {}
 
     def open(self, wanted: Sequence[SourceRecipe]) -> list[Source]:
@@ -58,7 +58,7 @@ class RunSources:
         key = (wanted.path, wanted.format, wanted.images, wanted.text, wanted.texts_per_picture)
         if key not in self._opened:
             source = open_source(
-                wanted.path, format=wanted.format, images=wanted.images, text=wanted.text, report=self._report
+                wanted.path, format=wanted.format, images=wanted.images, text=wanted.text, report=self.report
             )
             most = wanted.texts_per_picture
             self._opened[key] = by_picture(source, most) if most > 1 else source
