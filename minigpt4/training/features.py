@@ -25,6 +25,7 @@ from transformers.utils.generic import ModelOutput
 
 from minigpt4.data.batches import Process, SourceBatches
 from minigpt4.data.record import Record
+from minigpt4.errors import DataError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.model.efficientnet_lite import EfficientNetLiteOutput
 from minigpt4.processing import MiniGPT4Processor
@@ -122,7 +123,7 @@ def cached_pictures(
 
     Raises:
         ConfigError: Features cannot be kept: the pictures are cropped, or the vision encoder learns.
-        DataError: A source cannot be opened.
+        DataError: A source cannot be opened, or read for lack of memory; what was computed is kept.
         StorageError: The store cannot be read or written.
     """
     fingerprint = fingerprint_of(recipe, prepared, here)
@@ -145,7 +146,7 @@ def compute_features(
 
     Raises:
         ConfigError: Features cannot be kept: the pictures are cropped, or the vision encoder learns.
-        DataError: A source cannot be opened.
+        DataError: A source cannot be opened, or read for lack of memory; what was computed is kept.
         StorageError: The store cannot be read or written.
     """
     fingerprint = fingerprint_of(recipe, prepared, here)
@@ -211,7 +212,11 @@ def _compute(
         for name, batches in _works(recipe, prepared, here, opened):
             work = _work_digest(batches)
             if (anew or not is_done(folder, work)) and work not in done:
-                yield from maker.work(name, batches, recipe.workers, counts)
+                try:
+                    yield from maker.work(name, batches, recipe.workers, counts)
+                except DataError:
+                    maker.writer.write()
+                    raise
                 done.append(work)
         maker.writer.write()
         for work in done:

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from minigpt4.data.batches import Process, SourceBatches
 from minigpt4.data.examples import pixel_values
 from minigpt4.data.record import Record
-from minigpt4.errors import ConfigError, StorageError
+from minigpt4.errors import ConfigError, DataError, StorageError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.training import feature_reading, feature_shard, feature_store, features
 from minigpt4.training.feature_fingerprint import fingerprint_of
@@ -376,6 +377,32 @@ def test_a_picture_that_was_not_looked_at_is_told_with_the_cure(source: Path, tm
     with pytest.raises(StorageError, match=r"sha256 0{16}\.\.\.\) are not in") as caught:
         store.read(bytes(32))
     assert "minigpt4 data features" in caught.value.hint
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("told", ["by Pillow", "by torch"])
+def test_a_picture_there_was_no_memory_for_is_not_bad_and_is_computed_later(
+    told: str, workers: int, source: Path, tmp_path: Path, looks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, recipe = prepared(), recipe_of(tmp_path / "run", source, workers=workers)
+
+    def no_memory(record: Record, *arguments: Any) -> torch.Tensor:
+        if not record.key.startswith("5"):
+            return pixel_values(record, *arguments)
+        if told == "by torch":
+            return torch.empty(2**60, dtype=torch.uint8)
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Image, "load", lambda _: bytearray(2**62))
+            return pixel_values(record, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_reading, "pixel_values", no_memory)
+        with pytest.raises(DataError, match=rf"not enough memory for record \d+ of {source}$") as caught:
+            cached(recipe, made)
+    assert "what was computed is kept" in caught.value.hint
+    before = store_of(recipe, made)
+    assert len(before) == sum(looks) and not any("memory" in reason for reason in before.bad.values())
+    assert len(cached(recipe, made).store) == PICTURES == sum(looks)
 
 
 def test_what_a_removed_shard_held_is_computed_again(
