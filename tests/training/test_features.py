@@ -384,6 +384,7 @@ def test_a_picture_that_was_not_looked_at_is_told_with_the_cure(source: Path, tm
 def test_a_picture_there_was_no_memory_for_is_not_bad_and_is_computed_later(
     told: str, workers: int, source: Path, tmp_path: Path, looks: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(feature_reading, "CHUNK", 1)
     made, recipe = prepared(), recipe_of(tmp_path / "run", source, workers=workers)
 
     def no_memory(record: Record, *arguments: Any) -> torch.Tensor:
@@ -401,7 +402,7 @@ def test_a_picture_there_was_no_memory_for_is_not_bad_and_is_computed_later(
             cached(recipe, made)
     assert "what was computed is kept" in caught.value.hint
     before = store_of(recipe, made)
-    assert len(before) == sum(looks) and not any("memory" in reason for reason in before.bad.values())
+    assert len(before) == sum(looks) == 5 and not any("memory" in reason for reason in before.bad.values())
     assert len(cached(recipe, made).store) == PICTURES == sum(looks)
 
 
