@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from minigpt4.training.recipe import ORIGINAL, StageRecipe, make_recipe
+from tests import tiny_chat
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/training.md").read_text(encoding="utf-8")
@@ -53,16 +54,18 @@ def test_recipes_shown_are_recipes() -> None:
     assert len(shown) == 3
 
 
-@pytest.mark.parametrize("block", [b for b in blocks("console") if "benchmarks/scale.py" in b])
-def test_costs_shown_are_those_that_the_command_computes(block: str) -> None:
+def test_costs_shown_are_those_that_the_command_computes_from_what_it_measured() -> None:
+    [block] = [block for block in blocks("console") if "benchmarks/scale.py" in block]
     command, printed = block.lstrip().split("\n", 1)
-    words = command.removeprefix("$ python ").split()
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == printed.split()
+    measured = re.search(r"without measuring again:\s+(.*)", printed)
+    assert measured and "--measure --encoder eva-vit-g " in command
+    words = command.removeprefix("$ python ").replace("--measure --encoder eva-vit-g ", "") + " " + measured[1]
+    done = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == printed[measured.end() :].replace("measured here", "given").split()
 
 
 def scale(*arguments: str) -> dict[str, list[str]]:
-    """The table of `benchmarks/scale.py`: hours, device hours, price and storage of each step."""
+    """The table of `benchmarks/scale.py`: rate, its origin, hours, device hours, price and storage of each step."""
     command = [sys.executable, "benchmarks/scale.py", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
@@ -75,7 +78,7 @@ def test_a_cost_whose_rate_is_not_given_is_not_assumed() -> None:
         "filtering", "fetching", "index", "features of stage 1, if kept", "stage 1 (20,000 x 256)",
         "features of stage 2, if kept", "stage 2 (1,000 x 12)",
     ]  # fmt: skip
-    assert {cell for row in table.values() for cell in row[:3]} == {"not given", "none"}
+    assert {cell for row in table.values() for cell in row[:5]} == {"not given", "none"}
 
 
 def test_each_step_costs_what_its_own_rate_comes_to() -> None:
@@ -84,11 +87,31 @@ def test_each_step_costs_what_its_own_rate_comes_to() -> None:
         "1000", "--filter-per-second", "500", "--index-per-second", "250", "--features-per-second", "100",
         "--images-per-second", "200", "--devices", "4", "--price", "3", "--machine-price", "2",
     )  # fmt: skip
-    assert table["filtering"] == ["4.00", "none", "8.00", "the list"]
-    assert table["fetching"] == ["1.00", "none", "2.00", "18.00 GB"]
-    assert table["index"] == ["2.00", "none", "4.00", "0.06 GB"]
-    assert table["features of stage 1, if kept"] == ["5.00", "20.00", "60.00", "88.56 GB"]
-    assert table["stage 1 (20,000 x 256)"] == ["7.11", "28.44", "85.33", "38 MB a checkpoint"]
+    assert table["filtering"] == ["500", "given", "4.00", "none", "8.00", "the list"]
+    assert table["fetching"] == ["1,000", "given", "1.00", "none", "2.00", "18.00 GB"]
+    assert table["index"] == ["250", "given", "2.00", "none", "4.00", "0.06 GB"]
+    assert table["features of stage 1, if kept"] == ["100", "given", "5.00", "20.00", "60.00", "88.56 GB"]
+    assert table["stage 1 (20,000 x 256)"] == ["200", "given", "7.11", "28.44", "85.33", "38 MB a checkpoint"]
+
+
+def test_what_was_not_measured_says_from_what_it_follows() -> None:
+    table = scale(
+        "--download-machines", "2", "--devices", "4", "--device-teraflops", "80", "--features-gflop", "500",
+        "--features-per-second", "0.1",
+    )  # fmt: skip
+    assert table["fetching"][:3] == ["2,780", "img2dataset's README", "0.70"]
+    assert table["features of stage 1, if kept"][:4] == ["640", "operations / assumed speed", "2.13", "8.51"]
+
+
+def test_rates_are_measured_on_this_machine(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    folder = tiny_chat.saved(tmp_path / "model")
+    table = scale("--measure", "--encoder", str(folder), "--sample", "20000", "--pictures", "2", "--machine-price", "1")
+    for step in ("filtering", "index", "features of stage 1, if kept"):
+        rate, origin, hours, device_hours, price, _ = table[step]
+        assert float(rate.replace(",", "")) > 0 and (origin, device_hours) == ("measured here", "none")
+        assert hours == price  # of a machine without a device, at 1 an hour
+    assert table["fetching"][1] == table["stage 1 (20,000 x 256)"][1] == "not given"
 
 
 def test_the_filter_shown_keeps_what_the_page_says(tmp_path: Path) -> None:
