@@ -73,8 +73,11 @@ def _from_the_original(cfg_path: Path, options: list[str], *, dry_run: bool) -> 
     """Translate a train YAML, and make the model folder of the files that it names."""
     quiet()
     from minigpt4.training.original import has_cuda, own_folder, recipe_from_original
+    from minigpt4.training.recipe_yaml import is_recipe
     from minigpt4.weights.original.configs import read_original_yaml
 
+    if is_recipe(cfg_path):
+        raise UsageError(f"{cfg_path} is a recipe, none of the original's YAML files", f"minigpt4 train {cfg_path}")
     read = read_original_yaml(cfg_path, options)
     if dry_run:
         settings, notes = recipe_from_original(read)

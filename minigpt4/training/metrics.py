@@ -69,8 +69,8 @@ def read_metrics(run_folder: Path) -> list[StageMetrics]:
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-            stage, step = str(entry["stage"]), int(entry["step"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            stage, step, _ = str(entry["stage"]), int(entry["step"]), int(entry.get("steps") or 0)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             if number == len(lines) and not line.endswith(b"\n"):
                 break
             raise DataError(f"line {number} of {path} is no step of a run", "remove the line") from error

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from minigpt4.errors import ConfigError
 from minigpt4.training.recipe_fields import (
@@ -22,8 +31,10 @@ from minigpt4.training.recipe_fields import (
     Place,
     Template,
     different,
+    kinds_of,
 )
-from minigpt4.training.recipe_yaml import read_yaml, set_value
+from minigpt4.training.recipe_words import expected
+from minigpt4.training.recipe_yaml import is_of_the_original, read_yaml, set_value
 from minigpt4.training.without_effect import without_effect
 
 ORIGINAL: dict[str, Any] = {
@@ -42,6 +53,15 @@ ORIGINAL: dict[str, Any] = {
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_number_is_no_truth(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401  (not validated yet)
+        """Refuse `yes` for a number, which the library takes for 1."""
+        kinds = kinds_of(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError("expected a number")
+        return value
 
 
 class NanoData(_Section):
@@ -297,8 +317,9 @@ class Recipe(_Section):
 
 
 def read_data(content: dict[str, Any]) -> NanoData | SourcesData:
-    """Read a `data` section; the key `sources` tells the kinds apart."""
-    return SourcesData.model_validate(content) if "sources" in content else NanoData.model_validate(content)
+    """Read a `data` section; nano's keys without `sources` tell the kinds apart."""
+    of_nano = "sources" not in content and not NanoData.model_fields.keys().isdisjoint(content)
+    return NanoData.model_validate(content) if of_nano else SourcesData.model_validate(content)
 
 
 def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -312,6 +333,10 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         ConfigError: Not a file, not YAML, an unknown key or a wrong value, each with its place.
     """
     content = read_yaml(path)
+    if is_of_the_original(content):
+        raise ConfigError(
+            f"{path} is one of the original's YAML files, expected a recipe", hint=f"minigpt4 train --cfg-path {path}"
+        )
     for override in overrides or []:
         set_value(content, override)
     return make_recipe(content, path, [override.partition("=")[0] for override in overrides or []])
@@ -374,13 +399,13 @@ def _explain(path: Path, overridden: Sequence[str], where: str, error: Validatio
     place = (where + ".".join(str(part) for part in keys)).rstrip(".")
     origin = _named(path, overridden, place)
     if first["type"] != "extra_forbidden":
-        if first["type"] == "missing":
+        if first["type"] == "missing" and not isinstance(last, int):
             return ConfigError(f"{origin}: {place} is missing", hint="add that key; the files in recipes/ have it")
-        reason = first["msg"].removeprefix("Value error, ")
-        found = "" if isinstance(first["input"], BaseModel | dict) else f", but it is {first['input']!r}"[:200]
+        if first["type"] == "missing":
+            place = place.rpartition(".")[0]
         in_brackets = first["type"] in ("list_type", "tuple_type")
         hint = "put it in brackets: [...]" if in_brackets else "mend that value; the files in recipes/ have examples"
-        return ConfigError(f"{origin}: {place}: {reason[:1].lower()}{reason[1:]}{found}", hint=hint)
+        return ConfigError(f"{origin}: {place}: {expected(first)}", hint=hint)
     near = difflib.get_close_matches(str(last), known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
     return ConfigError(f"{origin}: unknown key {place}", hint=hint)

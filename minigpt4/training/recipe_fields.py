@@ -1,7 +1,7 @@
 """What single values of a recipe may be: counts, names, and the text that stands round a prompt."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -36,6 +36,11 @@ def different(values: list[str]) -> list[str]:
     if twice := [value for value in values if values.count(value) > 1]:
         raise ValueError(f"{twice[0]} stands there twice")
     return values
+
+
+def kinds_of(annotation: Any) -> set[Any]:  # noqa: ANN401  (a type, or several)
+    """Return the types that a field may have."""
+    return {annotation, *get_args(annotation)}
 
 
 Count = Annotated[int, Field(gt=0, le=LARGEST)]

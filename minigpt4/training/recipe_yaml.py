@@ -39,11 +39,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"{path} is not YAML: {' '.join(str(error).split())}", hint="mend that line, or copy a file from recipes/"
+            f"{path} is not YAML: {_problem(error)}", hint="mend that line, or copy a file from recipes/"
         ) from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no keys", hint="copy one of the files in recipes/")
     return content
+
+
+def _problem(error: Exception) -> str:
+    """Say what is wrong with a file, and where."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or not problem:
+        return " ".join(str(error).split())
+    return f"{problem}, in line {mark.line + 1}, column {mark.column + 1}"
+
+
+def is_of_the_original(content: dict[str, Any]) -> bool:
+    """Tell whether keys are those of one of the original's YAML files: `model` and `run` sections, and no stage."""
+    return isinstance(content.get("run", content.get("datasets")), dict) and "stages" not in content
+
+
+def is_recipe(path: Path) -> bool:
+    """Tell whether a file holds a recipe, as far as its two main keys say."""
+    try:
+        return {"stages", "output"} <= read_yaml(path).keys()
+    except ConfigError:
+        return False
 
 
 def set_value(content: dict[str, Any], override: str) -> None:
@@ -76,5 +97,6 @@ def _what_is_there(walked: list[str], place: object) -> str:
     where = ".".join(walked)
     if isinstance(place, list):
         counted = f"{where} is a list of {len(place)}, counted from 0"
-        return f"{counted}: {where}.0 to {where}.{len(place) - 1}" if place else counted
+        last = f" to {where}.{len(place) - 1}" if len(place) > 1 else " alone"
+        return f"{counted}: {where}.0{last}" if place else counted
     return f"{where} is {place!r}, which has no keys: set {where} itself, to {{key: value, ...}}"[:200]

@@ -55,9 +55,11 @@ def only_run(output: Path) -> Iterator[None]:
     """Hold a run's folder; a new one is gone again if the start is refused before there is anything of a run in it.
 
     Raises:
-        ConfigError: Another process trains in it.
+        ConfigError: Another process trains in it, or it is a file.
         StorageError: It cannot be made.
     """
+    if output.is_file():
+        raise ConfigError(f"the output {output} is a file, expected a folder", hint="set another output")
     made = [folder for folder in (output, *output.parents) if not folder.exists()]
     before = {path.name for path in output.iterdir()} if output.is_dir() else set()
     make_folder(output)

@@ -307,8 +307,10 @@ def _read_prompts(path: Path) -> list[str]:
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the prompts {path}: {error}", hint="one prompt a line") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read the prompts {path}: {error.strerror}", hint="check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompts {path} are no text in UTF-8", hint="one prompt a line") from error
     # As the original: lines without a place for the picture are passed over where any line has one.
     marked = [line.strip() for line in lines if IMAGE_MARK in line]
     prompts = marked or [line.strip() for line in lines if line.strip()]

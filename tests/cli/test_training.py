@@ -18,6 +18,7 @@ from tests.weights.original import original_files
 
 STAGE_1 = "train_configs/minigpt4_stage1_pretrain.yaml"
 STAGE_2 = "train_configs/minigpt4_stage2_finetune.yaml"
+RECIPE = Path(__file__).resolve().parents[2] / "recipes/nano-stage1.yaml"
 FILES = [
     "--options", "model.llama_model=weights/vicuna", "model.ckpt=weights/pretrained_minigpt4.pth",
     "model.q_former_model=weights/blip2_pretrained_flant5xxl.pth", "model.vit_model=weights/eva_vit_g.pth",
@@ -149,6 +150,8 @@ def test_force_is_passed_on(run: Run, tmp_path: Path) -> None:
         (["--cfg-path", STAGE_1], "`llama_model` is still the placeholder '/path/to/vicuna/weights/'", "model."),
         (["--cfg-path", STAGE_2, "--options", "model.ckpt=data", "datasets.cc_sbu_align.build_info.storage=none"],
          "--options: `datasets.cc_sbu_align.build_info.storage` names 'none', which does not exist", "put the path"),
+        ([STAGE_1], "is one of the original's YAML files, expected a recipe", f"minigpt4 train --cfg-path {STAGE_1}"),
+        (["--cfg-path", str(RECIPE)], "is a recipe, none of the original's YAML files", f"minigpt4 train {RECIPE}"),
         (["--cfg-path", STAGE_1, "--options", "run.seed=x"], "--options: `run.seed` is 'x'", ""),
         (["--cfg-path", STAGE_1, "--options", "run.seeed=3"], "`seeed` is not known", "did you mean seed?"),
     ],

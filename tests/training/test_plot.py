@@ -253,6 +253,8 @@ def test_smoothing_leaves_out_what_is_no_number() -> None:
         ('{"stage": "a", "step": 1, "loss": 2}\nrubbish\n{"stage": "a", "step": 2, "loss": 2}\n', ["line 2"]),
         ('{"stage": "a"}\n', ["line 1"]),
         ("[1]\n", ["line 1"]),
+        ('{"stage": "a", "step": 1e400}\n', ["line 1"]),
+        ('{"stage": "a", "step": 1, "steps": "many"}\n', ["line 1"]),
     ],
 )
 def test_folder_that_holds_no_run_is_refused(content: str | None, words: list[str], tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ NUMBERS = [
 @pytest.mark.parametrize("override", NUMBERS)
 def test_a_number_is_finite(override: str, tmp_path: Path) -> None:
     place, _, _ = override.partition("=")
-    with pytest.raises(ConfigError, match=rf"^--set: {place}: input should be a finite number, but it is ") as told:
+    with pytest.raises(ConfigError, match=rf"^--set: {place}: expected a finite number, but it is ") as told:
         read_recipe(written(tmp_path), [override])
 
     assert told.value.hint
@@ -135,14 +135,14 @@ def test_eight_bits_cannot_be_spread(tmp_path: Path) -> None:
 
 
 def test_missing_key_is_refused_with_its_place(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.photos is missing$") as told:
+    with pytest.raises(ConfigError, match=r"data\.sources is missing$") as told:
         read_recipe(written(tmp_path, data={}))
 
     assert told.value.hint == "add that key; the files in recipes/ have it"
 
 
 def test_one_name_where_a_list_is_expected_is_told_how_to_be_one(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"report_to: input should be a valid list, but it is 'wandb'$") as told:
+    with pytest.raises(ConfigError, match=r"report_to: expected a list, but it is 'wandb'$") as told:
         read_recipe(written(tmp_path), ["report_to=wandb"])
 
     assert told.value.hint == "put it in brackets: [...]"
@@ -160,8 +160,8 @@ def test_overrides_reach_every_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "there"),
     [
-        ("stages.3.steps=1", "stages is a list of 1, counted from 0: stages.0 to stages.0"),
-        ("stages.one.steps=1", "stages is a list of 1, counted from 0: stages.0 to stages.0"),
+        ("stages.3.steps=1", "stages is a list of 1, counted from 0: stages.0 alone"),
+        ("stages.one.steps=1", "stages is a list of 1, counted from 0: stages.0 alone"),
         ("model.qformer=none", "model is 'nano', which has no keys: set model itself, to {key: value, ...}"),
         ("model.x.y=1", "model is 'nano', which has no keys: set model itself, to {key: value, ...}"),
     ],
@@ -178,7 +178,9 @@ def test_a_key_that_stands_twice_is_refused(added: str, tmp_path: Path) -> None:
     path = written(tmp_path)
     path.write_text(path.read_text() + added)
 
-    with pytest.raises(ConfigError, match=r"is not YAML: the key (seed|rank) stands there twice .* line \d+"):
+    with pytest.raises(
+        ConfigError, match=r"not YAML: the key (seed|rank) stands there twice, in line \d+, column \d+$"
+    ):
         read_recipe(path)
 
 
@@ -186,7 +188,7 @@ def test_a_key_that_stands_twice_is_refused(added: str, tmp_path: Path) -> None:
     ("override", "sentence"),
     [
         ("stages.0.stps=7", "--set: unknown key stages.0.stps"),
-        ("stages.0.steps=many", "--set: stages.0.steps: input should be a valid integer"),
+        ("stages.0.steps=many", "--set: stages.0.steps: expected a whole number, but it is 'many'"),
         ("lora={rnk: 4}", "--set: unknown key lora.rnk"),
     ],
 )
@@ -195,6 +197,39 @@ def test_a_mistake_in_an_override_is_told_as_one(override: str, sentence: str, t
         read_recipe(written(tmp_path), [override, "seed=3"])
 
     assert told.value.message.startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("output=", "output: expected a path, but it is null"),
+        ("model=[nano]", "model: expected a text, but it is ['nano']"),
+        ("validation=true", "validation: expected keys with values, but it is true"),
+        ("features=yes", "features: expected 'compute' or 'cache', but it is true"),
+        ("stages=[]", "stages: expected a list of at least 1, but it is []"),
+        ("stages.0.betas=[0.9]", "stages.0.betas: expected a list of more than 1, but it is [0.9]"),
+        ("stages.0.steps=yes", "stages.0.steps: expected a number, but it is true"),
+        ("stages.0.clip_norm=no", "stages.0.clip_norm: expected a number, but it is false"),
+        ("stages.0.steps=0", "stages.0.steps: expected more than 0, but it is 0"),
+        ("stages.0.steps=1e10", "stages.0.steps: expected a whole number, but it is '1e10'"),
+        ("stages.0.steps=10000000000", "stages.0.steps: expected at most 1,000,000,000, but it is 10000000000"),
+        ("stages.0.learning_rate=-1.5", "stages.0.learning_rate: expected more than 0, but it is -1.5"),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_was_expected(override: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as told:
+        read_recipe(written(tmp_path), [override])
+
+    assert told.value.message == f"--set: {reason}"
+
+
+def test_a_file_that_is_not_yaml_is_told_with_the_line(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("model: nano\nstages: [\n")
+    with pytest.raises(ConfigError) as told:
+        read_recipe(tmp_path / "bad.yaml")
+
+    assert told.value.message.startswith(f"{tmp_path / 'bad.yaml'} is not YAML: expected the node content")
+    assert told.value.message.endswith(", in line 3, column 1")
 
 
 def test_a_mistake_in_the_file_stays_the_files(tmp_path: Path) -> None:

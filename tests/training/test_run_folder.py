@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from minigpt4.errors import DataError
+from minigpt4.errors import ConfigError, DataError
 from minigpt4.training.run_folder import only_run
 
 
@@ -21,6 +21,14 @@ def test_a_refused_start_takes_back_what_it_wrote_and_the_folders_it_made(tmp_pa
     refused(tmp_path / "a/b", "recipe.json", "wandb_id.txt", "wandb/run-1", "tensorboard/events")
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_no_folder_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ConfigError, match=r"run is a file, expected a folder$"), only_run(tmp_path / "run"):
+        pass
+
+    assert (tmp_path / "run").read_text() == "mine"
 
 
 def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:

@@ -67,6 +67,13 @@ def test_whole_batches_come_from_one_source_the_same_in_all_processes(folder: Pa
     assert of_the_first == pytest.approx(ITEMS * 3 / 4, abs=ITEMS / 8)
 
 
+def test_prompts_that_cannot_be_read_are_told_in_a_sentence(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"D\xe9cris.\n")
+    for name, reason in (("gone.txt", r"gone\.txt: No such file"), ("latin.txt", r"latin\.txt are no text in UTF-8$")):
+        with pytest.raises(ConfigError, match=reason):
+            batches(folder, data={"sources": [{"path": str(folder / "a")}], "prompts": str(tmp_path / name)})
+
+
 def test_a_file_of_prompts_as_windows_writes_it_is_read(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfWhat is it?\r\n\r\nDescribe it.\r\n")
     sources = {"sources": [{"path": str(folder / "a")}], "prompts": str(tmp_path / "prompts.txt")}
