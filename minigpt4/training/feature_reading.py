@@ -2,21 +2,23 @@
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from minigpt4.data.batches import SourceBatches
 from minigpt4.data.examples import pixel_values
 from minigpt4.errors import DataError, ImageError, MiniGPT4Error, PromptError
 from minigpt4.training.feature_store import FeatureStore
-from minigpt4.training.stopping import any_number_of_readers, begin_reading, end_reading
+from minigpt4.training.readers import read_ahead
 
 CHUNK = 8
 """Neighbouring records are read by one worker: they often show the same picture, and lie together on the disk."""
+CHUNKS_AHEAD = 2
+"""That each reader has ready."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Read:
     reason: str | None = None
 
 
-class _Chunks(Dataset[list[Read] | DataError]):
+class _Chunks(Dataset[list[Read]]):
     def __init__(self, batches: SourceBatches, numbers: np.ndarray, store: FeatureStore, fresh: set[bytes]) -> None:
         self._batches = batches
         self._numbers = numbers
@@ -49,12 +51,8 @@ class _Chunks(Dataset[list[Read] | DataError]):
     def __len__(self) -> int:
         return -(-len(self._numbers) // CHUNK)
 
-    def __getitem__(self, item: int) -> list[Read] | DataError:
-        """Return the records of a chunk, or a complaint: an exception would come as a traceback's text."""
-        try:
-            return [self._read(int(s), int(n)) for s, n in self._numbers[item * CHUNK : (item + 1) * CHUNK]]
-        except _NoMemoryError as error:
-            return DataError(error.message, error.hint)
+    def __getitem__(self, item: int) -> list[Read]:
+        return [self._read(int(s), int(n)) for s, n in self._numbers[item * CHUNK : (item + 1) * CHUNK]]
 
     def _read(self, source: int, number: int) -> Read:
         try:
@@ -62,8 +60,9 @@ class _Chunks(Dataset[list[Read] | DataError]):
         except (MiniGPT4Error, MemoryError, RuntimeError) as error:
             if not _lacks_memory(error):
                 raise
+            # The machine's fault, not the record's: kept as bad, it would be left out where there is memory, too.
             name = self._batches.sources[source].name
-            raise _NoMemoryError(
+            raise DataError(
                 f"there was not enough memory for record {number} of {name}",
                 hint="fewer workers, or end what else needs memory; what was computed is kept",
             ) from error
@@ -91,10 +90,6 @@ class _Chunks(Dataset[list[Read] | DataError]):
             return Read(source, number, digest, reason=error.message)
 
 
-class _NoMemoryError(DataError):
-    """The machine's fault, not a record's: kept as bad, a record would be left out where there is memory, too."""
-
-
 def _lacks_memory(error: BaseException | None) -> bool:
     """Tell whether an error, or what it was raised from, says that there was not enough memory."""
     while error is not None:
@@ -104,7 +99,7 @@ def _lacks_memory(error: BaseException | None) -> bool:
     return False
 
 
-def read_ahead(
+def read_records(
     batches: SourceBatches, numbers: np.ndarray, store: FeatureStore, fresh: set[bytes], workers: int
 ) -> Iterator[Read]:
     """Read records and open the pictures that are in no shard yet.
@@ -122,35 +117,7 @@ def read_ahead(
     Raises:
         DataError: A process that reads ended, or there was not enough memory for a record.
     """
-    with any_number_of_readers():
-        loader: Any = DataLoader(
-            _Chunks(batches, numbers, store, fresh),
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            prefetch_factor=2 if workers else None,
-            worker_init_fn=begin_reading,
-        )
-        chunks = iter(loader)
-    try:
-        while True:
-            try:
-                chunk = next(chunks)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader" not in str(error):
-                    raise
-                raise DataError(
-                    f"a process that reads pictures ended: {' '.join(str(error).split())}",
-                    hint="it is often out of memory: fewer workers; what was computed is kept",
-                ) from error
-            if isinstance(chunk, DataError):
-                raise chunk
+    chunks = _Chunks(batches, numbers, store, fresh)
+    with closing(read_ahead(chunks, workers, ahead=CHUNKS_AHEAD)) as read:
+        for chunk in read:
             yield from chunk
-    finally:
-        end_reading(chunks)
-
-
-def _as_it_is(chunk: list[Read] | DataError) -> list[Read] | DataError:
-    return chunk

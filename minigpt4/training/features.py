@@ -31,7 +31,7 @@ from minigpt4.model.efficientnet_lite import EfficientNetLiteOutput
 from minigpt4.processing import MiniGPT4Processor
 from minigpt4.training.feature_fingerprint import fingerprint_of
 from minigpt4.training.feature_needs import NeededRecords, num_places
-from minigpt4.training.feature_reading import Read, read_ahead
+from minigpt4.training.feature_reading import Read, read_records
 from minigpt4.training.feature_store import (
     FeatureStore,
     Fingerprint,
@@ -45,6 +45,7 @@ from minigpt4.training.feature_store import (
 )
 from minigpt4.training.preparing import Prepared, seeing_on
 from minigpt4.training.processes import by_the_main_process, summed
+from minigpt4.training.readers import readers_alive
 from minigpt4.training.recipe import Recipe, SourcesData
 from minigpt4.training.stage_data import RunSources, context_of, num_sample_places, source_batches, validation_batches
 from minigpt4.training.update import PRECISIONS
@@ -213,7 +214,8 @@ def _compute(
             work = _work_digest(batches)
             if (anew or not is_done(folder, work)) and work not in done:
                 try:
-                    yield from maker.work(name, batches, recipe.workers, counts)
+                    with readers_alive():
+                        yield from maker.work(name, batches, recipe.workers, counts)
                 except DataError:
                     maker.writer.write()
                     raise
@@ -291,7 +293,7 @@ class _Maker:
             numbers = needed.wanted()
             if not len(numbers):
                 return
-            for done, read in enumerate(read_ahead(batches, numbers, self.store, self._fresh, workers), 1):
+            for done, read in enumerate(read_records(batches, numbers, self.store, self._fresh, workers), 1):
                 bad = self._take(read, counts)
                 needed.note(read.source, read.number, bad=bad)
                 if self.report is not None and (done % 16 == 0 or done == len(numbers)):

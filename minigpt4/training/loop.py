@@ -9,16 +9,16 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
-from minigpt4.errors import DataError, MiniGPT4Error
+from minigpt4.errors import DataError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.plurals import counted
 from minigpt4.training.bad_samples import BadSampleWatch
@@ -37,6 +37,7 @@ from minigpt4.training.checkpoint import (
 from minigpt4.training.finite import check_moments, check_trained
 from minigpt4.training.objectives import TrainingStep
 from minigpt4.training.processes import by_the_main_process, others_alive, spread
+from minigpt4.training.readers import read_ahead, readers_alive
 from minigpt4.training.recipe import Recipe, StageRecipe
 from minigpt4.training.run_folder import (
     CHECKPOINT_FOLDER,
@@ -47,21 +48,15 @@ from minigpt4.training.run_folder import (
     metrics_path,
 )
 from minigpt4.training.schedule import batches_before, learning_rate, num_batches
-from minigpt4.training.stopping import (
-    StopRequest,
-    any_number_of_readers,
-    begin_reading,
-    end_reading,
-    stop_requests,
-)
+from minigpt4.training.stopping import StopRequest, stop_requests
 from minigpt4.training.update import PRECISIONS, Figures, Updater, chosen_precision, make_optimizer
 from minigpt4.weights.files.disk import make_folder
 
 Batches = Callable[[int, StageRecipe], Dataset[dict[str, Any]]]
 """From number and recipe of a stage to its data set: a process's batches, `accumulation` of them an update."""
 
-LOADER_TIMEOUT = 600.0
-"""Seconds after which a reader that brings nothing is an error."""
+BATCHES_AHEAD = 4
+"""That each reader has ready."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +151,7 @@ def train(
     step = TrainingStep(model)
     model.train()
     with (
-        going_on_later(), stop_requests(observer.told_to_stop) as stop, others_alive(processes), _readers_alive(),
+        going_on_later(), stop_requests(observer.told_to_stop) as stop, others_alive(processes), readers_alive(),
     ):  # fmt: skip
         by_the_main_process(lambda: _go_back_to(recipe, state), processes)
         run = _Run(recipe, model, step, spread(step, recipe.parallel, processes), processes, observer, stop, state)
@@ -188,7 +183,7 @@ def _train_stage(run: _Run, number: int, batches: Batches, checkpoint: Any) -> N
     data = Subset(batches(number, stage), range(batches_before(stage, first), batches_before(stage, stage.steps)))
     started = time.monotonic()
     best = False
-    with closing(_loaded(data, run.recipe.workers)) as batches_read:
+    with closing(read_ahead(data, run.recipe.workers, ahead=BATCHES_AHEAD)) as batches_read:
         for at, group in enumerate(_groups(batches_read, stage, first), first):
             _seed(run, at)
             rate = learning_rate(stage, at)
@@ -310,80 +305,7 @@ def _peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-class _Told(Dataset[dict[str, Any] | MiniGPT4Error]):
-    """A data set whose complaints are items: a reader's exception would come here as the text of its traceback."""
-
-    def __init__(self, data: Dataset[dict[str, Any]]) -> None:
-        self._data = data
-
-    def __len__(self) -> int:
-        return len(self._data)  # type: ignore[arg-type]  # one that is gone through by numbers
-
-    def __getitem__(self, item: int) -> dict[str, Any] | MiniGPT4Error:
-        try:
-            return self._data[item]
-        except MiniGPT4Error as error:
-            return error
-
-
-def _loaded(data: Dataset[dict[str, Any]], workers: int) -> Generator[dict[str, Any]]:
-    """Read batches ahead; a reader that is killed or stuck is an error, not a wait without end."""
-    with any_number_of_readers():
-        loader = DataLoader(
-            _Told(data),
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            prefetch_factor=4 if workers else None,
-            timeout=LOADER_TIMEOUT if workers else 0,
-            worker_init_fn=begin_reading,
-        )
-        batches = iter(loader)
-    try:
-        while True:
-            try:
-                batch = next(batches, None)
-            except (EOFError, ConnectionError) as error:
-                if "DataLoader worker" in str(error):  # raised by the data set, and brought here by the library
-                    raise
-                raise _reader_ended(error) from error  # killed while it handed a batch over, and not missed yet
-            if batch is None:
-                return
-            if isinstance(batch, MiniGPT4Error):
-                raise batch
-            yield batch
-    finally:
-        end_reading(batches)
-
-
-@contextmanager
-def _readers_alive() -> Iterator[None]:
-    """Say in a sentence that a reader was killed, which the library notices wherever the trainer happens to be.
-
-    Raises:
-        DataError: It was.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        raise _reader_ended(error) from error
-
-
-def _reader_ended(error: Exception) -> DataError:
-    return DataError(
-        f"a process that reads examples ended: {' '.join(str(error).split()) or type(error).__name__}",
-        hint="it is often out of memory: fewer workers, or smaller batches; the same command goes on",
-    )
-
-
 def _groups(batches: Iterator[dict[str, Any]], stage: StageRecipe, first: int) -> Iterator[list[dict[str, Any]]]:
     """Collect the batches of each update."""
     for step in range(first, stage.steps):
         yield list(itertools.islice(batches, num_batches(stage, step)))
-
-
-def _as_it_is(batch: Any) -> Any:  # noqa: ANN401  (whatever a data set makes)
-    """A batch comes whole from the data set."""
-    return batch

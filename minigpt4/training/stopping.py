@@ -1,22 +1,19 @@
 """Being told to stop: the update that runs is finished and saved first.
 
 SIGTERM comes from schedulers, SIGINT from a person at the keyboard; a second one stops at once. Schedulers and torchrun
-send it to the readers of examples as well, which the trainer still needs: they outlive the first one. Where both are
-there a process gets it twice, from the scheduler and from torchrun, which passes its own on: that is one request.
+send it to the readers of examples as well (`readers.py`). Where both are there a process gets it twice, from the
+scheduler and from torchrun, which passes its own on: that is one request.
 """
 
 import os
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
 from types import FrameType
-from typing import Any, NoReturn
-
-import torch
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -87,48 +84,3 @@ def stop_requests(told: Callable[[], None]) -> Iterator[StopRequest]:
 def _tell(request: StopRequest, told: Callable[[], None]) -> None:
     if request.heard.get():
         told()
-
-
-@contextmanager
-def any_number_of_readers() -> Iterator[None]:
-    """Begin as many readers as a recipe says, of which the library warns where there are fewer cores.
-
-    They wait for disks as well, and a recipe goes from machine to machine.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        yield
-
-
-def begin_reading(worker: int) -> None:
-    """Begin a process that reads examples: leave the cores to the trainer, and the end as well.
-
-    Args:
-        worker: Its number, as `DataLoader` gives it.
-    """
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    left = 1 + num_echoes()
-
-    def outlive(number: int, frame: FrameType | None) -> None:
-        # The trainer ends its readers by a message; one that hangs gets a signal from `DataLoader` and more at the end.
-        nonlocal left
-        left -= 1
-        if not left:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, outlive)
-
-
-def end_reading(batches: Iterator[Any]) -> None:
-    """End the processes that read for an iterator of `DataLoader`, if there are any.
-
-    Left to the collection of garbage, they would live as long as the traceback of an error does: to the end of the
-    program, which then waits for readers that outlive its one signal.
-
-    Args:
-        batches: The iterator.
-    """
-    end = getattr(batches, "_shutdown_workers", None)
-    if end:
-        end()

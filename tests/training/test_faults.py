@@ -132,14 +132,12 @@ train(recipe, toy.model(), toy.ToyBatches, Teller(), processes())
 
 def test_the_readers_outlive_a_signal_to_the_whole_group_so_that_the_trainer_can_save(tmp_path: Path) -> None:
     """As schedulers and torchrun send it."""
-    started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", TOLD_GROUP, str(tmp_path)],
         cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120, start_new_session=True,
     )  # fmt: skip
 
     assert (done.returncode, done.stderr) == (143, "")
-    assert time.monotonic() - started < 60
     found = last_checkpoint(tmp_path)
     assert found is not None and found[1].step == 3
 
@@ -175,13 +173,11 @@ def test_a_reader_killed_while_it_hands_over_a_batch_is_an_error(
 
 def test_a_killed_reader_is_an_error_and_no_hang(tmp_path: Path) -> None:
     """In a program of its own: the library tells of a killed reader wherever the program happens to be."""
-    started = time.monotonic()
     command = [sys.executable, "-c", KILLED_READER, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120)
 
     assert done.returncode == 2, done.stderr
     assert "a process that reads examples ended" in done.stdout and "memory" in done.stdout
-    assert time.monotonic() - started < 60
     recipe = toy.recipe(tmp_path, checkpoint_steps=1)
     resumed, _ = trained(recipe)
     whole, _ = trained(toy.recipe(tmp_path / "whole"))

@@ -259,7 +259,7 @@ def test_what_stands_in_for_a_picture_with_one_bad_text_among_several_is_compute
 def test_a_finished_work_is_not_read_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, recipe = prepared(), recipe_of(tmp_path / "run", source)
     cached(recipe, made)
-    monkeypatch.setattr(features, "read_ahead", lambda *_: pytest.fail("the source was read"))
+    monkeypatch.setattr(features, "read_records", lambda *_: pytest.fail("the source was read"))
     assert len(cached(recipe, made).store) == PICTURES
 
 
