@@ -3,7 +3,6 @@
 `compat: original` puts the original's choices in the place of ours; each of them is also a key of its own.
 """
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +19,7 @@ from pydantic import (
 )
 
 from minigpt4.errors import ConfigError
+from minigpt4.training.recipe_complaints import complaint, named
 from minigpt4.training.recipe_fields import (
     LARGEST,
     LARGEST_SEED,
@@ -33,7 +33,6 @@ from minigpt4.training.recipe_fields import (
     different,
     kinds_of,
 )
-from minigpt4.training.recipe_words import expected
 from minigpt4.training.recipe_yaml import is_of_the_original, read_yaml, set_value
 from minigpt4.training.without_effect import without_effect
 
@@ -370,42 +369,15 @@ def make_recipe(content: dict[str, Any], origin: Path, overridden: Sequence[str]
             if isinstance(recipe.data_of(stage), NanoData):
                 of_nano.add(number)
     except ValidationError as error:
-        raise _explain(origin, overridden, place, error) from error
+        raise complaint(error, place, origin, overridden, _SECTIONS) from error
     compat = ORIGINAL if recipe.compat == "original" else {}
     for place, reason in without_effect(recipe, of_nano=of_nano, compat=compat):
-        raise ConfigError(f"{_named(origin, overridden, place)}: {place} changes nothing: {reason}", hint="remove it")
+        raise ConfigError(f"{named(origin, overridden, place)}: {place} changes nothing: {reason}", hint="remove it")
     return recipe
 
 
-_SECTIONS = (
-    Recipe, NanoData, SourcesData, SourceRecipe, ValidationRecipe, PartsRecipe, LoraRecipe, StageRecipe,
+_SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
+    ("", Recipe), ("data", NanoData), ("data", SourcesData), ("data.sources.0", SourceRecipe), ("model", PartsRecipe),
+    ("lora", LoraRecipe), ("validation", ValidationRecipe), ("stages.0", StageRecipe),
 )  # fmt: skip
-
-
-def _named(path: Path, overridden: Sequence[str], place: str) -> str:
-    """Name where a key comes from: the file, or the command line."""
-    return "--set" if any(f"{place}.".startswith(f"{key}.") for key in overridden) else str(path)
-
-
-def _explain(path: Path, overridden: Sequence[str], where: str, error: ValidationError) -> ConfigError:
-    # A misspelt key is often also a missing one; the misspelling is the cause.
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    known = sorted({name for section in _SECTIONS for name in section.model_fields})
-    *parents, last = first["loc"] or ("",)
-    # Where a value may be of several kinds, the library puts the kind's name among the keys.
-    keys = [part for part in parents if isinstance(part, int) or part in known]
-    if isinstance(last, int) or last in known or first["type"] == "extra_forbidden":
-        keys.append(last)
-    place = (where + ".".join(str(part) for part in keys)).rstrip(".")
-    origin = _named(path, overridden, place)
-    if first["type"] != "extra_forbidden":
-        if first["type"] == "missing" and not isinstance(last, int):
-            return ConfigError(f"{origin}: {place} is missing", hint="add that key; the files in recipes/ have it")
-        if first["type"] == "missing":
-            place = place.rpartition(".")[0]
-        in_brackets = first["type"] in ("list_type", "tuple_type")
-        hint = "put it in brackets: [...]" if in_brackets else "mend that value; the files in recipes/ have examples"
-        return ConfigError(f"{origin}: {place}: {expected(first)}", hint=hint)
-    near = difflib.get_close_matches(str(last), known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
-    return ConfigError(f"{origin}: unknown key {place}", hint=hint)
+"""Where the keys of a recipe stand."""

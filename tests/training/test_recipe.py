@@ -178,9 +178,7 @@ def test_a_key_that_stands_twice_is_refused(added: str, tmp_path: Path) -> None:
     path = written(tmp_path)
     path.write_text(path.read_text() + added)
 
-    with pytest.raises(
-        ConfigError, match=r"not YAML: the key (seed|rank) stands there twice, in line \d+, column \d+$"
-    ):
+    with pytest.raises(ConfigError, match=r"YAML: the key (seed|rank) stands there twice, in line \d+, column \d+$"):
         read_recipe(path)
 
 
@@ -221,6 +219,23 @@ def test_a_wrong_value_is_told_with_what_was_expected(override: str, reason: str
         read_recipe(written(tmp_path), [override])
 
     assert told.value.message == f"--set: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("max_text_tokens=3", "that key is stages.0.max_text_tokens"),
+        ("stages.0.seed=3", "that key is seed"),
+        ("data.share=1", "that key is data.sources.0.share"),
+        ("sources=[]", "that key is data.sources or validation.sources"),
+        ("sed=3", "did you mean seed?"),
+    ],
+)
+def test_a_key_that_belongs_elsewhere_is_told_where(override: str, hint: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown key") as told:
+        read_recipe(written(tmp_path), [override])
+
+    assert told.value.hint == hint
 
 
 def test_a_file_that_is_not_yaml_is_told_with_the_line(tmp_path: Path) -> None:
