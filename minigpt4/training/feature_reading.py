@@ -13,6 +13,7 @@ from minigpt4.data.batches import SourceBatches
 from minigpt4.data.examples import pixel_values
 from minigpt4.errors import DataError, ImageError, MiniGPT4Error, PromptError
 from minigpt4.training.feature_store import FeatureStore
+from minigpt4.training.memory import lacks_memory
 from minigpt4.training.readers import read_ahead
 
 CHUNK = 8
@@ -58,7 +59,7 @@ class _Chunks(Dataset[list[Read]]):
         try:
             return self._looked_at(source, number)
         except (MiniGPT4Error, MemoryError, RuntimeError) as error:
-            if not _lacks_memory(error):
+            if not lacks_memory(error):
                 raise
             # The machine's fault, not the record's: kept as bad, it would be left out where there is memory, too.
             name = self._batches.sources[source].name
@@ -73,7 +74,7 @@ class _Chunks(Dataset[list[Read]]):
             record = self._batches.record(source, number)
             self._batches.encoded(record, prompts[0] if prompts else "")  # all its texts: one bad makes it bad
         except (DataError, PromptError) as error:
-            if _lacks_memory(error):
+            if lacks_memory(error):
                 raise
             return Read(source, number, reason=error.message)
         if record.picture is None:
@@ -85,18 +86,9 @@ class _Chunks(Dataset[list[Read]]):
         try:
             return Read(source, number, digest, pixel_values(record, self._batches.layout.processor, None))
         except ImageError as error:
-            if _lacks_memory(error):
+            if lacks_memory(error):
                 raise
             return Read(source, number, digest, reason=error.message)
-
-
-def _lacks_memory(error: BaseException | None) -> bool:
-    """Tell whether an error, or what it was raised from, says that there was not enough memory."""
-    while error is not None:
-        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # Python's way, and torch's
-            return True
-        error = error.__cause__
-    return False
 
 
 def read_records(

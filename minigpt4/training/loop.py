@@ -35,6 +35,7 @@ from minigpt4.training.checkpoint import (
     write_checkpoint,
 )
 from minigpt4.training.finite import check_moments, check_trained
+from minigpt4.training.memory import memory_for
 from minigpt4.training.objectives import TrainingStep
 from minigpt4.training.processes import by_the_main_process, others_alive, spread
 from minigpt4.training.readers import read_ahead, readers_alive
@@ -138,6 +139,7 @@ def train(
         processes: The processes of the run.
 
     Raises:
+        ConfigError: There is not enough memory for an update.
         DataError: The loss stays no number, what learns became none, the data is too bad, or a reader ended.
         MiniGPT4Error: Another process of the run ended.
         StorageError: The run's folder cannot be written.
@@ -187,7 +189,8 @@ def _train_stage(run: _Run, number: int, batches: Batches, checkpoint: Any) -> N
         for at, group in enumerate(_groups(batches_read, stage, first), first):
             _seed(run, at)
             rate = learning_rate(stage, at)
-            figures = updater(group, rate, stop=run.stop.asked)
+            with memory_for(stage):
+                figures = updater(group, rate, stop=run.stop.asked)
             progress = _progress(stage, at, rate, figures, time.monotonic() - started)
             run.state.step = at + 1
             run.state.scaler = scaler.state_dict()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minigpt4.errors import DataError
+from minigpt4.errors import ConfigError, DataError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.training import checkpoint, run_folder
 from minigpt4.training.loop import Progress, train
@@ -161,6 +161,35 @@ def test_lines_are_on_the_disk_before_the_checkpoint_of_their_updates(
     trained(toy.recipe(tmp_path, checkpoint_steps=2))
 
     assert at_write == [0, 0, 0, 0]  # after two updates of each stage, and after its end
+
+
+@pytest.mark.parametrize(
+    "words", [None, "CUDA out of memory. Tried to allocate 2.00 GiB", "MPS backend out of memory"], ids=str
+)
+def test_too_little_memory_for_an_update_is_told_with_what_helps(
+    words: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(*_: Any) -> None:
+        if words is None:
+            torch.empty(2**60, dtype=torch.uint8)
+        raise RuntimeError(words) if "MPS" in str(words) else torch.OutOfMemoryError(words)
+
+    monkeypatch.setattr(TrainingStep, "forward", forward)
+    with pytest.raises(
+        ConfigError, match=r"not enough memory for an update of stage first, 4 examples at once"
+    ) as told:
+        trained(toy.recipe(tmp_path))
+
+    assert "accumulation" in told.value.hint
+
+
+def test_another_error_of_an_update_stays_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*_: Any) -> None:
+        raise RuntimeError("of another kind")
+
+    monkeypatch.setattr(TrainingStep, "forward", forward)
+    with pytest.raises(RuntimeError, match="of another kind"):
+        trained(toy.recipe(tmp_path))
 
 
 def test_an_update_takes_its_own_time_and_that_of_its_examples_only(
