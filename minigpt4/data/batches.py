@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from minigpt4.data.caption_text import Cleaning, blip_caption
 from minigpt4.data.examples import Layout, TextExample, padded, pixel_values
+from minigpt4.data.memory import lacks_memory, memory_for_record
 from minigpt4.data.order import Order, bucketed
 from minigpt4.data.record import Record, Source, Turns
 from minigpt4.data.side_by_side import branches_of, side_by_side
@@ -158,15 +159,17 @@ class SourceBatches(Dataset[dict[str, Any]]):
         source_number, number = self.order.pick(place)
         source = self.sources[source_number]
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            key = f"record {number}"
+            key, group = f"record {number}", f"{source.name}: {source.group(number)}"
             try:
-                record = self.record(source_number, number)
-                key = record.key
-                text = self.encoded(record, self._prompt(item, place))
-                picture = self._picture(record, place, attempt) if record.picture is not None else None
-                return text, picture, key, f"{source.name}: {source.group(number)}"
+                with memory_for_record(source.name, number):
+                    record = self.record(source_number, number)
+                    key = record.key
+                    text = self.encoded(record, self._prompt(item, place))
+                    picture = self._picture(record, place, attempt) if record.picture is not None else None
+                return text, picture, key, group
             except (DataError, ImageError, PromptError) as error:
-                group = f"{source.name}: {source.group(number)}"
+                if lacks_memory(error):
+                    raise
                 bad.append(BadSample(source.name, group, key, error.message, kind_of(error)))
                 number = self.order.replacement(place, attempt)
         raise DataError(

@@ -11,9 +11,9 @@ from torch.utils.data import Dataset
 
 from minigpt4.data.batches import SourceBatches
 from minigpt4.data.examples import pixel_values
-from minigpt4.errors import DataError, ImageError, MiniGPT4Error, PromptError
+from minigpt4.data.memory import lacks_memory, memory_for_record
+from minigpt4.errors import DataError, ImageError, PromptError
 from minigpt4.training.feature_store import FeatureStore
-from minigpt4.training.memory import lacks_memory
 from minigpt4.training.readers import read_ahead
 
 CHUNK = 8
@@ -56,17 +56,8 @@ class _Chunks(Dataset[list[Read]]):
         return [self._read(int(s), int(n)) for s, n in self._numbers[item * CHUNK : (item + 1) * CHUNK]]
 
     def _read(self, source: int, number: int) -> Read:
-        try:
+        with memory_for_record(self._batches.sources[source].name, number):
             return self._looked_at(source, number)
-        except (MiniGPT4Error, MemoryError, RuntimeError) as error:
-            if not lacks_memory(error):
-                raise
-            # The machine's fault, not the record's: kept as bad, it would be left out where there is memory, too.
-            name = self._batches.sources[source].name
-            raise DataError(
-                f"there was not enough memory for record {number} of {name}",
-                hint="fewer workers, or end what else needs memory; what was computed is kept",
-            ) from error
 
     def _looked_at(self, source: int, number: int) -> Read:
         prompts = self._batches.prompts

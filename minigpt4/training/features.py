@@ -25,9 +25,10 @@ from transformers.utils.generic import ModelOutput
 
 from minigpt4.data.batches import Process, SourceBatches
 from minigpt4.data.record import Record
-from minigpt4.errors import DataError
+from minigpt4.errors import MiniGPT4Error
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.model.efficientnet_lite import EfficientNetLiteOutput
+from minigpt4.plurals import counted
 from minigpt4.processing import MiniGPT4Processor
 from minigpt4.training.feature_fingerprint import fingerprint_of
 from minigpt4.training.feature_needs import NeededRecords, num_places
@@ -43,6 +44,7 @@ from minigpt4.training.feature_store import (
     only_writer,
     remove_damaged,
 )
+from minigpt4.training.memory import memory_for
 from minigpt4.training.preparing import Prepared, seeing_on
 from minigpt4.training.processes import by_the_main_process, summed
 from minigpt4.training.readers import readers_alive
@@ -216,7 +218,7 @@ def _compute(
                 try:
                     with readers_alive():
                         yield from maker.work(name, batches, recipe.workers, counts)
-                except DataError:
+                except MiniGPT4Error:
                     maker.writer.write()
                     raise
                 done.append(work)
@@ -328,7 +330,8 @@ class _Maker:
         digests = [digest for digest, _ in self._queue]
         pixels = torch.stack([pixels for _, pixels in self._queue]).to(self.device)
         self._queue = []
-        self.writer.add(digests, make_features(self.model, pixels, self.fingerprint))
+        with memory_for(f"the features of {counted(len(digests), 'picture')} at once", "end what else needs memory"):
+            self.writer.add(digests, make_features(self.model, pixels, self.fingerprint))
 
 
 @torch.no_grad()

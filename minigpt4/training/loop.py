@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -58,6 +59,7 @@ Batches = Callable[[int, StageRecipe], Dataset[dict[str, Any]]]
 
 BATCHES_AHEAD = 4
 """That each reader has ready."""
+_LESS_MEMORY = "a smaller batch_size with as much more accumulation, gradient_checkpointing: true, or quantize: nf4"
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def _go_back_to(recipe: Recipe, state: State) -> None:
         mark_best(recipe.output, state.best)
 
 
-def _train_stage(run: _Run, number: int, batches: Batches, checkpoint: Any) -> None:  # noqa: ANN401  (a path or None)
+def _train_stage(run: _Run, number: int, batches: Batches, checkpoint: Path | None) -> None:
     stage = run.recipe.stages[number]
     first = run.state.step
     if stage.threads:
@@ -178,7 +180,7 @@ def _train_stage(run: _Run, number: int, batches: Batches, checkpoint: Any) -> N
     precision = PRECISIONS[chosen_precision(run.recipe, run.processes.device)]
     scaler = torch.amp.GradScaler(run.processes.device.type, enabled=precision is torch.float16)
     updater = Updater(run.module, make_optimizer(run.module, stage), scaler, stage, precision, run.processes)
-    if first:
+    if first and checkpoint is not None:
         load_optimizer(checkpoint, run.model, updater.optimizer)
         scaler.load_state_dict(run.state.scaler)
     watch = BadSampleWatch(run.recipe, run.processes, run.state)
@@ -189,7 +191,7 @@ def _train_stage(run: _Run, number: int, batches: Batches, checkpoint: Any) -> N
         for at, group in enumerate(_groups(batches_read, stage, first), first):
             _seed(run, at)
             rate = learning_rate(stage, at)
-            with memory_for(stage):
+            with memory_for(f"an update of stage {stage.name}, {stage.batch_size:,} examples at once", _LESS_MEMORY):
                 figures = updater(group, rate, stop=run.stop.asked)
             progress = _progress(stage, at, rate, figures, time.monotonic() - started)
             run.state.step = at + 1
@@ -207,7 +209,8 @@ def _train_stage(run: _Run, number: int, batches: Batches, checkpoint: Any) -> N
 def _after_update(run: _Run, optimizer: torch.optim.Optimizer, stage: StageRecipe, figures: Figures) -> bool:
     """Validate, save and stop where it is time for it; returns whether the validation loss is the smallest so far."""
     done = run.state.step
-    loss = run.observer.validation_loss(run.step, stage, done)
+    with memory_for(f"a validation of stage {stage.name}", _LESS_MEMORY):
+        loss = run.observer.validation_loss(run.step, stage, done)
     best = loss is not None and math.isfinite(loss) and (run.state.best_loss is None or loss < run.state.best_loss)
     if best:
         run.state.best_loss = loss

@@ -32,7 +32,7 @@ class StageMetrics:
         step: Steps that have a line, counted from 1, `(n,)`.
         figures: One of `FIGURES` to its values, `(n,)`.
         skipped: Whether the step's update was left out, `(n,)`.
-        validation: `step`, `loss` and `accuracy` to their values, `(validations,)`.
+        validation: `step` and `loss` to their values, `(validations,)`.
     """
 
     name: str
@@ -97,7 +97,6 @@ def _stage(name: str, start: int, entries: list[dict[str, Any]], validations: li
         validation={
             "step": _values(validations, "step"),
             "loss": _values(validations, "validation_loss"),
-            "accuracy": _values(validations, "validation_accuracy"),
         },
     )
 

@@ -7,6 +7,7 @@ original's training (`compat: original`); where it cannot be had, a sentence say
 from pathlib import Path
 from typing import Any
 
+from minigpt4.plurals import counted
 from minigpt4.training.original_datasets import NAMES, read_batch_size, read_datasets, read_prompts
 from minigpt4.training.original_keys import Keys
 from minigpt4.training.recipe import Recipe, make_recipe
@@ -50,13 +51,12 @@ _IGNORED_OF_THE_MODEL = {
 
 
 def recipe_from_original(
-    read: OriginalYaml, *, model: str | None = None, cuda: bool | None = None, check_files: bool = False
+    read: OriginalYaml, *, cuda: bool | None = None, check_files: bool = False
 ) -> tuple[Recipe, list[str]]:
     """Translate a train YAML.
 
     Args:
         read: The YAML with its model's defaults and the options; its data sets' own YAMLs are looked for here.
-        model: The model folder made of the files that it names; None where it has not been made.
         cuda: Whether there is a CUDA device, which `amp` needs; None if that is not known.
         check_files: Refuse data and prompts that are not there; else only say so.
 
@@ -68,7 +68,7 @@ def recipe_from_original(
             that is not there.
     """
     keys = Keys(with_dataset_defaults(read))
-    folder, trainable = _model(keys, model), _trainable(keys)
+    folder, trainable = _model(keys), _trainable(keys)
     vision_learns = VISION in trainable
     content: dict[str, Any] = {
         "model": folder,
@@ -112,7 +112,7 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _model(keys: Keys, folder: str | None) -> str:
+def _model(keys: Keys) -> str:
     """Take what names the model and its files; the folder made of them is the recipe's model."""
     for name in _MODEL_KEYS:
         keys.take("model", name)
@@ -121,8 +121,8 @@ def _model(keys: Keys, folder: str | None) -> str:
             keys.take(*key)
     if (own := own_folder(keys.read)) is not None:
         keys.notes.append(f"model.ckpt: {own} is the model; the other files of the section are not read")
-        return folder or str(own)
-    folder = folder or f"models/{keys.read.path.stem}"
+        return str(own)
+    folder = f"models/{keys.read.path.stem}"
     there = ", ".join(name for name in _MODEL_KEYS if keys.read.model(name) is not None)
     keys.notes.append(
         f"model ({there}): a run makes a model folder of these files in MINIGPT4_HOME and takes that; to train the"
@@ -260,7 +260,7 @@ def _steps(keys: Keys) -> dict[str, int]:
     if keys.read.settings.get(("run", "iters_per_epoch")) is None:
         keys.notes.append(f"run.iters_per_epoch: missing, so it is the original's {ITERS_PER_EPOCH}")
     steps = epochs * (batches // accumulation)
-    sentence = f"run.max_epoch, run.iters_per_epoch: {epochs} epochs of {batches} batches are steps: {steps}"
+    sentence = f"run.max_epoch, run.iters_per_epoch: {counted(epochs, 'epoch')} of {batches} batches are steps: {steps}"
     if accumulation > 1:
         sentence += f"; run.accum_grad_iters: {accumulation} batches make one"
         if left := batches % accumulation:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from minigpt4.data.examples import IMAGE_MARK
 from minigpt4.errors import ConfigError
 from minigpt4.training.original_keys import Keys
 from minigpt4.training.recipe_fields import is_prompt_template
@@ -12,9 +13,6 @@ from minigpt4.weights.original.paths import candidates, is_placeholder
 
 FORMATS = {"laion": "shards", "cc_sbu": "shards", "cc_sbu_align": "alignment"}
 """The data sets of MiniGPT-4, and how a recipe names their format."""
-
-IMAGE_MARK = "<ImageHere>"
-"""The original drops the prompts that have no place for the picture."""
 
 NAMES = (
     "storage", "build_info", "data_type", "type", "vis_processor", "text_processor", "sample_ratio", "batch_size",
@@ -145,7 +143,7 @@ def _prompts_of(keys: Keys, setting: Setting, *, check_files: bool) -> list[str]
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{setting.place}: cannot read the prompts in {path}", "name a file of text") from error
-    prompts = [line for line in lines if IMAGE_MARK in line]
+    prompts = [line for line in lines if IMAGE_MARK in line]  # as the original does
     if not prompts:
         keys.refuse(
             ("model", "prompt_path"), f"names {path}, where no line has {IMAGE_MARK}",

@@ -95,7 +95,7 @@ class _Curve:
 
     Args:
         label: What it is.
-        key: One of `metrics.FIGURES`; empty for the number of steps.
+        key: One of `metrics.FIGURES`.
         per: What it is divided by.
         unit: It is shown in multiples of this; 0 for a power of ten that suits it.
         smooth: Draw a running mean too.
@@ -111,7 +111,7 @@ class _Curve:
 
     def values(self, stage: StageMetrics) -> tuple[Values, Values]:
         """Return a stage's values step by step, and smoothed."""
-        values = stage.figures[self.key] if self.key else np.ones(len(stage.step))
+        values = stage.figures[self.key]
         if not self.per:
             return values, smoothed(values)
         amount = stage.figures[self.per]
@@ -132,7 +132,6 @@ _PANELS = (
     _Curve("gradient norm", "grad_norm"),
     _Curve("memory (GB)", "memory_bytes", unit=1e9, smooth=False, from_zero=True),
 )
-_RATE_OF_OLD_RUNS = _Curve("steps / s", "", per="seconds", from_zero=True)
 
 
 def draw_metrics(stages: Sequence[StageMetrics], title: str) -> "Figure":
@@ -141,8 +140,6 @@ def draw_metrics(stages: Sequence[StageMetrics], title: str) -> "Figure":
     from matplotlib.figure import Figure
 
     panels = [curve for curve in _PANELS if curve.known(stages)]
-    if not any(curve.per for curve in panels) and _RATE_OF_OLD_RUNS.known(stages):
-        panels.append(_RATE_OF_OLD_RUNS)
     rows = (len(panels) + 1) // 2
     figure = Figure(figsize=(8, 3.6 + 1.75 * rows), layout="constrained")
     FigureCanvasAgg(figure)
@@ -185,7 +182,7 @@ def _draw_panel(axes: "Axes", curve: _Curve, stages: Sequence[StageMetrics]) -> 
         exponent = math.floor(math.log10(max(float(np.nanmax(s.figures[curve.key], initial=0)) for s in stages) or 1))
         unit, label = 10.0**exponent, f"{label} (1e{exponent})"
     axes.set_ylabel(label)
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:,.6g}"))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
@@ -214,7 +211,7 @@ def _limit(axes: "Axes", curve: _Curve, stages: Sequence[StageMetrics]) -> None:
     values = np.concatenate([curve.values(stage)[0] for stage in stages])
     good = values[np.isfinite(values)]
     if curve.from_zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * float(good.max()) if len(good) and good.max() > 0 else 1)
     if not len(good) or good.max() <= 3 * (most := float(np.quantile(good, 0.995))) or most <= 0:
         return
     axes.set_ylim(top=1.3 * most)

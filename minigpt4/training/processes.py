@@ -23,9 +23,16 @@ TIMEOUT = timedelta(minutes=30)
 
 
 def processes() -> PartialState:
-    """Join the other processes that torchrun started, or be the only one."""
+    """Join the other processes that torchrun started, or be the only one.
+
+    Raises:
+        MiniGPT4Error: Several processes would share a Mac's one device.
+    """
     # Without being told, the library does not join processes on a machine that has no accelerator.
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)
+    if state.num_processes > 1 and state.device.type == "mps":
+        raise MiniGPT4Error("several processes cannot share the device mps", hint="start one process")
+    return state
 
 
 def waits_on_the_cpu(parallel: Literal["ddp", "fsdp2"], state: PartialState) -> bool:
@@ -107,10 +114,7 @@ def summed(values: list[float], state: PartialState) -> list[float]:
     """Add up numbers over all processes."""
     if state.num_processes == 1:
         return values
-    tensor = torch.tensor(values, dtype=torch.float64)
-    if state.device.type == "mps":
-        raise MiniGPT4Error("several processes cannot share the device mps", hint="start one process")
-    tensor = tensor.to(state.device)
+    tensor = torch.tensor(values, dtype=torch.float64).to(state.device)
     torch.distributed.all_reduce(tensor)
     result: list[float] = tensor.tolist()
     return result
@@ -136,7 +140,7 @@ def others_alive(state: PartialState) -> Iterator[None]:
 
 def full_norm(norm: Tensor) -> float:
     """Return the norm of gradients that may be spread over processes."""
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def by_the_main_process(work: Callable[[], None], state: PartialState) -> None:

@@ -77,7 +77,7 @@ def complaint(
         place = place.rpartition(".")[0]
     in_brackets = first["type"] in ("list_type", "tuple_type")
     hint = "put it in brackets: [...]" if in_brackets else "mend that value; the files in recipes/ have examples"
-    return ConfigError(f"{origin}: {place}: {_expected(first)}", hint=hint)
+    return ConfigError(": ".join(part for part in (origin, place, _expected(first)) if part), hint=hint)
 
 
 def _meant(key: str, known: Sequence[str], sections: Sequence[tuple[str, type[BaseModel]]]) -> str:

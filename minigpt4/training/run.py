@@ -23,7 +23,14 @@ from minigpt4.training.plot import plot_metrics
 from minigpt4.training.preparing import Prepared, check_libraries, prepare_model
 from minigpt4.training.processes import by_the_main_process, gather_parameters, processes
 from minigpt4.training.recipe import Recipe, StageRecipe
-from minigpt4.training.run_folder import BAD_SAMPLES_FILE, check_recipe, check_sources, going_on_later, only_run
+from minigpt4.training.run_folder import (
+    BAD_SAMPLES_FILE,
+    check_recipe,
+    check_sources,
+    going_on_later,
+    only_run,
+    place_of,
+)
 from minigpt4.training.schedule import cut_rise
 from minigpt4.training.stage_data import RunSources, check_data, has_branches, records_of, stage_data
 from minigpt4.training.text_statistics import text_statistics
@@ -72,7 +79,11 @@ class _Watcher:
     def goes_on(self, state: State) -> None:
         if state.stage < len(self.recipe.stages):
             stage = self.recipe.stages[state.stage]
-            self.reports.say(f"goes on after {state.step:,} of {counted(stage.steps, 'update')} of stage {stage.name}")
+            made = f"after {state.step:,} of {counted(stage.steps, 'update')} of stage {stage.name}"
+            if state.step > stage.steps:
+                made = f"behind stage {stage.name}: {state.step:,} updates of it were made, "
+                made += f"the recipe says {stage.steps:,}"
+            self.reports.say(f"goes on {made}")
         else:
             self.reports.say(
                 f"all updates of {self.recipe.output} were made before; to learn more, set another output, and "
@@ -191,9 +202,17 @@ def _save(recipe: Recipe, prepared: Prepared, here: PartialState, say: Callable[
             say(f"the checkpoint with the smallest validation loss cannot be used: {error.message}")
             return
         write(BEST_ALIGNMENT_FOLDER, held | {name: trained[name] for name in held.keys() & trained.keys()})
-        say(f"{recipe.output / BEST_ALIGNMENT_FOLDER} is as {best.name}, where the validation loss was smallest")
+        where = _last_update(recipe, best)
+        say(f"{recipe.output / BEST_ALIGNMENT_FOLDER} is as after {where}, where the validation loss was smallest")
 
     by_the_main_process(write_both, here)
+
+
+def _last_update(recipe: Recipe, checkpoint: Path) -> str:
+    """Name the last update that a checkpoint holds."""
+    number, step = place_of(checkpoint)
+    stage = recipe.stages[number if step else number - 1]
+    return f"update {step or stage.steps:,} of stage {stage.name}"
 
 
 def _named_from(target: Path, recipe: Recipe, origin: Origin) -> Origin:
@@ -222,7 +241,7 @@ def _draw(output: Path, say: Callable[[str], None]) -> None:
     try:
         say(f"curves: {plot_metrics(output)}")
     except ConfigError as error:
-        say(f"no curves were drawn: {error.message}")
+        say(f"no curves were drawn: {error.message}" + (f" ({error.hint})" if error.hint else ""))
 
 
 @contextmanager
@@ -254,7 +273,7 @@ def updates_before(recipe: Recipe, stage: str) -> int:
 def _say_what_is_learnt(recipe: Recipe, prepared: Prepared, batches: Batches, say: Callable[[str], None]) -> None:
     """Say what learns, and how long the texts of each stage are."""
     parameters = [p for p in prepared.model.parameters() if p.requires_grad]
-    parts = sorted({name.split(".")[1] for name, p in prepared.model.named_parameters() if p.requires_grad})
+    parts = recipe.trainable or prepared.model.config.trainable_parts
     say(f"{sum(p.numel() for p in parameters):,} numbers learn, in {', '.join(parts)}")
     for number, stage in enumerate(recipe.stages):
         data = batches(number, stage)

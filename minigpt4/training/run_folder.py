@@ -239,7 +239,7 @@ def check_sources(
 def has_ended(output: Path, num_stages: int) -> bool:
     """Tell by the newest checkpoint's name whether a run of so many stages has made all its updates."""
     newest = next(newest_first(output), None)
-    return newest is not None and int(CHECKPOINT_NAME.findall(newest.name)[0][0]) >= num_stages
+    return newest is not None and place_of(newest)[0] >= num_stages
 
 
 def newest_first(output: Path) -> Iterator[Path]:

@@ -122,6 +122,30 @@ def test_a_bad_example_is_replaced_by_the_same_one_each_time_and_named() -> None
     assert [batch["keys"] for batch in found] == keys(batches(source))[:10]
 
 
+@pytest.mark.parametrize("told", ["by Python", "by Pillow", "by torch"])
+def test_an_example_there_was_no_memory_for_is_not_bad_and_not_replaced(
+    told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a resumed run would read other examples than one that was never stopped."""
+    read = Made.read
+
+    def without_memory(self: Made, number: int) -> Record:
+        if told == "by Python":
+            raise MemoryError
+        if told == "by torch":
+            torch.empty(2**60, dtype=torch.uint8)
+        return read(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Made, "read", without_memory)
+        if told == "by Pillow":
+            patch.setattr(Image.Image, "load", lambda _: bytearray(2**62))
+        with pytest.raises(DataError, match=r"^there was not enough memory for record \d+ of made$") as caught:
+            batches(Made(40))[0]
+    assert "the same command goes on" in caught.value.hint
+    assert batches(Made(40))[0]["bad"] == []
+
+
 def test_nothing_but_bad_examples_ends_at_once() -> None:
     source = Made(40, bad=frozenset(range(40)))
     with pytest.raises(DataError, match=rf"{MAX_ATTEMPTS} examples in a row of made are bad; the last: record \d+"):

@@ -400,7 +400,7 @@ def test_a_picture_there_was_no_memory_for_is_not_bad_and_is_computed_later(
         patch.setattr(feature_reading, "pixel_values", no_memory)
         with pytest.raises(DataError, match=rf"not enough memory for record \d+ of {source}$") as caught:
             cached(recipe, made)
-    assert "what was computed is kept" in caught.value.hint
+    assert "the same command goes on" in caught.value.hint
     before = store_of(recipe, made)
     assert len(before) == sum(looks) == 5 and not any("memory" in reason for reason in before.bad.values())
     assert len(cached(recipe, made).store) == PICTURES == sum(looks)

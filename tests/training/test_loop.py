@@ -183,6 +183,15 @@ def test_too_little_memory_for_an_update_is_told_with_what_helps(
     assert "accumulation" in told.value.hint
 
 
+def test_too_little_memory_for_a_validation_is_told_likewise(tmp_path: Path) -> None:
+    class Validating(toy.Watcher):
+        def validation_loss(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
+            raise MemoryError
+
+    with pytest.raises(ConfigError, match="not enough memory for a validation of stage first"):
+        train(toy.recipe(tmp_path), toy.model(), toy.ToyBatches, Validating(), processes())
+
+
 def test_another_error_of_an_update_stays_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(*_: Any) -> None:
         raise RuntimeError("of another kind")

@@ -100,8 +100,11 @@ def test_an_alignment_whose_model_is_gone_says_where_it_is_expected(
 
 def test_adapters_are_part_of_the_alignment(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
     trainable = ["language_projection", "lora"]
-    folder = run(recipe(model_folder, pictures, tmp_path / "run", trainable=trainable, lora={"rank": 2}))
+    said: list[str] = []
+    wanted = recipe(model_folder, pictures, tmp_path / "run", trainable=trainable, lora={"rank": 2})
+    folder = run(wanted, Reports(say=said.append))
 
+    assert said[0].endswith("numbers learn, in language_projection, lora")
     stored = load_file(folder / "alignment.safetensors")
     assert any(".lora_B." in name and tensor.abs().sum() > 0 for name, tensor in stored.items())
     model, _ = minigpt4.load(folder, device="cpu")
@@ -216,6 +219,18 @@ def test_a_run_goes_on_over_examples_that_were_mended_and_says_so(
     run(wanted, Reports(say=said.append))
 
     assert f"{pictures} has other records than when the run began" in said
+
+
+def test_a_run_that_has_made_more_updates_than_the_recipe_says_now_tells_so_and_ends(
+    model_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    wanted, said = recipe(model_folder, pictures, tmp_path / "run"), list[str]()
+    stopped_after_an_update(wanted)
+    fewer = recipe(model_folder, pictures, tmp_path / "run", stages=[{**STAGE, "name": "only", "steps": 1}])
+
+    assert (run(fewer, Reports(say=said.append), force=True) / "alignment.safetensors").exists()
+
+    assert "goes on behind stage only: 2 updates of it were made, the recipe says 1" in said
 
 
 def test_a_run_stopped_by_a_person_says_once_where_it_is_saved(
