@@ -26,25 +26,25 @@ def features(
     quiet()
     from minigpt4.training.features import compute_features
     from minigpt4.training.preparing import check_libraries, prepare_model
-    from minigpt4.training.processes import processes
+    from minigpt4.training.processes import joined
     from minigpt4.training.recipe import read_recipe
     from minigpt4.training.stage_data import RunSources, check_data
 
     settings = read_recipe(recipe, overrides)
-    here = processes()
     check_libraries(settings)
-    with features_bar() as report, counting_bar() as reading:
-        sources = RunSources(reading if here.is_main_process else None)
-        check_data(settings, sources)
-        with parts_bar() as report_parts:
-            prepared = prepare_model(settings, here, report_parts)
-        folder, counts = compute_features(settings, prepared, here, report, sources)
-    if here.is_main_process:
-        known = counted(counts.known, "record")
-        note(f"{counted(counts.computed, 'picture')} computed, {known} had theirs, {counts.bad:,} bad")
-        if settings.features != "cache":
-            note("the recipe says features: compute, so train does not read them: set features=cache there")
-        print(folder)
+    with joined() as here:
+        with features_bar() as report, counting_bar() as reading:
+            sources = RunSources(reading if here.is_main_process else None)
+            check_data(settings, sources)
+            with parts_bar() as report_parts:
+                prepared = prepare_model(settings, here, report_parts)
+            folder, counts = compute_features(settings, prepared, here, report, sources)
+        if here.is_main_process:
+            known = counted(counts.known, "record")
+            note(f"{counted(counts.computed, 'picture')} computed, {known} had theirs, {counts.bad:,} bad")
+            if settings.features != "cache":
+                note("the recipe says features: compute, so train does not read them: set features=cache there")
+            print(folder)
 
 
 def features_bar() -> AbstractContextManager[Callable[[str, int, int], None]]:

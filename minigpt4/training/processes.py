@@ -35,6 +35,25 @@ def processes() -> PartialState:
     return state
 
 
+@contextmanager
+def joined() -> Iterator[PartialState]:
+    """Join the other processes, and leave them when all is done, if they were not joined before.
+
+    A program that ends while it still belongs to a group may abort: the group's threads run to its last instruction.
+    After an error nobody is left, since others may not be there any more.
+
+    Raises:
+        MiniGPT4Error: See `processes`.
+    """
+    before = torch.distributed.is_initialized()
+    state = processes()
+    yield state
+    if state.num_processes > 1 and not before:
+        state.wait_for_everyone()
+        state.destroy_process_group()
+        PartialState._reset_state()  # who joins again in this program joins anew
+
+
 def waits_on_the_cpu(parallel: Literal["ddp", "fsdp2"], state: PartialState) -> bool:
     """Whether a model stays on the CPU until it is spread, since no device need have room for the whole of it."""
     return parallel == "fsdp2" and state.num_processes > 1

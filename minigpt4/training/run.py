@@ -21,7 +21,7 @@ from minigpt4.training.loop import Batches, Progress, train
 from minigpt4.training.objectives import TrainingStep
 from minigpt4.training.plot import plot_metrics
 from minigpt4.training.preparing import Prepared, check_libraries, prepare_model
-from minigpt4.training.processes import by_the_main_process, gather_parameters, processes
+from minigpt4.training.processes import by_the_main_process, gather_parameters, joined
 from minigpt4.training.recipe import Recipe, StageRecipe
 from minigpt4.training.run_folder import (
     BAD_SAMPLES_FILE,
@@ -130,21 +130,25 @@ def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) 
     """
     check_trackers(recipe.report_to)
     check_libraries(recipe)
-    here = processes()
-    told = reports if reports and here.is_main_process else Reports()
-    with only_run(recipe.output) if here.is_main_process else nullcontext():
-        by_the_main_process(lambda: check_recipe(recipe, here.num_processes, force=force, say=told.say), here)
-        sources = RunSources(told.sources)
-        check_data(recipe, sources)
-        by_the_main_process(lambda: _check_sources(recipe, sources, told.say, force=force), here)
-        with _tracking(recipe, here) as trackers:
-            prepared = _prepare_and_train(recipe, here, told, sources, trackers)
-        with going_on_later():
-            _save(recipe, prepared, here, told.say)
-            if here.is_main_process:
-                _say_what_was_bad(recipe.output, told.say)
-                _draw(recipe.output, told.say)
+    with joined() as here:
+        told = reports if reports and here.is_main_process else Reports()
+        with only_run(recipe.output) if here.is_main_process else nullcontext():
+            _run(recipe, here, told, force=force)
     return recipe.output / ALIGNMENT_FOLDER
+
+
+def _run(recipe: Recipe, here: PartialState, told: Reports, *, force: bool) -> None:
+    by_the_main_process(lambda: check_recipe(recipe, here.num_processes, force=force, say=told.say), here)
+    sources = RunSources(told.sources)
+    check_data(recipe, sources)
+    by_the_main_process(lambda: _check_sources(recipe, sources, told.say, force=force), here)
+    with _tracking(recipe, here) as trackers:
+        prepared = _prepare_and_train(recipe, here, told, sources, trackers)
+    with going_on_later():
+        _save(recipe, prepared, here, told.say)
+        if here.is_main_process:
+            _say_what_was_bad(recipe.output, told.say)
+            _draw(recipe.output, told.say)
 
 
 def _check_sources(recipe: Recipe, opened: RunSources, say: Callable[[str], None], *, force: bool) -> None:

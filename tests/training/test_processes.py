@@ -79,6 +79,33 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(parallel: str, tmp_path: 
     assert losses(tmp_path / "whole", "second") == losses(tmp_path / "killed", "second")
 
 
+JOINED = """
+import torch
+from minigpt4.training.processes import joined, summed
+
+for _ in range(2):
+    with joined() as here:
+        assert summed([1.0], here) == [2.0]
+    assert not torch.distributed.is_initialized()
+torch.distributed.init_process_group("gloo")
+with joined() as here:
+    assert summed([1.0], here) == [2.0]
+assert torch.distributed.is_initialized()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_group_is_left_at_the_end_by_whoever_joined_it(tmp_path: Path) -> None:
+    """A program that ends in a group may abort, and the library complains of it."""
+    (tmp_path / "joined.py").write_text(JOINED)
+
+    done = launch([str(tmp_path / "joined.py")], processes=2)
+
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_second_process_killed_in_the_forward_pass_ends_the_first(tmp_path: Path) -> None:

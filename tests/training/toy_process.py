@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 from minigpt4.training.checkpoint import trained_tensors
 from minigpt4.training.loop import Progress, train
-from minigpt4.training.processes import processes
+from minigpt4.training.processes import joined
 from minigpt4.training.recipe import Recipe, StageRecipe
 from minigpt4.training.run_folder import check_recipe, only_run
 from tests.training import toy
@@ -58,7 +59,11 @@ def recipe(arguments: argparse.Namespace) -> Recipe:
 
 def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    here = processes()
+    with joined() as here:
+        run_in(here, arguments)
+
+
+def run_in(here: PartialState, arguments: argparse.Namespace) -> None:
     wanted = recipe(arguments)
 
     class Killer(toy.Watcher):
