@@ -103,7 +103,8 @@ def index(
 
     with counting_bar() as report:
         path, made = index_folder(folder, text=text, report=report)
-    note(f"{counted(len(made.rows), 'record')} in {counted(len(made.shards), 'shard')}, {made.bad:,} of them bad")
+    found = f"{counted(len(made.rows), 'record')} in {counted(len(made.shards), 'shard')}"
+    note(f"{found}, {counted(made.bad, 'bad record')} among them")
     for damage in list(made.damage.values())[:10]:
         note(f"damaged: {damage}")
     for what, count in made.skipped.items():
@@ -221,7 +222,7 @@ def counting_bar(unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
     Args:
         unit: The name of one of what people count, such as a picture; empty where it is no matter.
     """
-    begun: dict[str, float] = {}
+    begun: dict[str, tuple[float, int]] = {}
     told: dict[str, float] = {}
     tasks: dict[str, Any] = {}
     with ExitStack() as stack:
@@ -231,7 +232,9 @@ def counting_bar(unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
 
         def report(what: str, done: int, total: int) -> None:
             now = time.monotonic()
-            rate = done / max(now - begun.setdefault(what, now), 0.1)
+            began, before = begun.setdefault(what, (now, done))
+            seconds = now - began
+            rate = (done - before) / seconds if seconds > 0 else 0.0
             if bar is not None:
                 if not tasks:
                     bar.start()  # not before: the terminal belongs to others
@@ -242,11 +245,11 @@ def counting_bar(unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
                     bar.remove_task(tasks.pop(what))
                 if not tasks:
                     bar.stop()
-            elif now - told.get(what, begun[what]) > SECONDS_A_LINE or (done == total and (unit or what in told)):
+            elif now - told.get(what, began) > SECONDS_A_LINE or (done == total and (unit or what in told)):
                 told[what] = now
-                left = "" if done >= total else f", {(total - done) / max(rate, 1e-9):.0f} s left"
+                left = f", {(total - done) / rate:.0f} s left" if done < total and rate else ""
                 of = f" of {counted(total, unit) if unit else f'{total:,}'}" if total else ""
-                note(f"{what}  {done:,}{of}  {rate:.1f} a second{left}")
+                note(f"{what}  {done:,}{of}" + (f"  {rate:.1f} a second{left}" if rate else ""))
             if done == total:
                 begun.pop(what)
                 told.pop(what, None)

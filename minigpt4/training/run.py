@@ -141,6 +141,8 @@ def _run(recipe: Recipe, here: PartialState, told: Reports, *, force: bool) -> N
     by_the_main_process(lambda: check_recipe(recipe, here.num_processes, force=force, say=told.say), here)
     sources = RunSources(told.sources)
     check_data(recipe, sources)
+    for sentence in sources.passed_over():
+        told.say(sentence)
     by_the_main_process(lambda: _check_sources(recipe, sources, told.say, force=force), here)
     with _tracking(recipe, here) as trackers:
         prepared = _prepare_and_train(recipe, here, told, sources, trackers)

@@ -45,6 +45,15 @@ class RunSources:
     def __init__(self, report: Report | None = None) -> None:
         self.report = report
         self._opened: dict[tuple[object, ...], Source] = {}
+        self._skipped: dict[str, dict[str, int]] = {}
+
+    def passed_over(self) -> list[str]:
+        """Say what the sources that were opened pass over, a sentence each."""
+        return [
+            f"{name} passes over {', '.join(f'{count:,} x {what}' for what, count in skipped.items())}"
+            for name, skipped in self._skipped.items()
+            if skipped
+        ]
 
     def open(self, wanted: Sequence[SourceRecipe]) -> list[Source]:
         """Return the sources that sections of a recipe name.
@@ -60,6 +69,7 @@ class RunSources:
             source = open_source(
                 wanted.path, format=wanted.format, images=wanted.images, text=wanted.text, report=self.report
             )
+            self._skipped[source.name] = source.skipped
             most = wanted.texts_per_picture
             self._opened[key] = by_picture(source, most) if most > 1 else source
         return self._opened[key]

@@ -123,7 +123,7 @@ def test_one_of_a_kind_is_no_plural(run: Run, capfd: pytest.CaptureFixture[str])
     assert "\n  repeated    1 picture stands in an earlier record, 0 with the same words\n" in result.out
     with counting_bar("picture") as report:
         report("features", 1, 1)
-    assert capfd.readouterr().err.startswith("features  1 of 1 picture  ")
+    assert capfd.readouterr().err.startswith("features  1 of 1 picture\n")
 
 
 def test_check_takes_format_images_and_text(run: Run, pictures: Path) -> None:
@@ -145,7 +145,7 @@ def test_index_is_written_and_used(run: Run, tmp_path: Path) -> None:
 
     assert (result.status, result.out) == (0, "tars/minigpt4.index\n")
     assert result.err.splitlines() == [
-        "5 records in 2 shards, 2 of them bad",
+        "5 records in 2 shards, 2 bad records among them",
         "damaged: 1.tar: the file is empty, expected a tar archive",
         "passed over: 1 x file of kind .cls",
     ]
@@ -212,8 +212,8 @@ def test_what_takes_long_is_told_where_there_is_no_terminal_and_the_rest_is_not(
             report("reading shards", done, 100)
             now += 20.0
     assert capsys.readouterr().err.splitlines() == [
-        "reading a list  40  1.0 a second",
-        "reading a list  50 of 50  0.8 a second",
+        "reading a list  40  0.8 a second",
+        "reading a list  50 of 50  0.7 a second",
         "reading shards  50 of 100  1.2 a second, 40 s left",
         "reading shards  100 of 100  1.2 a second",
     ]

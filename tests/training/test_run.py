@@ -208,6 +208,17 @@ def test_a_run_does_not_go_on_over_more_or_fewer_examples_unless_told_to(
     run(wanted)  # it has ended and reads nothing any more
 
 
+def test_what_a_source_passes_over_is_said_before(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    table = pictures / "captions.csv"
+    header, *rows = table.read_text().splitlines()
+    rows = [f"{row},{split}" for row, split in zip(rows, ["test", *["train"] * (len(rows) - 1)], strict=True)]
+    table.write_text("\n".join([f"{header},split", *rows]))
+    run(recipe(model_folder, pictures, tmp_path / "run"), Reports(say=said.append))
+
+    assert said[0] == f"{pictures} passes over 1 x row of another split"
+
+
 def test_a_run_goes_on_over_examples_that_were_mended_and_says_so(
     model_folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
