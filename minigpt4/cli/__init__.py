@@ -9,6 +9,13 @@ import sys
 
 def main() -> None:
     """Run the command line."""
+    from minigpt4.cli.ending import ending_at_once
+
+    with ending_at_once():
+        _run()
+
+
+def _run() -> None:
     try:
         from minigpt4.cli.running import run  # a third of a second, in which somebody may press Ctrl-C
     except KeyboardInterrupt:

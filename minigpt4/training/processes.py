@@ -39,8 +39,8 @@ def processes() -> PartialState:
 def joined() -> Iterator[PartialState]:
     """Join the other processes, and leave them when all is done, if they were not joined before.
 
-    A program that ends while it still belongs to a group may abort: the group's threads run to its last instruction.
-    After an error nobody is left, since others may not be there any more.
+    A program that ends while it still belongs to a group may abort, see `minigpt4.cli.ending`.
+    Nobody waits for the others there, and after an error the group is not left: they may not be there any more.
 
     Raises:
         MiniGPT4Error: See `processes`.
@@ -49,7 +49,6 @@ def joined() -> Iterator[PartialState]:
     state = processes()
     yield state
     if state.num_processes > 1 and not before:
-        state.wait_for_everyone()
         state.destroy_process_group()
         PartialState._reset_state()  # who joins again in this program joins anew
 

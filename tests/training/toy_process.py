@@ -14,6 +14,7 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
+from minigpt4.cli.ending import ending_at_once
 from minigpt4.training.checkpoint import trained_tensors
 from minigpt4.training.loop import Progress, train
 from minigpt4.training.processes import joined
@@ -109,4 +110,5 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(parsed())
+    with ending_at_once():  # as the command line does
+        run(parsed())
