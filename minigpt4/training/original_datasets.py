@@ -4,12 +4,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from minigpt4.data.examples import IMAGE_MARK
 from minigpt4.errors import ConfigError
 from minigpt4.training.original_keys import Keys
 from minigpt4.training.recipe_fields import is_prompt_template
 from minigpt4.weights.original.configs import DATASET_YAMLS, Key, Setting
 from minigpt4.weights.original.paths import candidates, is_placeholder
+
+IMAGE_MARK = "<ImageHere>"
+"""As in `minigpt4.data.examples`, which loads torch; a translation needs none."""
 
 FORMATS = {"laion": "shards", "cc_sbu": "shards", "cc_sbu_align": "alignment"}
 """The data sets of MiniGPT-4, and how a recipe names their format."""
