@@ -32,7 +32,7 @@ from minigpt4.data.examples import pixel_values
 from minigpt4.data.record import Record
 from minigpt4.data.sources.shards import index_folder
 from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
-from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
+from minigpt4.processing.image_processing_minigpt4 import MiniGPT4ImageProcessor
 from minigpt4.training.feature_store import Fingerprint, ShardWriter
 from minigpt4.training.features import make_features
 from minigpt4.weights.folder import load

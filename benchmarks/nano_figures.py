@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from minigpt4.chat import ChatSession
 from minigpt4.data.build.scene_record import Scene
 from minigpt4.data.build.scene_text import caption
 from minigpt4.data.build.scenes import draw_scene
 from minigpt4.data.build.sprites import Sprites
 from minigpt4.data.nano_mixture import with_article
 from minigpt4.data.shards import index_shards
+from minigpt4.inference.chat import ChatSession
 from minigpt4.weights import load
 from minigpt4.weights.nano import class_words
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from minigpt4.chat import ChatSession
     from minigpt4.errors import MiniGPT4Error
+    from minigpt4.inference.chat import ChatSession
     from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Model
     from minigpt4.processing import MiniGPT4ImageProcessor, MiniGPT4Processor, PromptTemplate
     from minigpt4.weights import load
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ChatSession": "chat",
+    "ChatSession": "inference.chat",
     "MiniGPT4Config": "model",
     "MiniGPT4Error": "errors",
     "MiniGPT4ForConditionalGeneration": "model",

@@ -34,7 +34,7 @@ from minigpt4.cli.terminal import complain, note, parts_bar, patience, quiet
 from minigpt4.errors import MiniGPT4Error, UsageError
 
 if TYPE_CHECKING:
-    from minigpt4.chat import ChatSession
+    from minigpt4.inference.chat import ChatSession
 
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -213,7 +213,7 @@ def _session(
     )
     check_context(folder, max_new_tokens)
     with parts_bar() as report, _no_collection(), patience(f"loading {cfg_path or model}"):
-        from minigpt4.chat import ChatSession
+        from minigpt4.inference.chat import ChatSession
         from minigpt4.weights import load
 
         return ChatSession(

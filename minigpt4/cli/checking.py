@@ -10,7 +10,7 @@ from minigpt4.cli.app import AsJson, app, examples, weights_app
 from minigpt4.cli.asking import Device, Dtype, Quantize, check_placement
 from minigpt4.cli.terminal import quiet
 from minigpt4.errors import UsageError
-from minigpt4.plurals import counted
+from minigpt4.text import counted
 
 if TYPE_CHECKING:
     from minigpt4.weights.checking.checkup import CheckUp

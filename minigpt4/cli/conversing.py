@@ -14,7 +14,7 @@ from minigpt4.cli.terminal import note
 from minigpt4.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
-    from minigpt4.chat import ChatSession
+    from minigpt4.inference.chat import ChatSession
 
 HELP = """/image PATH  add a picture to the next question
 /undo        take back the last question and its answer

@@ -12,7 +12,7 @@ import typer
 from minigpt4.cli.app import AsJson, data_app, examples
 from minigpt4.cli.terminal import is_watched, note, parts_bar, quiet
 from minigpt4.errors import DataError, UsageError
-from minigpt4.plurals import counted
+from minigpt4.text import counted
 
 if TYPE_CHECKING:
     from minigpt4.data.record import Record

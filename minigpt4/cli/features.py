@@ -10,7 +10,7 @@ import typer
 from minigpt4.cli.app import data_app, examples
 from minigpt4.cli.data import counting_bar
 from minigpt4.cli.terminal import note, parts_bar, quiet
-from minigpt4.plurals import counted
+from minigpt4.text import counted
 
 
 @data_app.command(

@@ -10,7 +10,7 @@ import typer
 from minigpt4.cli.app import examples, weights_app
 from minigpt4.cli.terminal import note, parts_bar, quiet
 from minigpt4.errors import StorageError, UsageError
-from minigpt4.plurals import counted
+from minigpt4.text import counted
 
 if TYPE_CHECKING:
     from minigpt4.weights.original.importing import Imported

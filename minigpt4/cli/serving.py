@@ -16,7 +16,7 @@ from minigpt4.cli.terminal import note, parts_bar
 from minigpt4.errors import UsageError
 
 if TYPE_CHECKING:
-    from minigpt4.serving.engine import Engine
+    from minigpt4.inference.engine import Engine
     from minigpt4.serving.settings import Settings
 
 Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen; 127.0.0.1 is this machine alone.")]
@@ -80,7 +80,7 @@ def run_server(
 
         def load_engine() -> "Engine":
             with parts_bar() as report:
-                from minigpt4.serving.engine import Engine
+                from minigpt4.inference.engine import Engine
                 from minigpt4.weights import load
 
                 parts = load(

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from minigpt4.data.nano_mixture import Example, NanoMixture
 from minigpt4.errors import DataError
 from minigpt4.model import EfficientNetLiteModel
-from minigpt4.model.efficientnet_lite import EfficientNetLiteOutput
+from minigpt4.model.vision_efficientnet_lite import EfficientNetLiteOutput
 from minigpt4.processing.prompts import TEMPLATES
 
 IGNORED = -100

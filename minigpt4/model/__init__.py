@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 from .configuration_minigpt4 import MiniGPT4Config
-from .efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
+from .vision_efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 
 AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig)
 AutoConfig.register(MiniGPT4Config.model_type, MiniGPT4Config)

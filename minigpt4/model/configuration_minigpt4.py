@@ -22,7 +22,7 @@ class MiniGPT4Config(PreTrainedConfig):
         qformer_config: A `blip_2_qformer`, or None: then `num_merged_tokens` neighbouring vision tokens are joined
             into one, as MiniGPT-4 for Llama-2 and MiniGPT-v2 do.
         text_config: A causal language model of the library made of one decoder and one linear head, as nearly all are
-            (`causal_lm.py` refuses the others); default LLaMA.
+            (`language_model.py` refuses the others); default LLaMA.
         num_query_tokens: Learned queries, and so image tokens a picture; unused without a Q-Former.
         num_merged_tokens: Vision tokens in one image token; unused with a Q-Former.
         num_prefix_tokens: Vision tokens before the patches (class and register tokens), dropped before merging;

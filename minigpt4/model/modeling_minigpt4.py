@@ -19,9 +19,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from .causal_lm import split_causal_lm
 from .configuration_minigpt4 import PARTS, MiniGPT4Config
-from .efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
+from .language_model import split_causal_lm
+from .vision_efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 
 
 @dataclass

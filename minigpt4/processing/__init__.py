@@ -4,14 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
+    from minigpt4.processing.image_processing_minigpt4 import MiniGPT4ImageProcessor
     from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
     from minigpt4.processing.prompts import PromptTemplate
 
 __all__ = ["MiniGPT4ImageProcessor", "MiniGPT4Processor", "PromptTemplate"]
 
 _HOMES = {
-    "MiniGPT4ImageProcessor": "image_processing",
+    "MiniGPT4ImageProcessor": "image_processing_minigpt4",
     "MiniGPT4Processor": "processing_minigpt4",
     "PromptTemplate": "prompts",
 }

@@ -14,7 +14,7 @@ from transformers.processing_utils import MultiModalData
 from transformers.utils import logging
 
 from minigpt4.errors import PromptError
-from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
+from minigpt4.processing.image_processing_minigpt4 import MiniGPT4ImageProcessor
 from minigpt4.processing.messages import IMAGE_PARTS, Message
 from minigpt4.processing.prompts import IMAGE_TOKEN, EncodedPrompt, PromptTemplate, template
 

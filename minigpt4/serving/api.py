@@ -23,7 +23,7 @@ from minigpt4.serving.page import page_policy
 from minigpt4.serving.settings import Settings
 
 if TYPE_CHECKING:
-    from minigpt4.serving.engine import Engine  # loads torch
+    from minigpt4.inference.engine import Engine  # loads torch
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' data: blob:; "

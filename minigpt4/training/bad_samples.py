@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from minigpt4.data.batches import BadSample
 from minigpt4.errors import DataError
-from minigpt4.plurals import counted
+from minigpt4.text import counted
 from minigpt4.training.checkpoint import State
 from minigpt4.training.processes import by_the_main_process, summed
 from minigpt4.training.recipe import Recipe

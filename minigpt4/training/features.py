@@ -27,9 +27,9 @@ from minigpt4.data.batches import Process, SourceBatches
 from minigpt4.data.record import Record
 from minigpt4.errors import MiniGPT4Error
 from minigpt4.model import MiniGPT4ForConditionalGeneration
-from minigpt4.model.efficientnet_lite import EfficientNetLiteOutput
-from minigpt4.plurals import counted
+from minigpt4.model.vision_efficientnet_lite import EfficientNetLiteOutput
 from minigpt4.processing import MiniGPT4Processor
+from minigpt4.text import counted
 from minigpt4.training.feature_fingerprint import fingerprint_of
 from minigpt4.training.feature_needs import NeededRecords, num_places
 from minigpt4.training.feature_reading import Read, read_records

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, Subset
 
 from minigpt4.errors import DataError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
-from minigpt4.plurals import counted
+from minigpt4.text import counted
 from minigpt4.training.bad_samples import BadSampleWatch
 from minigpt4.training.checkpoint import (
     State,

@@ -7,7 +7,7 @@ original's training (`compat: original`); where it cannot be had, a sentence say
 from pathlib import Path
 from typing import Any
 
-from minigpt4.plurals import counted
+from minigpt4.text import counted
 from minigpt4.training.original_datasets import NAMES, read_batch_size, read_datasets, read_prompts
 from minigpt4.training.original_keys import Keys
 from minigpt4.training.recipe import Recipe, make_recipe

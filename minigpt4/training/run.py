@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minigpt4.data.batches import SourceBatches
 from minigpt4.errors import ConfigError, MiniGPT4Error
-from minigpt4.plurals import counted
+from minigpt4.text import counted
 from minigpt4.training.branches import check_branches
 from minigpt4.training.checkpoint import State, best_checkpoint, last_checkpoint, read_trained, whole
 from minigpt4.training.features import cached_pictures

@@ -20,11 +20,11 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from minigpt4.errors import DataError
-from minigpt4.generation import AnswerWriter
+from minigpt4.inference.generation import AnswerWriter
+from minigpt4.inference.reading import never_said, stops
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing.pictures import PictureSource, open_image
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
-from minigpt4.reading import never_said, stops
 from minigpt4.weights.files.atomic import write_file
 from minigpt4.weights.files.disk import storing
 

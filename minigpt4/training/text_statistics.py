@@ -7,7 +7,7 @@ from statistics import quantiles
 from minigpt4.data.batches import SourceBatches
 from minigpt4.data.side_by_side import answers_of
 from minigpt4.errors import DataError, PromptError
-from minigpt4.plurals import counted
+from minigpt4.text import counted
 
 LOOKED_AT = 200
 """So many examples are looked at, the first of the stage's order."""

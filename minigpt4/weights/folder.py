@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from minigpt4.errors import ConfigError, StorageError, WeightsError
 from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
-from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
+from minigpt4.processing.image_processing_minigpt4 import MiniGPT4ImageProcessor
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from minigpt4.weights import nano
 from minigpt4.weights.alignment import (

@@ -22,7 +22,7 @@ from minigpt4.model import (
     MiniGPT4Config,
     MiniGPT4ForConditionalGeneration,
 )
-from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
+from minigpt4.processing.image_processing_minigpt4 import MiniGPT4ImageProcessor
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from minigpt4.weights.files.atomic import write_folder
 from minigpt4.weights.files.foreign import read_torch_file

@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from minigpt4.processing.augmentation import crop_box, random_resized_crop
-from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
+from minigpt4.processing.image_processing_minigpt4 import MiniGPT4ImageProcessor
 from minigpt4.processing.pictures import open_image
 
 REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "reference" / "tiny-original"

@@ -14,8 +14,8 @@ from typing import Any
 
 from PIL import Image
 
+from minigpt4.inference.engine import Engine
 from minigpt4.serving.api import make_app
-from minigpt4.serving.engine import Engine
 from minigpt4.serving.server import Server, listen
 from minigpt4.serving.settings import Settings
 from tests import tiny_chat

@@ -14,14 +14,14 @@ from typing import Any
 import psutil
 import pytest
 
-from minigpt4.serving.engine import Engine
+from minigpt4.inference.engine import Engine
+from minigpt4.inference.request import Request
 from minigpt4.serving.http import desk, listening
 from minigpt4.serving.http.desk import UNREAD_SECONDS
-from minigpt4.serving.request import Request
 from minigpt4.serving.server import SWITCH_SECONDS
 from minigpt4.serving.settings import Limits, Settings
+from tests.inference.slowness import slow_steps
 from tests.serving.live import HELLO, MODEL, Live, live, picture_file, read_all, seeing
-from tests.serving.slowness import slow_steps
 
 LONG = HELLO | {"max_tokens": 900}
 

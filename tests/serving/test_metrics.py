@@ -9,8 +9,8 @@ from contextlib import ExitStack
 import pytest
 
 from minigpt4.serving.http import desk
+from tests.inference.slowness import slow_steps
 from tests.serving.live import HELLO, Live, live, picture_file, seeing
-from tests.serving.slowness import slow_steps
 from tests.serving.test_crowds import LONG, occupy, request_bytes
 
 

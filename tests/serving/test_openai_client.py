@@ -8,7 +8,7 @@ import openai
 import pytest
 from PIL import Image
 
-from minigpt4.chat import ChatSession
+from minigpt4.inference.chat import ChatSession
 from tests import tiny_chat
 from tests.serving.live import MODEL, Live, live, picture_file, seeing
 

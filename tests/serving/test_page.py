@@ -172,7 +172,7 @@ def test_what_no_map_is_made_of_is_refused_in_a_sentence(body: dict[str, object]
 
 def test_a_model_without_a_qformer_says_so() -> None:
     from minigpt4.errors import UsageError
-    from minigpt4.serving.attention import check_can_look
+    from minigpt4.inference.attention import check_can_look
 
     model = tiny_chat.model()
     model.config.qformer_config = None
@@ -196,7 +196,7 @@ def test_demo_serves_the_page_and_prints_its_address(tmp_path: Path) -> None:
 
 
 def test_a_map_leaves_the_model_as_it_was() -> None:
-    from minigpt4.serving.attention import AttentionMaps
+    from minigpt4.inference.attention import AttentionMaps
 
     model = tiny_chat.model()
     maps = AttentionMaps(model, tiny_chat.processor())
@@ -213,7 +213,7 @@ def test_a_map_leaves_the_model_as_it_was() -> None:
 
 def test_a_map_of_an_answer_where_the_qformer_learns_nothing() -> None:
     """As in every imported original, of which the projection alone learns."""
-    from minigpt4.serving.attention import AttentionMaps
+    from minigpt4.inference.attention import AttentionMaps
 
     model = tiny_chat.model().requires_grad_(False)
     message = {

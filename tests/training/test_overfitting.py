@@ -17,9 +17,9 @@ from accelerate import PartialState
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from minigpt4.chat import ChatSession
 from minigpt4.data.examples import Layout, padded
 from minigpt4.data.record import Record
+from minigpt4.inference.chat import ChatSession
 from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from minigpt4.processing import MiniGPT4Processor
 from minigpt4.training.loop import train

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from minigpt4.chat import ChatSession
 from minigpt4.errors import DataError
+from minigpt4.inference.chat import ChatSession
 from minigpt4.training.samples import (
     SHOWN_ROUNDS,
     Round,

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from minigpt4.model import MiniGPT4ForConditionalGeneration
-from minigpt4.model.efficientnet_lite import EfficientNetLiteOutput
+from minigpt4.model.vision_efficientnet_lite import EfficientNetLiteOutput
 from minigpt4.training.checkpoint import State
 from minigpt4.training.loop import Progress
 from minigpt4.training.objectives import TrainingStep

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minigpt4.model import EfficientNetLiteConfig, EfficientNetLiteModel, MiniGPT4ForConditionalGeneration
-from minigpt4.model.efficientnet_lite import EfficientNetLiteOutput
+from minigpt4.model.vision_efficientnet_lite import EfficientNetLiteOutput
 from minigpt4.weights import nano
 from minigpt4.weights.files.foreign import read_torch_file
 from minigpt4.weights.parts import EFFICIENTNET_LITE0, fetch

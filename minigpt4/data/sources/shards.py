@@ -41,8 +41,8 @@ from minigpt4.data.sources.shard_index import (
 )
 from minigpt4.data.sources.splits import LEFT_OUT, training_files
 from minigpt4.errors import DataError
-from minigpt4.plurals import counted
 from minigpt4.processing.pictures import DEFAULT_LIMITS
+from minigpt4.text import counted
 
 CAPTION_KEY = "caption"
 MAX_SHARDS = 1_000_000

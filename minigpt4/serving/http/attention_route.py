@@ -14,7 +14,7 @@ from minigpt4.serving.http.strict_json import read_json
 from minigpt4.serving.pictures.opening import check_amount, open_messages
 
 if TYPE_CHECKING:
-    from minigpt4.serving.attention import AttentionMaps  # loads torch
+    from minigpt4.inference.attention import AttentionMaps  # loads torch
 
 MAX_WAITING = 4
 """Maps in the making and waiting; a map takes as long as reading its conversation three times.
@@ -68,7 +68,7 @@ def add_attention(app: FastAPI, desk: Desk, responses: dict[int | str, dict[str,
     waiting = 0
 
     def maps() -> "AttentionMaps":
-        from minigpt4.serving.attention import AttentionMaps
+        from minigpt4.inference.attention import AttentionMaps
 
         if not made:
             made.append(AttentionMaps(desk.engine.model, desk.engine.processor))
@@ -91,7 +91,7 @@ def add_attention(app: FastAPI, desk: Desk, responses: dict[int | str, dict[str,
     async def look(http: Request) -> AttentionAnswer:
         """Say where the model looked on the last picture: a grid of numbers from 0 to 1 over the whole of it."""
         nonlocal waiting
-        from minigpt4.serving.attention import check_can_look
+        from minigpt4.inference.attention import check_can_look
 
         check_can_look(desk.engine.model)
         check_room()

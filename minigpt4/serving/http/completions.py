@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel
 
 if TYPE_CHECKING:
-    from minigpt4.chat import Answer  # loads torch
+    from minigpt4.inference.chat import Answer  # loads torch
 
 FinishReason = Literal["stop", "length"]
 

@@ -27,8 +27,8 @@ from minigpt4.serving.pictures.pool import PicturePool, Target
 from minigpt4.serving.settings import Settings
 
 if TYPE_CHECKING:
-    from minigpt4.serving.engine import Engine  # loads torch
-    from minigpt4.serving.request import Request as EngineRequest
+    from minigpt4.inference.engine import Engine  # loads torch
+    from minigpt4.inference.request import Request as EngineRequest
 
 T = TypeVar("T")
 

@@ -13,8 +13,8 @@ from minigpt4.serving.http.completions import Writer, event
 from minigpt4.serving.http.openai_errors import ApiError, as_api_error, error_body
 
 if TYPE_CHECKING:  # they load torch
-    from minigpt4.serving.engine import Engine
-    from minigpt4.serving.request import Event, Request
+    from minigpt4.inference.engine import Engine
+    from minigpt4.inference.request import Event, Request
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 

@@ -10,8 +10,8 @@ from prometheus_client.registry import Collector
 from minigpt4.serving.pictures.pool import PicturePool
 
 if TYPE_CHECKING:  # they load torch
-    from minigpt4.serving.engine import Engine
-    from minigpt4.serving.request import Request
+    from minigpt4.inference.engine import Engine
+    from minigpt4.inference.request import Request
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _RATES = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)

@@ -13,7 +13,7 @@ import torch
 from transformers import MODEL_MAPPING, AutoModel, Blip2VisionModel, PreTrainedConfig, PreTrainedModel
 
 from minigpt4.errors import ConfigError, WeightsError
-from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
+from minigpt4.processing.image_processing_minigpt4 import MiniGPT4ImageProcessor
 from minigpt4.weights.composing.part_folder import CONFIG_FILE, UNREADABLE, first_line, read_config
 from minigpt4.weights.files.tensors import open_tensors
 

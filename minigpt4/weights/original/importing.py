@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedTokenizerBa
 
 from minigpt4.errors import WeightsError
 from minigpt4.model import MiniGPT4Config
-from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
+from minigpt4.processing.image_processing_minigpt4 import MiniGPT4ImageProcessor
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from minigpt4.processing.prompts import template as template_named
 from minigpt4.weights.files.model_writer import SHARD_BYTES, Report, kept_note, write_model

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from minigpt4.errors import ConfigError, WeightsError
 from minigpt4.model import MiniGPT4Config
-from minigpt4.plurals import counted
+from minigpt4.text import counted
 from minigpt4.weights.original.values import SECTIONS, as_number
 
 Shape = tuple[int, ...]

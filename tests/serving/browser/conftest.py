@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from minigpt4.serving.page import read_page
+from tests.inference.slowness import slow_steps
 from tests.serving.browser.slow_server import SECONDS
 from tests.serving.browser.visitor import Visitor
 from tests.serving.live import Live, live
-from tests.serving.slowness import slow_steps
 
 
 @pytest.fixture(scope="module")

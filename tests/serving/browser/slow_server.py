@@ -7,8 +7,8 @@ import sys
 import time
 
 from minigpt4.serving.page import read_page
+from tests.inference.slowness import slow_steps
 from tests.serving.live import live
-from tests.serving.slowness import slow_steps
 
 SECONDS = 0.06
 """For a token: slow enough to be seen arriving; the tiny model says some fifty of them."""

@@ -16,9 +16,9 @@ import pytest
 from minigpt4.serving.page import read_page
 from minigpt4.serving.settings import Limits, Settings
 from tests import tiny_chat
+from tests.inference.slowness import slow_steps
 from tests.serving.browser.visitor import EYE, STRINGS, Visitor, until
 from tests.serving.live import Live, live, picture_file
-from tests.serving.slowness import slow_steps
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -60,7 +60,7 @@ threading.Thread(target=watch, daemon=True).start()
 folder, dtype, words = sys.argv[1:]
 from PIL import Image
 
-from minigpt4.chat import ChatSession
+from minigpt4.inference.chat import ChatSession
 from minigpt4.weights.folder import load
 
 libraries = sample()["RssFile"]

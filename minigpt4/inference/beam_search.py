@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from minigpt4.generation import AnswerWriter
+from minigpt4.inference.generation import AnswerWriter
+from minigpt4.inference.reading import answer_rules, never_said
+from minigpt4.inference.request import Request
 from minigpt4.model import MiniGPT4ForConditionalGeneration
-from minigpt4.reading import answer_rules, never_said
-from minigpt4.serving.request import Request
 
 
 class _Between(StoppingCriteria):

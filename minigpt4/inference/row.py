@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
-from minigpt4.generation import AnswerWriter
-from minigpt4.serving.request import Request
-from minigpt4.serving.sampling import Sampler
+from minigpt4.inference.generation import AnswerWriter
+from minigpt4.inference.request import Request
+from minigpt4.inference.sampling import Sampler
 
 
 @dataclass(eq=False)

@@ -10,9 +10,9 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from minigpt4 import ChatSession
-from minigpt4.chat import ImageCache
 from minigpt4.errors import ContextOverflowError, ImageError, PromptError, UsageError, WeightsError
-from minigpt4.generation import generation_options
+from minigpt4.inference.chat import ImageCache
+from minigpt4.inference.generation import generation_options
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing import MiniGPT4Processor
 from tests import tiny_chat

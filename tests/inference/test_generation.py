@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from minigpt4.errors import UsageError
-from minigpt4.generation import AnswerWriter, generation_options
+from minigpt4.inference.generation import AnswerWriter, generation_options
 from tests.processing.tiny_tokenizers import byte_level_kind, llama_kind
 
 

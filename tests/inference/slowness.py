@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from minigpt4.serving.engine import Engine
+from minigpt4.inference.engine import Engine
 
 
 def slow_steps(engine: Engine, seconds: float) -> None:

@@ -19,12 +19,12 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from minigpt4.errors import PromptError
-from minigpt4.generation import AnswerWriter, generation_options
+from minigpt4.inference.generation import AnswerWriter, generation_options
+from minigpt4.inference.reading import ImageCache, Read, answer_rules, check_length, embed, never_said, stops, take_up
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing.pictures import PictureSource, content_hash, open_image
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from minigpt4.processing.prompts import template as template_named
-from minigpt4.reading import ImageCache, Read, answer_rules, check_length, embed, never_said, stops, take_up
 
 
 @dataclass

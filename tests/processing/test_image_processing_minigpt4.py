@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from minigpt4.errors import ImageError
-from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
+from minigpt4.processing.image_processing_minigpt4 import MiniGPT4ImageProcessor
 from tests.processing.picture_files import exif, png, saved
 
 REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "reference" / "tiny-original"

@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from minigpt4.chat import ChatSession
 from minigpt4.errors import ContextOverflowError, MiniGPT4Error, ServerBusyError, UsageError, WeightsError
+from minigpt4.inference.chat import ChatSession
+from minigpt4.inference.engine import Engine
+from minigpt4.inference.reading import Read
+from minigpt4.inference.request import Event, Request
 from minigpt4.processing.pictures import content_hash
-from minigpt4.reading import Read
-from minigpt4.serving.engine import Engine
-from minigpt4.serving.request import Event, Request
 from tests import tiny_chat
-from tests.serving.slowness import slow_steps
+from tests.inference.slowness import slow_steps
 
 NEW = 12
 
@@ -305,7 +305,7 @@ def test_what_goes_wrong_with_one_is_told_to_it_alone(engine: Engine, monkeypatc
         raise RuntimeError("a secret")
 
     with monkeypatch.context() as patch:
-        patch.setattr("minigpt4.serving.engine.embed", broken)
+        patch.setattr("minigpt4.inference.engine.embed", broken)
         _, heard = ask(engine, [said("go", picture(40))])
         with pytest.raises(MiniGPT4Error) as told:
             heard.text()

@@ -1,6 +1,6 @@
 import pytest
 
-from minigpt4.plurals import counted
+from minigpt4.text import counted
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from minigpt4.model import EfficientNetLiteConfig, EfficientNetLiteModel
-from minigpt4.model.efficientnet_lite import SamePadConv2d
+from minigpt4.model.vision_efficientnet_lite import SamePadConv2d
 from tests.model import tiny
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -238,7 +238,7 @@ def original_logits(weights: dict[str, Tensor], picture: Tensor) -> Tensor:
 @pytest.mark.network
 @pytest.mark.reference
 def test_real_weights_give_the_logits_of_the_unfolded_network_and_see_a_flower() -> None:
-    from minigpt4.processing.image_processing import MiniGPT4ImageProcessor
+    from minigpt4.processing.image_processing_minigpt4 import MiniGPT4ImageProcessor
     from minigpt4.weights.files.foreign import read_torch_file
     from minigpt4.weights.nano import class_words, convert_vision_weights
     from minigpt4.weights.parts import EFFICIENTNET_LITE0, fetch

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import minigpt4
-from minigpt4.generation import AnswerWriter
+from minigpt4.inference.generation import AnswerWriter
 from tests.weights.original.test_golden_import import CLEAR, SETS, Loaded, golden, imported
 
 pytestmark = [

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from minigpt4.serving.attention import AttentionMap, AttentionMaps
+from minigpt4.inference.attention import AttentionMap, AttentionMaps
 from minigpt4.serving.http.attention_route import MAX_WAITING
 from tests.serving.live import Live, live, picture_file, read_all, seeing
 

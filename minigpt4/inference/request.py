@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from minigpt4.chat import Answer
+from minigpt4.inference.chat import Answer
 
 Event = str | BaseException | None
 """A piece of text, what went wrong, or the end."""

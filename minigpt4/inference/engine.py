@@ -20,19 +20,19 @@ from PIL import Image
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from minigpt4.chat import Answer
 from minigpt4.errors import MiniGPT4Error, ServerBusyError
-from minigpt4.generation import AnswerWriter, generation_options
+from minigpt4.inference.batch import DecodeBatch, can_be_batched
+from minigpt4.inference.beam_search import search
+from minigpt4.inference.chat import Answer
+from minigpt4.inference.generation import AnswerWriter, generation_options
+from minigpt4.inference.prefix_cache import ReadMemory
+from minigpt4.inference.reading import ImageCache, Read, check_length, embed, stops, take_up
+from minigpt4.inference.request import Counts, Event, Request
+from minigpt4.inference.row import Row
+from minigpt4.inference.sampling import Sampler
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing import MiniGPT4Processor
 from minigpt4.processing.prompts import PromptTemplate
-from minigpt4.reading import ImageCache, Read, check_length, embed, stops, take_up
-from minigpt4.serving.batch import DecodeBatch, can_be_batched
-from minigpt4.serving.beams import search
-from minigpt4.serving.memory import ReadMemory
-from minigpt4.serving.request import Counts, Event, Request
-from minigpt4.serving.row import Row
-from minigpt4.serving.sampling import Sampler
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from transformers import DynamicCache
 
-from minigpt4.reading import Read, common_prefix
-from minigpt4.serving.batch import can_be_batched, keys_and_values
+from minigpt4.inference.batch import can_be_batched, keys_and_values
+from minigpt4.inference.reading import Read, common_prefix
 
 TAIL = 8
 """Tokens at the end of an answer that may be spelled in another way when the answer is read as part of a prompt."""

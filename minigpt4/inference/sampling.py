@@ -18,8 +18,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from minigpt4.inference.reading import answer_rules, never_said
 from minigpt4.model import MiniGPT4ForConditionalGeneration
-from minigpt4.reading import answer_rules, never_said
 
 
 @dataclass
