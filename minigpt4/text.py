@@ -1,11 +1,55 @@
-"""A number with the name of what it counts."""
+"""Small texts that messages and tables share, and the small JSON files around weights. Needs nothing of the package."""
+
+import difflib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Number types that a model runs in, by torch's names."""
+
+LONGEST_QUOTE = 200
+"""Characters of another program's message that are repeated in ours."""
 
 
 def counted(number: int, what: str) -> str:
-    """Write how many there are of something: `1 picture`, `2,000 pictures`.
-
-    Args:
-        number: How many.
-        what: The name of one, which forms its plural with an s.
-    """
+    """Return a number with its noun: `1 picture`, `2,000 pictures`; `what` forms its plural with an s."""
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def size_text(size: int) -> str:
+    """Return a number of bytes in megabytes; in kilobytes if it is less than one."""
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
+
+
+def gigabytes_text(size: int) -> str:
+    """Return a number of bytes in gigabytes."""
+    return f"{size / 1e9:.1f} GB"
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", *, cutoff: float = 0.6) -> str:
+    """Return a hint with the known name nearest to an unknown one; `otherwise` if none is near."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f"did you mean {near[0]}?" if near else otherwise
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, as the end of a sentence; the error's class if it has no message."""
+    line = next(iter(str(error).strip().splitlines()), "").strip()
+    return line[:LONGEST_QUOTE].rstrip(".:") or type(error).__name__
+
+
+def read_json_object(path: Path, error: Callable[[str, str], Exception], hint: str) -> dict[str, Any]:
+    """Read a JSON file whose outermost value is an object.
+
+    Raises:
+        Exception: `error(message, hint)`, if the file cannot be read or holds something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as problem:
+        raise error(f"{path} cannot be read as JSON", hint) from problem
+    if not isinstance(value, dict):
+        raise error(f"{path} holds no keys", hint)
+    return value

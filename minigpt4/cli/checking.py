@@ -75,7 +75,7 @@ def inspect(
 
 
 def _print_inspection(found: "Inspection") -> None:
-    from minigpt4.weights.files.disk import size_text
+    from minigpt4.text import size_text
 
     print(f"{found.path}: {found.title}")
     size = f"{size_text(found.bytes)} on disk"

@@ -128,8 +128,8 @@ def verify(
     quick: Annotated[bool, typer.Option("--quick", help="Compare names and sizes only.")] = False,
 ) -> None:
     """Check that a folder written here holds what its manifest says, byte for byte."""
+    from minigpt4.text import size_text
     from minigpt4.weights.files.atomic import verify_folder
-    from minigpt4.weights.files.disk import size_text
 
     manifest = verify_folder(folder, deep=not quick)
     size = sum(entry.size for entry in manifest.files.values())

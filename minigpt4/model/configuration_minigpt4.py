@@ -88,6 +88,12 @@ class MiniGPT4Config(PreTrainedConfig):
         return int(grid)
 
     @property
+    def max_context(self) -> int | None:
+        """Tokens that the language model reads at most; None where its configuration does not say."""
+        length = getattr(self.text_config.get_text_config(), "max_position_embeddings", None)
+        return length if isinstance(length, int) else None
+
+    @property
     def image_embed_size(self) -> int:
         """Width of what the language projection reads."""
         if self.qformer_config is not None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
+from minigpt4.text import size_text
 from minigpt4.weights.checking import checkup
 from minigpt4.weights.checking.machine import Device, Library
-from minigpt4.weights.files.disk import size_text
 from tests.commands import Result, Run, runner
 from tests.weights.original import original_files
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from minigpt4.errors import WeightsError
+from minigpt4.text import size_text
 from minigpt4.weights.alignment import ALIGNMENT_FILE, TENSORS_FILE
 from minigpt4.weights.checking.inspection_kinds import (
     KIND_NAMES,
@@ -22,7 +23,7 @@ from minigpt4.weights.checking.inspection_kinds import (
     read_json,
 )
 from minigpt4.weights.checking.inspection_parts import classifier, gguf_file, training_checkpoint, wheel
-from minigpt4.weights.files.disk import size_text, storing
+from minigpt4.weights.files.disk import storing
 from minigpt4.weights.files.tensors import INDEX_FILES, TensorFiles, open_tensors, read_index
 from minigpt4.weights.llama.tokenizer import LFS_POINTER
 from minigpt4.weights.original.names import IGNORED, Kind, recognise, why_ignored

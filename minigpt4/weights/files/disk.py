@@ -21,6 +21,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from minigpt4.errors import StorageError
+from minigpt4.text import size_text
 
 if sys.platform != "win32":
     import fcntl
@@ -135,11 +136,6 @@ def require_free_space(place: Path, size: int) -> None:
     if free < size:
         message = f"`{place}` needs {size_text(size)}, {size_text(free)} are free there"
         raise StorageError(message, "free some space there, or choose another place")
-
-
-def size_text(size: int) -> str:
-    """Write a number of bytes for a person: in megabytes, what is less than one in kilobytes."""
-    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
 
 
 def fsync(path: Path) -> None:
