@@ -72,6 +72,7 @@ def prepare_model(recipe: Recipe, here: PartialState, report: Report | None = No
         # Fewer bits are made where the model is loaded, and it stays there.
         device = "cpu" if recipe.quantize == "none" else str(here.device)
         model, processor = load(name, device=device, dtype=dtype, quantize=recipe.quantize, report=report)
+        _keep_four_bits_as_loaded(model)
     # Named from the alignment's folder, so that the run's can be moved.
     origin_ = Origin(f"../{COMPOSED_FOLDER}") if isinstance(recipe.model, PartsRecipe) else origin(name)
     if "lora" in (recipe.trainable or []) and origin_.lora:
@@ -92,6 +93,17 @@ def prepare_model(recipe: Recipe, here: PartialState, report: Report | None = No
     if recipe.quantize == "none" and not waits_on_the_cpu(recipe.parallel, here):
         model.to(here.device)
     return Prepared(model, processor, origin_)
+
+
+def _keep_four_bits_as_loaded(model: nn.Module) -> None:
+    """Keep 4-bit layers from repacking themselves at their first forward without gradients.
+
+    On a CPU with AVX512-BF16 bitsandbytes packs them for a fused kernel then; gradients through packed layers are zero,
+    and their absolute maxima have lost bits.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 @contextmanager

@@ -111,8 +111,9 @@ def test_example_says_what_it_wants_of_a_folder_without_captions(tmp_path: Path)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert done.returncode == 1
-    assert done.stderr == (
-        f"{tmp_path} holds no picture with a caption of its name beside it, such as cat.jpg and cat.txt\n"
+    # The last line: on some processors bitsandbytes, where it is installed, has something to say when it is imported.
+    assert done.stderr.splitlines()[-1] == (
+        f"{tmp_path} holds no picture with a caption of its name beside it, such as cat.jpg and cat.txt"
     )
 
 
