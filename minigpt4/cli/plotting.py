@@ -21,7 +21,7 @@ def plot(
     ] = None,
 ) -> None:
     """Draw the curves of a run, finished or not."""
-    from minigpt4.training.plot import plot_metrics
+    from minigpt4.training.reports import plot_metrics
 
     print(plot_metrics(run_folder, output))
 

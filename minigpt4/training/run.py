@@ -19,10 +19,10 @@ from minigpt4.training.checkpoint import State, best_checkpoint, last_checkpoint
 from minigpt4.training.features import cached_pictures
 from minigpt4.training.loop import Batches, Progress, train
 from minigpt4.training.objectives import TrainingStep
-from minigpt4.training.plot import plot_metrics
 from minigpt4.training.preparing import Prepared, check_libraries, prepare_model
 from minigpt4.training.processes import by_the_main_process, gather_parameters, joined
 from minigpt4.training.recipe import Recipe, StageRecipe
+from minigpt4.training.reports import Trackers, check_trackers, describe_texts, plot_metrics
 from minigpt4.training.run_folder import (
     BAD_SAMPLES_FILE,
     check_recipe,
@@ -33,8 +33,6 @@ from minigpt4.training.run_folder import (
 )
 from minigpt4.training.schedule import cut_rise
 from minigpt4.training.stage_data import RunSources, check_data, has_branches, records_of, stage_data
-from minigpt4.training.text_statistics import text_statistics
-from minigpt4.training.trackers import Tracker, check_trackers, open_trackers
 from minigpt4.training.validation import Validation
 from minigpt4.weights.alignment import ALIGNMENT_FILE, Origin, alignment_tensors, read_description, save_alignment
 from minigpt4.weights.folder import Report
@@ -74,7 +72,7 @@ class _Watcher:
     recipe: Recipe
     reports: Reports
     validation: Validation | None
-    trackers: list[Tracker]
+    trackers: Trackers | None
 
     def goes_on(self, state: State) -> None:
         if state.stage < len(self.recipe.stages):
@@ -105,8 +103,8 @@ class _Watcher:
         return loss
 
     def _track(self, stage: str, step: int, figures: dict[str, Any]) -> None:
-        for tracker in self.trackers:
-            tracker.log(figures, updates_before(self.recipe, stage) + step)
+        if self.trackers:
+            self.trackers.log(figures, updates_before(self.recipe, stage) + step)
 
 
 def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) -> Path:
@@ -159,7 +157,7 @@ def _check_sources(recipe: Recipe, opened: RunSources, say: Callable[[str], None
 
 
 def _prepare_and_train(
-    recipe: Recipe, here: PartialState, told: Reports, sources: RunSources, trackers: list[Tracker]
+    recipe: Recipe, here: PartialState, told: Reports, sources: RunSources, trackers: Trackers | None
 ) -> Prepared:
     """Load the model, and make the updates that are left."""
     torch.manual_seed(recipe.seed)
@@ -251,24 +249,23 @@ def _draw(output: Path, say: Callable[[str], None]) -> None:
 
 
 @contextmanager
-def _tracking(recipe: Recipe, here: PartialState) -> Iterator[list[Tracker]]:
+def _tracking(recipe: Recipe, here: PartialState) -> Iterator[Trackers | None]:
     """Open the trackers, in the main process and before the model loads: one may not be logged in."""
-    trackers: list[Tracker] = []
+    trackers: Trackers | None = None
 
     def begin() -> None:
+        nonlocal trackers
         found = last_checkpoint(recipe.output)
         state = found[1] if found else State()
         first = sum(stage.steps for stage in recipe.stages[: state.stage]) + state.step
-        trackers.extend(
-            open_trackers(recipe.report_to, recipe.output, recipe.model_dump(mode="json"), first_step=first)
-        )
+        trackers = Trackers(recipe.report_to, recipe.output, recipe.model_dump(mode="json"), first_step=first)
 
     by_the_main_process(begin, here)
     try:
         yield trackers
     finally:
-        for tracker in trackers:
-            tracker.finish()
+        if trackers:
+            trackers.finish()
 
 
 def updates_before(recipe: Recipe, stage: str) -> int:
@@ -284,6 +281,6 @@ def _say_what_is_learnt(recipe: Recipe, prepared: Prepared, batches: Batches, sa
     for number, stage in enumerate(recipe.stages):
         data = batches(number, stage)
         if isinstance(data, SourceBatches):
-            say(text_statistics(data).sentence(stage.name))
+            say(describe_texts(data, stage.name))
         if warning := cut_rise(stage):
             say(warning)

@@ -16,7 +16,6 @@ from typing import Any
 
 from minigpt4.errors import ConfigError, MiniGPT4Error, StorageError
 from minigpt4.training.recipe import Recipe
-from minigpt4.training.trackers import TENSORBOARD_FOLDER, WANDB_FOLDER, WANDB_ID_FILE
 from minigpt4.weights.files.atomic import write_file
 from minigpt4.weights.files.disk import fsync, fsync_folder, make_folder, storing
 
@@ -27,6 +26,10 @@ CHECKPOINT_NAME = re.compile(r"stage(\d+)-step(\d+)")
 RECIPE_FILE = "recipe.json"
 SOURCES_FILE = "sources.json"
 LOCK_FILE = ".run.lock"
+TENSORBOARD_FOLDER = "tensorboard"
+WANDB_ID_FILE = "wandb_id.txt"
+WANDB_FOLDER = "wandb"
+"""The name that its library gives to what it writes itself."""
 COMPOSED_FOLDER = "model"
 """Beside the alignment: the full model that a recipe of parts begins with."""
 

@@ -1,20 +1,27 @@
 """What a run looks at besides its loss: the same loss on pictures it does not learn from, and sample answers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from minigpt4.data.batches import KeptPictures, Process, SourceBatches
 from minigpt4.data.record import Record
 from minigpt4.errors import DataError, ImageError
-from minigpt4.processing.pictures import open_image
+from minigpt4.inference.generation import AnswerWriter
+from minigpt4.inference.reading import never_said, stops
+from minigpt4.model import MiniGPT4ForConditionalGeneration
+from minigpt4.processing.pictures import PictureSource, open_image
+from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from minigpt4.training.objectives import TrainingStep, image_features, num_targets
 from minigpt4.training.preparing import Prepared
 from minigpt4.training.processes import by_the_main_process, gathered, is_spread, summed
 from minigpt4.training.recipe import Recipe, StageRecipe, ValidationRecipe
-from minigpt4.training.samples import add_round, answer_pictures, make_round
+from minigpt4.training.samples import add_round, make_round
 from minigpt4.training.stage_data import RunSources, context_of, num_sample_places, validation_batches
 from minigpt4.training.update import PRECISIONS, chosen_precision, to_device
 
@@ -124,3 +131,78 @@ class Validation:
         device = self.processes.device
         precision = PRECISIONS[chosen_precision(self.recipe, device)]
         return torch.autocast(device.type, dtype=precision, enabled=precision is not None)
+
+
+def answer_pictures(
+    model: MiniGPT4ForConditionalGeneration,
+    processor: MiniGPT4Processor,
+    pictures: Sequence[PictureSource],
+    question: str,
+    max_new_tokens: int,
+    *,
+    features: BaseModelOutputWithPooling | None = None,
+    together: bool = False,
+) -> list[str]:
+    """Ask one question about each picture by itself, and return the likeliest answers, as `ask` would.
+
+    All are answered in one batch: the prompts are equally long, so none is padded. The parts' modes (training or
+    evaluation) are as before when it ends.
+
+    Args:
+        model: The model, on any device, in any mode.
+        processor: Its processor.
+        pictures: The pictures.
+        question: The question.
+        max_new_tokens: Longest answer.
+        features: What the model made of the pictures before, `pooler_output` a row a picture; None looks at them.
+        together: All processes of a run answer, since each has a part of the model only; none ends before the others.
+
+    Raises:
+        ImageError: A picture cannot be opened.
+        PromptError: The question cannot be turned into a prompt.
+    """
+    if not pictures:
+        return []
+    asked = {"type": "text", "text": question}
+    conversations: list[Any] = [
+        [{"role": "user", "content": [{"type": "image", "image": open_image(picture)}, asked]}] for picture in pictures
+    ]
+    inputs = processor.apply_chat_template(
+        conversations, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+    )
+    inputs = inputs.to(model.device)
+    pixels = inputs.pop("pixel_values").to(model.dtype)
+    inputs |= {"pixel_values": pixels} if features is None else {"mm_encoder_outputs": {"image": features}}
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        length = inputs["input_ids"].shape[1]
+        penalty = RepetitionPenaltyLogitsProcessor(
+            float(model.generation_config.repetition_penalty or 1.0), prompt_ignore_length=length
+        )  # as in a conversation: on what is newly said
+        output: torch.Tensor = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            num_beams=1,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            use_cache=True,
+            logits_processor=LogitsProcessorList([penalty]),
+            suppress_tokens=never_said(model),
+            synced_gpus=together,
+            **stops(model, processor, processor.prompt_template),
+        )
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return [_answer(ids, processor) for ids in output[:, length:].tolist()]
+
+
+def _answer(ids: list[int], processor: MiniGPT4Processor) -> str:
+    writer = AnswerWriter(processor.tokenizer, processor.prompt_template.stop_strings)
+    for token in ids:
+        writer.write(token)
+    writer.end()
+    return writer.text

@@ -311,7 +311,7 @@ def test_what_a_run_lacks_is_told_before_its_model_is_loaded(
 ) -> None:
     """There is no model of that name, which would be told as soon as it is looked for."""
     if "installed" in words or "need" in words:
-        monkeypatch.setattr("minigpt4.training.trackers.find_spec", lambda _: None)
+        monkeypatch.setattr("minigpt4.training.reports.find_spec", lambda _: None)
         monkeypatch.setattr("minigpt4.weights.alignment.find_spec", lambda _: None)
         monkeypatch.setattr("minigpt4.weights.folder.importlib.util.find_spec", lambda _: None)
 

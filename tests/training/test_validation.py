@@ -10,14 +10,17 @@ from safetensors.torch import load_file
 from transformers import Blip2VisionModel
 
 import minigpt4
+from minigpt4.inference.chat import ChatSession
 from minigpt4.training.run import Reports, run
 from minigpt4.training.samples import read_rounds
-from minigpt4.training.validation import Validation
+from minigpt4.training.validation import Validation, answer_pictures
 from tests import tiny_chat
 from tests.training.whole_run import COLOURS, model_folder, pictures, recipe
 
 __all__ = ["model_folder", "pictures"]  # fixtures
 
+PICTURES = [tiny_chat.picture(seed) for seed in range(3)]
+QUESTION = "What is it?"
 LAYOUTS = {
     "template": {"layout": "template"},
     "original": {"layout": "original", "prompt_template": "###Human: {} ###Assistant: ", "end_symbol": "###"},
@@ -164,3 +167,72 @@ def test_validation_reads_cached_features_with_the_same_loss_and_answers(
     assert kept_looked == len(COLOURS) + 7
     assert len(losses) == 4 and kept_losses == pytest.approx(losses, rel=1e-5)  # sums of other batches of pictures
     assert kept_answers == answers and all(len(one) == 5 for one in answers)
+
+
+@pytest.mark.parametrize("template", ["chatml", "vicuna-v0"])
+def test_answers_are_those_of_a_conversation(template: str) -> None:
+    model, processor = tiny_chat.model(), tiny_chat.processor(template)
+    expected = []
+    for picture in PICTURES:
+        chat = ChatSession(model, processor)
+        chat.add_image(picture)
+        expected.append(chat.ask(QUESTION, max_new_tokens=12))
+
+    answers = answer_pictures(model, processor, PICTURES, QUESTION, 12)
+
+    assert answers == expected
+    assert len(set(answers)) == 3  # each has its own picture
+
+
+def test_answer_ends_where_the_model_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = tiny_chat.model(), tiny_chat.processor()
+    said = []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **inputs: said.append(generate(**inputs)) or said[-1])
+    whole = answer_pictures(model, processor, PICTURES[:1], QUESTION, 12)[0]
+    model.generation_config.eos_token_id = said[0][0, -4].item()
+
+    (ended,) = answer_pictures(model, processor, PICTURES[:1], QUESTION, 12)
+
+    assert len(ended) < len(whole)
+    assert said[1].shape[1] < said[0].shape[1]
+    assert whole.startswith(ended.rstrip("\ufffd"))
+
+
+def test_answering_leaves_every_part_in_its_mode_and_able_to_learn() -> None:
+    model, processor = tiny_chat.model(), tiny_chat.processor()
+    model.train()
+    model.model.qformer.encoder.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    random = torch.get_rng_state()
+
+    answer_pictures(model, processor, PICTURES, QUESTION, 4)
+
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert torch.equal(torch.get_rng_state(), random)
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image", "image": PICTURES[0]}, {"type": "text", "text": "?"}]}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert model.model.language_projection.weight.grad.abs().sum() > 0
+
+
+def test_modes_are_restored_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = tiny_chat.model(), tiny_chat.processor()
+    model.train()
+
+    def fail(**inputs: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model, "generate", fail)
+    with pytest.raises(RuntimeError):
+        answer_pictures(model, processor, PICTURES, QUESTION, 4)
+
+    assert model.training
+
+
+def test_no_pictures_need_no_answers() -> None:
+    assert answer_pictures(tiny_chat.model(), tiny_chat.processor(), [], QUESTION, 4) == []
