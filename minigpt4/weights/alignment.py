@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minigpt4.errors import ConfigError, WeightsError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
+from minigpt4.text import read_json_object
 from minigpt4.weights.files.atomic import verify_folder, write_folder
 from minigpt4.weights.hub import is_hub_id
 
@@ -305,18 +306,12 @@ def read_description(folder: Path) -> dict[str, Any]:
     Raises:
         WeightsError: It cannot be read, or is of another format or version.
     """
-    try:
-        description = json.loads((folder / ALIGNMENT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"{folder / ALIGNMENT_FILE} cannot be read as JSON",
-            hint="copy the alignment again: it was cut short, or is no alignment",
-        ) from error
+    hint = "copy the alignment again: it was cut short, or is no alignment"
+    description = read_json_object(folder / ALIGNMENT_FILE, WeightsError, hint)
     if description.get("format") != FORMAT or description.get("format_version") != FORMAT_VERSION:
         raise WeightsError(
             f"{folder} is {description.get('format')} version {description.get('format_version')}, "
             f"expected {FORMAT} version {FORMAT_VERSION}",
             hint="update minigpt4, or write the alignment again",
         )
-    result: dict[str, Any] = description
-    return result
+    return description

@@ -1,8 +1,7 @@
-"""Putting a new MiniGPT-4 together: any vision encoder, any causal language model, new parts to join them.
+"""A new MiniGPT-4 of any vision encoder and any causal language model, with new parts to join them.
 
-Everything that can be wrong is found from configurations and the names of tensors first; then each part is loaded
-once, in the number type it is stored in, and the whole is written as a full model folder, whole or not at all. The
-joining parts are new: they say nothing before they are trained.
+Everything that can be wrong is found from configurations first; then each part is loaded once, in its stored number
+type, and the model is written as a full folder, whole or not at all. The joining parts are not trained yet.
 """
 
 import json
@@ -16,13 +15,23 @@ from minigpt4.errors import ConfigError, WeightsError
 from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from minigpt4.processing.prompts import template as template_named
+from minigpt4.text import first_line, read_json_object
 from minigpt4.weights import nano
 from minigpt4.weights.alignment import NANO
-from minigpt4.weights.composing.language import LanguagePart, load_language, read_language
-from minigpt4.weights.composing.part_folder import UNREADABLE, Report, first_line, part_folder, quiet_library
-from minigpt4.weights.composing.vision import VisionPart, load_vision, read_vision
+from minigpt4.weights.compose_parts import (
+    LANGUAGE,
+    UNREADABLE,
+    VISION,
+    LanguagePart,
+    VisionPart,
+    part_folder,
+    quiet_library,
+    read_language,
+    read_vision,
+)
 from minigpt4.weights.files.atomic import recover, refuse_existing, require_free_space, verify_folder, write_folder
 from minigpt4.weights.folder import built_folder
+from minigpt4.weights.hub import Report
 
 COMPOSED_FILE = "composed_of.json"
 """Beside the model's own files: the parts by which it was asked for."""
@@ -88,17 +97,26 @@ def compose(
     if _is_there(target, asked):
         return target
     written = template_named(template)
-    vision_folder, language_folder = _folders(str(vision_model), str(language_model), report)
-    vision = read_vision(vision_folder)
-    language = read_language(language_folder, written)
+    vision_folder = built_folder(nano.ALIGNMENT_DIR, report) if vision_model == NANO else None
+    language_folder = nano.frozen_parts(report)[0] if language_model == NANO else None
+    vision = read_vision(vision_folder or part_folder(str(vision_model), VISION, report))
+    language = read_language(language_folder or part_folder(str(language_model), LANGUAGE, report), written)
     config = _config(vision, language, qformer, qformer_layers, num_query_tokens)
     model = _without_weights(config, language)
-    processor = _processor(config, vision, language)
-    require_free_space(target, _bytes(vision, language, model))
+    processor = MiniGPT4Processor(
+        vision.pictures,
+        language.tokenizer,
+        num_image_tokens=config.num_image_tokens,
+        image_token=language.image_token,
+        template=language.template.name,
+    )
+    stored = sum(path.stat().st_size for path in language.folder.glob("*.safetensors"))
+    others = sum(p.numel() for name, p in model.model.named_parameters() if not name.startswith("language_model."))
+    require_free_space(target, stored + 4 * others)  # float32 at most
     if report:
         report("joining the parts", 0, 0)
     with quiet_library():
-        _join(model, load_vision(vision), load_language(language), seed)
+        _join(model, vision.load(), language.load(), seed)
     model.generation_config = language.generation_config()
     with write_folder(target) as folder:
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
@@ -107,27 +125,14 @@ def compose(
     return target
 
 
-def _folders(vision_model: str, language_model: str, report: Report | None) -> tuple[Path, Path]:
-    """Find both parts; nano's are in its own folders."""
-    vision = built_folder(nano.ALIGNMENT_DIR, report) if vision_model == NANO else None
-    language = nano.frozen_parts(report)[0] if language_model == NANO else None
-    return (
-        vision or part_folder(vision_model, "vision encoder", report),
-        language or part_folder(language_model, "language model", report),
-    )
-
-
 def _is_there(target: Path, asked: dict[str, Any]) -> bool:
-    """Tell whether the folder was made already, of the same parts by the same names."""
+    """Tell whether the folder was made before, of the same parts by the same names."""
     recover(target)
     if not (target / COMPOSED_FILE).is_file():
         refuse_existing(target, overwrite=False)
         return False
     verify_folder(target, deep=False)
-    try:
-        made_of = json.loads((target / COMPOSED_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{target / COMPOSED_FILE} cannot be read as JSON", hint=f"remove {target}") from error
+    made_of = read_json_object(target / COMPOSED_FILE, WeightsError, f"remove {target}")
     for name, value in asked.items():
         if made_of.get(name) != value:
             raise ConfigError(
@@ -154,7 +159,13 @@ def _config(
         image_token_id=language.image_token_id,
         trainable_parts=JOINED_PARTS[qformer],
     )
-    language.check_context(config.num_image_tokens)
+    needed, context = language.question_length(config.num_image_tokens), config.max_context
+    if context is not None and needed >= context:
+        raise ConfigError(
+            f"a picture of {config.num_image_tokens} tokens and a short question make {needed} tokens, the language "
+            f"model in {language.folder} reads less than {context}",
+            hint="set qformer to new, num_query_tokens to less, or name a model with a longer context",
+        )
     return config
 
 
@@ -206,23 +217,6 @@ def _without_weights(config: MiniGPT4Config, language: LanguagePart) -> MiniGPT4
         raise ConfigError(
             f"no model can be built of these parts: {first_line(error)}", hint="name other parts"
         ) from error
-
-
-def _processor(config: MiniGPT4Config, vision: VisionPart, language: LanguagePart) -> MiniGPT4Processor:
-    return MiniGPT4Processor(
-        vision.pictures,
-        language.tokenizer,
-        num_image_tokens=config.num_image_tokens,
-        image_token=language.image_token,
-        template=language.template.name,
-    )
-
-
-def _bytes(vision: VisionPart, language: LanguagePart, model: MiniGPT4ForConditionalGeneration) -> int:
-    """Count what will be written: the language model as it is stored, everything else in float32 at most."""
-    stored = sum(path.stat().st_size for path in language.folder.glob("*.safetensors"))
-    joining = (p for name, p in model.model.named_parameters() if not name.startswith("language_model."))
-    return stored + sum(4 * parameter.numel() for parameter in joining)
 
 
 def _join(

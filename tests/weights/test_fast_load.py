@@ -1,4 +1,4 @@
-"""The short way into a full folder gives what the library's way gives, bit by bit, or leaves the folder to it."""
+"""The fast way into a full folder gives what the library's way gives, bit by bit, or leaves the folder to it."""
 
 import json
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from minigpt4.errors import WeightsError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
-from minigpt4.weights import direct, nano
-from minigpt4.weights.direct import KINDS, load_directly
-from minigpt4.weights.folder import built_folder, load
+from minigpt4.weights import folder as folder_module
+from minigpt4.weights import nano
+from minigpt4.weights.folder import FAST_KINDS, built_folder, load, load_fast
 from tests import tiny_chat
 from tests.model import tiny
 
@@ -58,15 +58,15 @@ def folder_of(tmp_path: Path, **kinds: Any) -> Path:
     return tmp_path / "full"
 
 
-KNOWN = [pair for pair in tiny.PAIRS if pair[0] in KINDS["vision_config"]]
+KNOWN = [pair for pair in tiny.PAIRS if pair[0] in FAST_KINDS["vision_config"]]
 
 
 def test_every_known_kind_is_compared() -> None:
     compared = {tiny.TEXT[text]["model_type"] for _, text in KNOWN}
 
-    assert {vision for vision, _ in KNOWN} == KINDS["vision_config"]
-    assert compared == KINDS["text_config"]
-    assert {tiny.QFORMER["model_type"]} == KINDS["qformer_config"]
+    assert {vision for vision, _ in KNOWN} == FAST_KINDS["vision_config"]
+    assert compared == FAST_KINDS["text_config"]
+    assert {tiny.QFORMER["model_type"]} == FAST_KINDS["qformer_config"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -74,7 +74,7 @@ def test_every_known_kind_is_compared() -> None:
 def test_both_ways_give_the_same_model(vision: str, text: str, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, vision=vision, text=text)
 
-    ours = load_directly(folder, dtype)
+    ours = load_fast(folder, dtype)
 
     theirs = MiniGPT4ForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
     assert ours is not None
@@ -87,14 +87,14 @@ def test_both_ways_give_the_same_model_without_a_qformer(tmp_path: Path) -> None
     folder = tmp_path / "full"
     tiny.model(qformer=False).save_pretrained(folder)
 
-    ours = load_directly(folder, torch.float32)
+    ours = load_fast(folder, torch.float32)
 
     assert ours is not None
     assert_same_model(ours, MiniGPT4ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32))
 
 
 def test_a_tied_head_stays_the_embedding_table(tmp_path: Path) -> None:
-    model = load_directly(folder_of(tmp_path, text="llama, tied"), torch.float32)
+    model = load_fast(folder_of(tmp_path, text="llama, tied"), torch.float32)
 
     assert model is not None
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -105,7 +105,7 @@ def test_parts_kept_in_fewer_bits_are_widened(tmp_path: Path) -> None:
     model.model.language_model.to(torch.bfloat16)
     model.save_pretrained(tmp_path / "full")
 
-    ours = load_directly(tmp_path / "full", torch.float32)
+    ours = load_fast(tmp_path / "full", torch.float32)
 
     assert ours is not None
     assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
@@ -114,7 +114,7 @@ def test_parts_kept_in_fewer_bits_are_widened(tmp_path: Path) -> None:
 
 
 def test_new_weights_are_drawn_again_afterwards(tmp_path: Path) -> None:
-    load_directly(folder_of(tmp_path), torch.float32)
+    load_fast(folder_of(tmp_path), torch.float32)
 
     assert torch.nn.Linear(64, 64).weight.std() > 0.01
     assert tiny.model(seed=3).model.language_projection.weight.std() > 0.05
@@ -123,7 +123,7 @@ def test_new_weights_are_drawn_again_afterwards(tmp_path: Path) -> None:
 
 def test_loaded_model_is_saved_as_it_came(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, text="llama, tied")
-    model = load_directly(folder, torch.float32)
+    model = load_fast(folder, torch.float32)
     assert model is not None
 
     model.save_pretrained(tmp_path / "again")
@@ -157,7 +157,7 @@ def test_tensors_that_do_not_fit_are_left_to_the_library_and_refused(
     folder = tiny_chat.saved(tmp_path / "full")
     changed(folder, change)
 
-    assert load_directly(folder, torch.float32) is None
+    assert load_fast(folder, torch.float32) is None
     with pytest.raises(WeightsError, match=complaint):
         load(folder, device="cpu")
 
@@ -166,7 +166,7 @@ def test_a_tensor_too_many_is_left_to_the_library(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     changed(folder, lambda tensors: tensors.update(extra=torch.zeros(1)))
 
-    assert load_directly(folder, torch.float32) is None
+    assert load_fast(folder, torch.float32) is None
 
 
 def rewritten(folder: Path, **entries: Any) -> None:
@@ -180,44 +180,43 @@ def rewritten(folder: Path, **entries: Any) -> None:
         lambda folder: (folder / "generation_config.json").unlink(),
         lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors"),
         lambda folder: (folder / "adapter_config.json").write_text("{}"),
-        lambda folder: rewritten(folder, model_type="llama"),
         lambda folder: rewritten(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
     ],
-    ids=["no generation_config.json", "in pieces", "with an adapter", "another model", "quantized"],
+    ids=["no generation_config.json", "in pieces", "with an adapter", "quantized"],
 )
 def test_unusual_folders_are_left_to_the_library(spoil: Callable[[Path], object], tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     spoil(folder)
 
-    assert load_directly(folder, torch.float32) is None
+    assert load_fast(folder, torch.float32) is None
 
 
 def test_large_models_are_left_to_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_of(tmp_path)
     size = (folder / "model.safetensors").stat().st_size
-    monkeypatch.setattr(direct, "LARGEST", size - 1)
-    assert load_directly(folder, torch.float32) is None
+    monkeypatch.setattr(folder_module, "FAST_BYTES", size - 1)
+    assert load_fast(folder, torch.float32) is None
 
-    monkeypatch.setattr(direct, "LARGEST", size)
-    assert load_directly(folder, torch.float32) is not None
+    monkeypatch.setattr(folder_module, "FAST_BYTES", size)
+    assert load_fast(folder, torch.float32) is not None
 
 
 def test_float16_is_left_to_the_library(tmp_path: Path) -> None:
-    assert load_directly(folder_of(tmp_path), torch.float16) is None
+    assert load_fast(folder_of(tmp_path), torch.float16) is None
 
 
 def test_kinds_that_were_not_compared_are_left_to_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_of(tmp_path)
-    monkeypatch.setitem(KINDS, "text_config", {"gpt2"})
+    monkeypatch.setitem(FAST_KINDS, "text_config", {"gpt2"})
 
-    assert load_directly(folder, torch.float32) is None
+    assert load_fast(folder, torch.float32) is None
 
 
 def test_loading_takes_the_short_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_chat.saved(tmp_path / "full")
 
     def fail(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("took the long way")
+        raise AssertionError("loaded by the library")
 
     monkeypatch.setattr(MiniGPT4ForConditionalGeneration, "from_pretrained", fail)
 
@@ -228,7 +227,7 @@ def test_loading_takes_the_short_way(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_both_ways_give_the_same_nano() -> None:
     folder = built_folder(nano.ALIGNMENT_DIR, None)
 
-    ours = load_directly(folder, torch.float32)
+    ours = load_fast(folder, torch.float32)
 
     theirs = MiniGPT4ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     assert ours is not None
