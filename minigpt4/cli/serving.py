@@ -60,9 +60,8 @@ def run_server(
     Its arguments are the options of `serve` and `demo`; the page is HTML for `GET /`.
     """
     check_placement(device, dtype, quantize)
-    from minigpt4.serving.http.security import check_exposure, is_loopback, known_hosts, read_key
-    from minigpt4.serving.pictures.addresses import allowed_host
-    from minigpt4.serving.settings import Settings
+    from minigpt4.serving.remote_pictures import allowed_host
+    from minigpt4.serving.settings import Settings, check_exposure, is_loopback, known_hosts, read_key
 
     api_key = read_key(api_key_file)
     check_exposure(host, api_key, insecure=insecure)
@@ -121,7 +120,7 @@ def _serve(
     listening: socket.socket, settings: "Settings", load_engine: Callable[[], "Engine"], page: str | None
 ) -> None:
     """Listen, load, and answer; a model that cannot be loaded ends it."""
-    from minigpt4.serving.api import make_app
+    from minigpt4.serving.app import make_app
     from minigpt4.serving.server import Server
 
     application = make_app(None, settings, page)
@@ -137,7 +136,7 @@ def _serve(
 
     def load_and_open() -> None:
         try:
-            application.state.desk.open(load_engine())
+            application.state.handler.open(load_engine())
             note(f"{settings.model_id} is ready")
         except BaseException as error:
             failure.append(error)

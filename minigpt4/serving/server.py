@@ -12,9 +12,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from minigpt4.errors import UsageError
-from minigpt4.serving.http.desk import Desk
-from minigpt4.serving.http.slow_clients import protocol_with
+from minigpt4.serving.requests import RequestHandler
 from minigpt4.serving.settings import Settings
+from minigpt4.serving.timeouts import protocol_with
 
 SWITCH_SECONDS = 0.0002
 """After which the interpreter is taken from the engine's thread when the server's asks for it, at every system call.
@@ -79,7 +79,7 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=round(limits.drain_seconds) + 1,
         )
         super().__init__(config)
-        self.desk: Desk = app.state.desk
+        self.handler: RequestHandler = app.state.handler
         self.on_closing = on_closing
         self._closing: asyncio.Task[None] | None = None
 
@@ -101,8 +101,8 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End: no new connections, the engine's answers finished or given up, then the rest."""
-        self.on_closing(self.desk.unfinished)
-        self._closing = asyncio.create_task(self.desk.close())  # beside the rest; its lifespan waits for it
+        self.on_closing(self.handler.unfinished)
+        self._closing = asyncio.create_task(self.handler.close())  # beside the rest; its lifespan waits for it
         await super().shutdown(sockets)
         if self.force_exit:
-            self.desk.give_up()
+            self.handler.cancel_all()

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from minigpt4.inference.engine import Engine
-from minigpt4.serving.api import make_app
+from minigpt4.serving.app import make_app
 from minigpt4.serving.server import Server, listen
 from minigpt4.serving.settings import Settings
 from tests import tiny_chat
@@ -90,6 +90,19 @@ class Live:
         while (counts := self.engine.counts).waiting or counts.answering:
             assert time.monotonic() < deadline, f"still busy: {counts}"
             time.sleep(0.01)
+
+
+def request_bytes(body: dict[str, object], *headers: str) -> bytes:
+    """A chat completion as it is sent."""
+    data = json.dumps(body).encode()
+    head = [
+        "POST /v1/chat/completions HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {len(data)}",
+        *headers,
+    ]
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + data
 
 
 def read_all(connection: socket.socket) -> bytes:

@@ -21,10 +21,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from minigpt4.serving.settings import Limits, Settings
-from tests.serving import test_bad_requests as bad
-from tests.serving.live import HELLO, MODEL, Live, data_url, live, picture_file, seeing
-from tests.serving.test_crowds import leave_in_the_middle, request_bytes
+from tests.serving import test_errors as bad
+from tests.serving.live import HELLO, MODEL, Live, data_url, live, picture_file, request_bytes, seeing
 from tests.serving.test_pictures import bombs, mutants
+from tests.serving.test_requests import leave_in_the_middle
 from tests.serving.test_schema import keeps_its_description
 
 SCALE = float(os.environ.get("SOAK", "1"))
@@ -60,7 +60,7 @@ def test_mutated_pictures(server: Live, caller: bad.Caller) -> None:
         body = {"messages": [{"role": "user", "content": [part]}], "max_tokens": 1}
         status = caller.post(json.dumps(body).encode()).status
         statuses[status] = statuses.get(status, 0) + 1
-    deaths = server.server.desk.pool.deaths
+    deaths = server.server.handler.pool.deaths
     took = time.monotonic() - started
     print(f"\n{amount(10_000)} mutated pictures in {took:.0f} s: {statuses}, children lost: {deaths}")
     assert set(statuses) <= {200, 400}

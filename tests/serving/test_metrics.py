@@ -8,10 +8,9 @@ from contextlib import ExitStack
 
 import pytest
 
-from minigpt4.serving.http import desk
 from tests.inference.slowness import slow_steps
-from tests.serving.live import HELLO, Live, live, picture_file, seeing
-from tests.serving.test_crowds import LONG, occupy, request_bytes
+from tests.serving.live import HELLO, Live, live, picture_file, request_bytes, seeing
+from tests.serving.test_requests import LONG, occupy
 
 
 @pytest.fixture
@@ -37,12 +36,12 @@ def wait_for(server: Live, holds: Callable[[dict[str, float]], bool]) -> dict[st
     return figures
 
 
-def test_refusals_at_the_door_and_at_the_desk_are_each_counted_once(slow: Live) -> None:
+def test_refusals_before_and_after_a_body_is_read_are_each_counted_once(slow: Live) -> None:
     whole = request_bytes(HELLO)
     with ExitStack() as stack:
         late = stack.enter_context(slow.connect())
         late.sendall(whole[:-10])
-        time.sleep(2 * desk.UNREAD_SECONDS)  # until its place is given to others
+        time.sleep(0.2)
         stack.enter_context(occupy(slow))
         stack.enter_context(slow.connect()).sendall(request_bytes(LONG))
         while slow.engine.counts.waiting < 1:
@@ -56,20 +55,13 @@ def test_refusals_at_the_door_and_at_the_desk_are_each_counted_once(slow: Live) 
 
 
 def test_a_refusal_by_the_engine_is_counted_once(slow: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(desk, "UNREAD_SECONDS", 600.0)
-    whole = request_bytes(HELLO)
-    with slow.connect() as kept:
-        kept.sendall(whole[:-10])
-        while not slow.server.desk.unfinished:
+    monkeypatch.setattr(type(slow.server.handler), "_check_room", lambda self: None)
+    with occupy(slow), slow.connect() as second:
+        second.sendall(request_bytes(LONG))
+        while slow.engine.counts.waiting < 1:
             time.sleep(0.01)
-        past_the_door = [
-            slow.engine.submit(LONG["messages"], {"max_new_tokens": 900}, lambda event: None) for _ in range(2)
-        ]
-        kept.sendall(whole[-10:])
-        assert kept.recv(12) == b"HTTP/1.1 429"
-    assert metrics(slow)['minigpt4_requests_total{outcome="refused"}'] == 1
-    for request in past_the_door:
-        request.cancel()
+        assert slow.chat(HELLO).status == 429
+        assert metrics(slow)['minigpt4_requests_total{outcome="refused"}'] == 1
 
 
 def test_an_answer_whose_client_left_is_no_fast_answer(slow: Live) -> None:
@@ -128,6 +120,6 @@ def test_beams_whose_text_comes_whole_have_no_tokens_a_second(slow: Live) -> Non
 def test_a_decoder_that_died_over_a_map_is_counted_too(slow: Live) -> None:
     body = {"messages": [seeing("what?", picture_file())]}
     assert slow.chat(body).status == 200
-    os.kill(slow.server.desk.pool.processes[0], signal.SIGKILL)
+    os.kill(slow.server.handler.pool.processes[0], signal.SIGKILL)
     assert slow.ask("POST", "/v1/attention", body).status == 400
     assert metrics(slow)["minigpt4_decoder_deaths_total"] == 1

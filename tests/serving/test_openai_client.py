@@ -10,7 +10,7 @@ from PIL import Image
 
 from minigpt4.inference.chat import ChatSession
 from tests import tiny_chat
-from tests.serving.live import MODEL, Live, live, picture_file, seeing
+from tests.serving.live import HELLO, MODEL, Live, live, picture_file, seeing
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +144,13 @@ def test_sampling_options_reach_the_model(client: openai.OpenAI) -> None:
     assert len({drawn(temperature=1.5, seed=seed) for seed in range(-4, 0)}) > 1
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_temperature_near_0_is_0(num_beams: int, server: Live) -> None:
+    asked = HELLO | {"num_beams": num_beams}
+    cold, *colder = (server.chat(asked | {"temperature": given}).json["choices"] for given in (0, 5e-324, 1e-6))
+    assert colder == [cold, cold]
+
+
 def test_beams_are_the_sessions(client: openai.OpenAI) -> None:
     made = client.chat.completions.create(
         model=MODEL,
@@ -207,7 +214,7 @@ def test_an_answer_longer_than_the_context_is_refused_with_both_numbers(client: 
 def test_what_changes_no_answer_is_taken(client: openai.OpenAI) -> None:
     made = client.chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": "x", "name": "me"}], max_tokens=2, n=1, logprobs=False,
-        user="u", tools=[], response_format={"type": "text"}, presence_penalty=0,
+        user="u", tools=[], response_format={"type": "text"}, presence_penalty=0.0,
     )  # fmt: skip
     assert made.choices[0].index == 0
 

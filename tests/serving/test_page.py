@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from minigpt4.serving.http.openai_errors import _CODES
+from minigpt4.serving.errors import _CODES
 from minigpt4.serving.page import page_policy, read_page
 from tests import tiny_chat
-from tests.serving.live import live, picture_file, seeing
+from tests.serving.live import live
 
 PAGE = read_page()
 SOURCE = files("minigpt4.serving").joinpath("page.html").read_text(encoding="utf-8")
@@ -123,63 +123,6 @@ def test_the_server_sends_the_page_with_its_policy_and_models_say_whether_they_h
         assert server.ask("GET", "/v1/models").json["data"][0]["attention_maps"] is True
 
 
-def test_a_map_of_a_picture_and_of_an_answer() -> None:
-    asked = seeing("What is it?", picture_file())
-    with live() as server:
-        picture = server.ask("POST", "/v1/attention", {"messages": [asked]})
-        answer = server.ask(
-            "POST", "/v1/attention", {"messages": [asked, {"role": "assistant", "content": "It is red."}]}
-        )
-        words = server.ask(
-            "POST",
-            "/v1/attention",
-            {"messages": [asked, {"role": "assistant", "content": "It is red."}], "span": [6, 9]},
-        )
-    assert [reply.status for reply in (picture, answer, words)] == [200, 200, 200]
-    assert [reply.json["of"] for reply in (picture, answer, words)] == ["picture", "answer", "answer"]
-    assert words.json["text"] == "red"
-    for reply in (picture, answer, words):
-        values = reply.json["values"]
-        assert len(values) == len(values[0])
-        assert min(map(min, values)) == 0
-        assert max(map(max, values)) == 1
-    assert picture.json["values"] != answer.json["values"] != words.json["values"]
-
-
-SEEN = seeing("What?", picture_file())
-RED = {"role": "assistant", "content": "Red."}
-
-
-@pytest.mark.parametrize(
-    ("body", "sentence"),
-    [
-        ({"messages": [{"role": "user", "content": "hello"}]}, "no picture"),
-        ({"messages": [SEEN], "span": [0, 2]}, "no answer"),
-        ({"messages": [SEEN, RED], "span": [90, 91]}, "has 4"),
-        ({"messages": [SEEN, RED], "span": [0]}, "span"),
-        ({"messages": [seeing("What?", b"no picture")]}, "picture"),
-        ({"messages": [SEEN], "layer": 3}, "layer"),
-        ({"messages": [SEEN, {"role": "assistant", "content": "Red. " * 900}]}, "at most 1024 for a map"),
-        ({"messages": []}, "messages"),
-    ],
-)
-def test_what_no_map_is_made_of_is_refused_in_a_sentence(body: dict[str, object], sentence: str) -> None:
-    with live() as server:
-        reply = server.ask("POST", "/v1/attention", body)
-    assert reply.status == 400
-    assert sentence in reply.error["message"]
-
-
-def test_a_model_without_a_qformer_says_so() -> None:
-    from minigpt4.errors import UsageError
-    from minigpt4.inference.attention import check_can_look
-
-    model = tiny_chat.model()
-    model.config.qformer_config = None
-    with pytest.raises(UsageError, match="no Q-Former"):
-        check_can_look(model)
-
-
 @pytest.mark.slow
 def test_demo_serves_the_page_and_prints_its_address(tmp_path: Path) -> None:
     folder = tiny_chat.saved(tmp_path / "tiny")
@@ -193,32 +136,3 @@ def test_demo_serves_the_page_and_prints_its_address(tmp_path: Path) -> None:
                 assert response.read().decode() == PAGE
         finally:
             process.kill()
-
-
-def test_a_map_leaves_the_model_as_it_was() -> None:
-    from minigpt4.inference.attention import AttentionMaps
-
-    model = tiny_chat.model()
-    maps = AttentionMaps(model, tiny_chat.processor())
-    message = {
-        "role": "user",
-        "content": [{"type": "image", "image": tiny_chat.picture()}, {"type": "text", "text": "?"}],
-    }
-    maps.look([message, {"role": "assistant", "content": "Red."}])
-    assert model.model.qformer.config._attn_implementation == "sdpa"
-    assert all(parameter.grad is None for parameter in model.parameters())
-    shared = zip(model.parameters(), maps.model.parameters(), strict=True)
-    assert all(mine is theirs for mine, theirs in shared)
-
-
-def test_a_map_of_an_answer_where_the_qformer_learns_nothing() -> None:
-    """As in every imported original, of which the projection alone learns."""
-    from minigpt4.inference.attention import AttentionMaps
-
-    model = tiny_chat.model().requires_grad_(False)
-    message = {
-        "role": "user",
-        "content": [{"type": "image", "image": tiny_chat.picture()}, {"type": "text", "text": "?"}],
-    }
-    seen = AttentionMaps(model, tiny_chat.processor()).look([message, {"role": "assistant", "content": "Red."}])
-    assert max(map(max, seen.values)) == 1

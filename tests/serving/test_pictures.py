@@ -16,8 +16,8 @@ from PIL import Image
 
 from minigpt4.errors import ImageError
 from minigpt4.processing.pictures import ImageLimits, content_hash, open_image
-from minigpt4.serving.http.openai_errors import ApiError
-from minigpt4.serving.pictures.pool import PicturePool, Target
+from minigpt4.serving.errors import ApiError
+from minigpt4.serving.pictures import PicturePool, Target
 from tests.serving.live import Live, data_url, large_picture, live, picture_file, seeing
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ def pooled(work: Callable[[PicturePool], Awaitable[T]], **options: Any) -> T:
         try:
             return await work(pool)
         finally:
-            pool.close()
+            await pool.close()
 
     return asyncio.run(run())
 
@@ -251,7 +251,7 @@ def server() -> Iterator[Live]:
 def test_a_child_that_dies_over_a_request_is_a_400_and_is_counted(server: Live) -> None:
     body = {"messages": [seeing("what?", picture_file(3))]}
     assert server.chat(body).status == 200
-    os.kill(server.server.desk.pool.processes[0], signal.SIGKILL)
+    os.kill(server.server.handler.pool.processes[0], signal.SIGKILL)
     reply = server.chat(body)
     assert (reply.status, reply.error["code"]) == (400, "invalid_image")
     assert server.chat(body).status == 200

@@ -3,6 +3,7 @@
 A request that fits the description may still be refused, as a text that is no picture is; with a documented status.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -55,3 +56,14 @@ def keeps_its_description(server: Live, examples: int) -> int:
 
 def test_every_answer_fits_the_description(server: Live) -> None:
     assert keeps_its_description(server, 8) > 40
+
+
+def test_the_description_has_every_field_and_a_page_that_loads_nothing(server: Live) -> None:
+    description = server.ask("GET", "/openapi.json").json
+    fields = description["components"]["schemas"]["ChatRequest"]["properties"]
+    assert {"messages", "num_beams", "stop", "stream_options"} <= set(fields)
+    assert {"/v1/chat/completions", "/v1/models", "/health", "/ready", "/metrics"} <= set(description["paths"])
+    assert "security" not in description  # no key is wanted here
+    page = server.ask("GET", "/docs").body.decode()
+    assert "422" not in page and "HTTPValidationError" not in page  # what is wrong is 400 everywhere
+    assert "/v1/chat/completions" in page and not re.search(r"src=|https?://|<script", page)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from minigpt4.serving.settings import Settings
-from tests.serving.bad_requests import bodies
 from tests.serving.live import Live, live
+from tests.serving.test_errors import bodies
+from tests.serving.test_middleware import WRONG_CREDENTIALS
 from tests.serving.test_remote_pictures import HOSTILE
-from tests.serving.test_security import WRONG_CREDENTIALS
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(
@@ -58,5 +58,5 @@ def test_every_figure_that_was_tried_names_a_test_and_those_that_can_be_counted_
     (chosen,) = re.findall(r'tests/serving -k "(.*)"', tried)
     assert [word for word in chosen.split(" or ") if not any(word in name for name in rows)] == []
     assert rows["hostile_addresses"] == str(len(HOSTILE))
-    assert rows["hundreds_of_bad_requests"] == str(sum(1 for _ in bodies()))
+    assert rows["bad_requests"] == str(sum(1 for _ in bodies()))
     assert rows["every_wrong_credential"].endswith(f" x {len(WRONG_CREDENTIALS)}")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from minigpt4.serving.http.openai_errors import ApiError, error_body
+from minigpt4.serving.errors import ApiError, error_body
 from minigpt4.serving.settings import Limits
 
 

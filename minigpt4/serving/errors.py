@@ -1,6 +1,6 @@
 """Errors in the form that OpenAI clients read: `{"error": {"message", "type", "param", "code"}}`, and nothing else.
 
-What is told is a sentence that was written to be told; of anything else only its status leaves the server.
+A client reads sentences that were written for it; of any other exception only the status leaves the server.
 """
 
 import json
@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -41,7 +39,7 @@ _CODES = {
     503: "unavailable",
 }
 
-# By pydantic's names of what is wrong, whose own sentences speak of inputs, or by a field's name where that says more.
+# By pydantic's names of errors, or by a field's name where that says more.
 _EXPECTED = {
     "string_type": "a string",
     "list_type": "a list",
@@ -78,14 +76,14 @@ _CURES = {
 
 
 class ApiError(MiniGPT4Error):
-    """What a request may be told.
+    """A refusal or failure as a client reads it.
 
     Args:
         status: HTTP status.
         message: One sentence, without a full stop.
         hint: The cure.
-        param: The field of the request that is meant.
-        code: A word for programs; default one that goes with the status.
+        param: The field of the request that is wrong.
+        code: A word for programs; default the status's own.
         headers: Further headers of the response.
     """
 
@@ -107,9 +105,13 @@ class ApiError(MiniGPT4Error):
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """Return what a client may be told of an error; what is not its own doing is logged and stays here."""
+    """Return any exception as a client may read it; what is not the client's doing is logged and stays here."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, HTTPException):
+        known = {404: "there is nothing at this address", 405: "this address does not take this method"}
+        message = known.get(error.status_code) or HTTPStatus(error.status_code).phrase
+        return ApiError(error.status_code, message, headers=error.headers)
     if isinstance(error, ServerBusyError):
         return ApiError(429, error.message, error.hint, headers={"Retry-After": "2"})
     if isinstance(error, ContextOverflowError):
@@ -125,7 +127,7 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 def error_body(error: ApiError) -> dict[str, Any]:
-    """Write an error as clients read it."""
+    """Return the body of an error."""
     name = (error.param or "").partition(".")[0].partition("[")[0]
     begins_with_name = bool(name) and error.message.startswith(name)
     message = error.message if begins_with_name else error.message[:1].upper() + error.message[1:]
@@ -137,15 +139,15 @@ def error_body(error: ApiError) -> dict[str, Any]:
 
 
 def error_response(error: ApiError) -> JSONResponse:
-    """Write an error as a response."""
+    """Return an error as a response."""
     return JSONResponse(error_body(error), error.http_status, headers=error.headers)
 
 
-def sentence_of(error: ValidationError | RequestValidationError) -> ApiError:
-    """Name the first field that a request body got wrong, what it holds, what was expected, and the cure."""
+def validation_error(error: ValidationError) -> ApiError:
+    """Return an error that names the first wrong field, what it holds, what was expected, and the cure."""
     first = error.errors()[0]
     # Tags of unions are no part of where a field stands; they are written <so>.
-    places = [place for place in first["loc"] if not str(place).startswith("<") and place != "body"]
+    places = [place for place in first["loc"] if not str(place).startswith("<")]
     where = "".join(f"[{place}]" if isinstance(place, int) else f".{place}" for place in places).lstrip(".")
     if len(where) > MAX_PLACE:  # its last part may be a client's own name, of any length
         where = f"{where[:MAX_PLACE]}..."
@@ -179,7 +181,7 @@ def sentence_of(error: ValidationError | RequestValidationError) -> ApiError:
 
 
 def _shown(given: object) -> str:
-    """Say what a field holds, in a few words."""
+    """Return what a field holds, in a few words."""
     if isinstance(given, list):
         return f"a list of {len(given)}" if given else "an empty list"
     if isinstance(given, dict):
@@ -188,25 +190,3 @@ def _shown(given: object) -> str:
         return f"a text of {len(given)} characters"
     said = json.dumps(given, ensure_ascii=False)
     return said if len(said) <= MAX_SHOWN else f"{said[:MAX_SHOWN]}..."
-
-
-def install(app: FastAPI) -> None:
-    """Let every error of an application take this form."""
-
-    # Coroutines: for plain functions the framework starts threads, up to forty, just when a server has no time.
-    async def ours(request: Request, error: Exception) -> JSONResponse:
-        return error_response(as_api_error(error))
-
-    async def invalid(request: Request, error: Exception) -> JSONResponse:
-        return error_response(sentence_of(error) if isinstance(error, RequestValidationError) else as_api_error(error))
-
-    async def http(request: Request, error: Exception) -> JSONResponse:
-        if not isinstance(error, HTTPException):
-            return await ours(request, error)
-        said = {404: "there is nothing at this address", 405: "this address does not take this method"}
-        message = said.get(error.status_code) or HTTPStatus(error.status_code).phrase
-        return error_response(ApiError(error.status_code, message, headers=error.headers))
-
-    app.add_exception_handler(MiniGPT4Error, ours)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, http)

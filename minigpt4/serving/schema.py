@@ -1,12 +1,15 @@
-"""What a chat completion may be asked with: OpenAI's fields, a few of our own, and every other one refused by name."""
+"""Requests and responses: OpenAI's chat completions, a few fields of our own, and every other refused by name."""
 
 import difflib
 import json
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from minigpt4.serving.http.openai_errors import ApiError
+from minigpt4.serving.errors import ApiError
+
+if TYPE_CHECKING:
+    from minigpt4.inference.chat import Answer  # loads torch
 
 # Fields of OpenAI's that change no answer; their values are not looked at.
 IGNORED = {
@@ -38,14 +41,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": (),
 }
 
-NOT_SAID = {
+EMPTY_IN_ANSWERS = {
     "annotations", "audio", "function_call", "parsed", "reasoning", "reasoning_content", "refusal", "tool_calls",
 }  # fmt: skip
-"""Fields of an answer that clients send back with it: empty, they say nothing."""
+"""Fields of an answer that clients send back with it; ignored when empty."""
 
 OPTIONS = ("num_beams", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "length_penalty", "seed")
 """Fields handed to the engine under their own names."""
-
 
 COLDEST = 1e-5
 """Temperatures below it are 0: they draw the same token, and dividing by them would overflow."""
@@ -103,10 +105,10 @@ class Message(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_what_is_not_said(cls, value: Any) -> Any:  # noqa: ANN401  (anything a client sends)
+    def _without_empty_fields(cls, value: Any) -> Any:  # noqa: ANN401  (anything a client sends)
         if not isinstance(value, dict) or value.get("role") != "assistant":
             return value
-        return {name: given for name, given in value.items() if name not in NOT_SAID or given not in (None, [])}
+        return {name: given for name, given in value.items() if name not in EMPTY_IN_ANSWERS or given not in (None, [])}
 
 
 class StreamOptions(_Strict):
@@ -160,7 +162,7 @@ class ChatRequest(_Strict):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The generation options that were given, by the engine's names."""
+        """Generation options that were given, by the engine's names."""
         given = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None}
         if self.temperature is not None and self.temperature < COLDEST:
             given["temperature"] = 0.0
@@ -171,8 +173,134 @@ class ChatRequest(_Strict):
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """What ends the answer, besides what ends every answer."""
+        """Strings that end the answer, besides the template's own."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class AttentionRequest(_Strict):
+    """The body of `POST /v1/attention`."""
+
+    messages: Annotated[
+        list[Message],
+        Field(
+            min_length=1, description="As for a chat completion; the last may be the assistant's, which is meant then."
+        ),
+    ]
+    model: str | None = None
+    span: Annotated[
+        list[Annotated[int, Field(ge=0, le=1_000_000)]] | None,
+        Field(
+            min_length=2,
+            max_length=2,
+            description="First character and the one after the last of the answer's words that are meant; else all.",
+        ),
+    ] = None
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class ErrorDetail(BaseModel):
+    """An error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every response whose status is 400 or more."""
+
+    error: ErrorDetail
+
+
+class PromptTokensDetails(BaseModel):
+    """Tokens of a prompt that were in the prefix cache."""
+
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    """Tokens of a request; a picture's are among the prompt's."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class AnswerMessage(BaseModel):
+    """The text of an answer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class Choice(BaseModel):
+    """The only choice."""
+
+    index: Literal[0] = 0
+    message: AnswerMessage
+    logprobs: None = None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(BaseModel):
+    """A whole answer."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    """A model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["minigpt4"] = "minigpt4"
+    max_model_len: int | None = None
+    attention_maps: bool | None = None
+    input_modalities: list[str] = ["text", "image"]
+    output_modalities: list[str] = ["text"]
+
+
+class ModelList(BaseModel):
+    """All models: one."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class AttentionAnswer(BaseModel):
+    """Where the model looked."""
+
+    object: Literal["attention_map"] = "attention_map"
+    model: str
+    of: Literal["picture", "answer"]
+    text: str
+    values: list[list[float]]
+
+
+def usage(answer: "Answer") -> Usage:
+    """Return the tokens of an answer."""
+    return Usage(
+        prompt_tokens=answer.prompt_tokens,
+        completion_tokens=answer.completion_tokens,
+        total_tokens=answer.prompt_tokens + answer.completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=answer.cached_tokens),
+    )
+
+
+def finish_reason(answer: "Answer") -> FinishReason:
+    """Return why an answer ended, in OpenAI's words."""
+    return "length" if answer.finish_reason == "length" else "stop"
 
 
 def _refuse(name: str, neutral: tuple[Any, ...]) -> None:

@@ -1,7 +1,7 @@
-"""The program that decodes strangers' pictures, in a process of its own with little memory, and answers with pixels.
+"""The program that decodes strangers' pictures, in a process of its own with bounded memory, and answers with pixels.
 
-It reads requests from its standard input, which is a socket, and writes answers to it: a line of JSON, then as many
-bytes as the line says. A picture leaves it at the size that the model reads, so a large one never reaches the server.
+It reads requests from standard input and writes answers to standard output: a line of JSON, then as many bytes as the
+line says. A picture leaves it at the size that the model reads, so a large one never reaches the server.
 
     {"bytes": 1234, "url": true, "max_pixels": 40000000, "size": [224, 224, 3]}   and the data URL, or the file
     {"bytes": 150528, "width": 224, "height": 224, "pixels": 12000000, "key": "..."}   and RGB, row by row
@@ -11,9 +11,7 @@ It knows nothing of the model, has no secrets in its environment, and opens no f
 """
 
 import dataclasses
-import io
 import json
-import socket
 import sys
 from typing import Any
 
@@ -22,7 +20,7 @@ from minigpt4.processing.pictures import DEFAULT_LIMITS, ImageLimits, content_ha
 
 
 def bound_memory(most: int) -> None:
-    """Let this process have so many bytes of address space, write no file and leave no core."""
+    """Limit this process to so many bytes of address space, no file written and no core left."""
     if sys.platform != "win32":
         import resource
 
@@ -33,7 +31,7 @@ def bound_memory(most: int) -> None:
 
 
 def decode(request: dict[str, Any], data: bytes, limits: ImageLimits) -> tuple[dict[str, Any], bytes]:
-    """Answer one request; see the module."""
+    """Return the answer to one request and the bytes after it; see the module."""
     try:
         limits = dataclasses.replace(limits, max_pixels=min(limits.max_pixels, int(request["max_pixels"])))
         picture = open_image(data.decode("utf-8") if request["url"] else data, limits=limits)
@@ -50,18 +48,6 @@ def decode(request: dict[str, Any], data: bytes, limits: ImageLimits) -> tuple[d
     return {"bytes": len(raw), **answer}, raw
 
 
-def serve(stream: io.BufferedRWPair, limits: ImageLimits) -> None:
-    """Answer requests until there are no more."""
-    while line := stream.readline(4096):
-        request = json.loads(line)
-        data = stream.read(request["bytes"])
-        if len(data) < request["bytes"]:
-            return
-        answer, raw = decode(request, data, limits)
-        stream.write(json.dumps(answer).encode() + b"\n" + raw)
-        stream.flush()
-
-
 def main(arguments: list[str]) -> None:
     """Run the program: most bytes of memory, then the limits of a picture as JSON."""
     from PIL import Image
@@ -69,8 +55,15 @@ def main(arguments: list[str]) -> None:
     Image.init()  # every decoder, before memory is bounded
     bound_memory(int(arguments[0]))
     limits = dataclasses.replace(DEFAULT_LIMITS, **json.loads(arguments[1]))
-    with socket.socket(fileno=0) as connection, connection.makefile("rwb") as stream:
-        serve(stream, limits)
+    source, sink = sys.stdin.buffer, sys.__stdout__.buffer  # type: ignore[union-attr]
+    while line := source.readline(4096):
+        request = json.loads(line)
+        data = source.read(request["bytes"])
+        if len(data) < request["bytes"]:
+            return
+        answer, raw = decode(request, data, limits)
+        sink.write(json.dumps(answer).encode() + b"\n" + raw)
+        sink.flush()
 
 
 if __name__ == "__main__":

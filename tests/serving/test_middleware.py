@@ -1,22 +1,20 @@
-"""Nobody gets past the key, whatever is done to path, Host or headers; and no other site's page gets in without one."""
+"""Nobody gets past the key, whatever is done to path, Host or headers, and no other site's page gets in."""
 
 import asyncio
 import base64
 import itertools
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
 from starlette.routing import Route
 
-from minigpt4.errors import UsageError
-from minigpt4.serving.api import make_app
-from minigpt4.serving.http.security import check_exposure, is_loopback, known_hosts, read_key
-from minigpt4.serving.settings import Settings
+from minigpt4.serving.app import make_app
+from minigpt4.serving.settings import Settings, known_hosts
 from tests.serving.live import HELLO, MODEL, Live, live
+from tests.serving.test_errors import check
 
 KEY = "correct-horse-battery"
 
@@ -115,16 +113,6 @@ def test_a_browser_is_asked_for_the_key_and_a_program_is_not() -> None:
     assert headers["www-authenticate"].startswith("Basic ")
 
 
-def test_a_browser_whose_user_has_no_key_shows_sentences_and_the_way_to_type_it_again() -> None:
-    for credentials in ([], WRONG_CREDENTIALS["basic, wrong"]):
-        status, headers, body = call(app(), "/", [*credentials, (b"accept", b"text/html,*/*")])
-        assert (status, headers["content-type"]) == (401, "text/html; charset=utf-8")
-        assert "default-src 'none'" in headers["content-security-policy"]
-        for said in ('<a href="">Type it again</a>', "密钥"):
-            assert said in body.decode()
-        assert b"{" not in body.partition(b"</style>")[2]
-
-
 def test_the_key_is_in_no_error_and_no_representation() -> None:
     settings = Settings(MODEL, KEY)
     assert KEY not in repr(settings)
@@ -154,7 +142,7 @@ def test_no_host_two_hosts_and_bent_hosts_are_refused(head: bytes, server: Live)
     assert answered.startswith(b"HTTP/1.1 400") and b'"error"' in answered
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1"])
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1", "capacitor://localhost", ""])
 def test_a_page_of_another_site_is_refused_and_gets_no_cors(origin: str, server: Live) -> None:
     for method in ("POST", "OPTIONS"):
         reply = server.ask(method, "/v1/chat/completions", HELLO, {"Origin": origin})
@@ -180,53 +168,6 @@ def test_every_response_forbids_guessing_and_framing(server: Live) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"),
-    [(b"", "does not hold a key"), (b"short", "does not hold"), (b"two words here", "does not hold"),
-     (b"\xff" * 20, "does not hold"), (b"x" * 600, "does not hold")],
-)  # fmt: skip
-def test_a_key_file_that_holds_no_key_is_refused(content: bytes, problem: str, tmp_path: Path) -> None:
-    (tmp_path / "key").write_bytes(content)
-    with pytest.raises(UsageError, match=problem):
-        read_key(tmp_path / "key")
-
-
-def test_a_key_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MINIGPT4_API_KEY", raising=False)
-    assert read_key(None) is None
-    monkeypatch.setenv("MINIGPT4_API_KEY", "from-the-environment")
-    assert read_key(None) == "from-the-environment"
-    (tmp_path / "key").write_text(f"{KEY}\n")
-    assert read_key(tmp_path / "key") == KEY
-    for path in (tmp_path / "absent", tmp_path):
-        with pytest.raises(UsageError):
-            read_key(path)
-    monkeypatch.setenv("MINIGPT4_API_KEY", "")
-    with pytest.raises(UsageError):
-        read_key(None)
-
-
-def test_an_open_address_needs_a_key_or_a_clear_word() -> None:
-    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org", ""):
-        assert not is_loopback(host)
-        with pytest.raises(UsageError, match="no API key"):
-            check_exposure(host, None, insecure=False)
-        check_exposure(host, KEY, insecure=False)
-        check_exposure(host, None, insecure=True)
-    for host in ("127.0.0.1", "127.0.0.2", "localhost", "::1"):
-        check_exposure(host, None, insecure=False)
-
-
-def test_names_that_a_host_header_may_say() -> None:
-    assert known_hosts("127.0.0.1", ["ai.example.org"], None) == {"localhost", "127.0.0.1", "[::1]", "ai.example.org"}
-    assert known_hosts("0.0.0.0", [], KEY) is None
-    open_names = known_hosts("0.0.0.0", [], None)
-    assert open_names is not None and "127.0.0.1" in open_names and "evil.example" not in open_names
-    for name in ("http://x", "x:80", "a b", ""):
-        with pytest.raises(UsageError):
-            known_hosts("127.0.0.1", [name], None)
-
-
-@pytest.mark.parametrize(
     ("host", "allowed", "key", "named", "status"),
     [
         ("127.0.0.1", [], None, "ai.example.org", 400),
@@ -248,3 +189,50 @@ def test_the_name_of_a_host_is_looked_at_as_the_documents_say(
     assert call(application, "/v1/models", credentials, host=named.encode())[0] == status
     if key:
         assert call(application, "/v1/models", [], host=named.encode())[0] == 401
+
+
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+def test_a_body_whose_length_is_told_in_two_ways_is_refused_and_nothing_after_it_read(
+    version: bytes, server: Live
+) -> None:
+    head = b"POST /v1/chat/completions HTTP/" + version + b"\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    length = b"Content-Length: 4\r\n" if version == b"1.1" else b""
+    smuggled = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    answered = server.raw(head + length + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + smuggled)
+    assert answered.startswith(b"HTTP/1.1 400") and answered.count(b"HTTP/1.1") == 1
+
+
+def test_headers_that_are_too_long_or_too_many_are_refused(server: Live) -> None:
+    for headers in ({"X": "y" * 70_000}, {"X": "y" * 17_000}, {f"X{n}": "y" for n in range(120)}):
+        reply = server.ask("GET", "/health", headers=headers)
+        assert reply.status in (400, 431)
+        check(reply, list(headers))
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nothing", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("PUT", "/health", 405),
+        ("GET", "/v1/models/other", 404),
+        ("GET", "/v1/models/" + "x" * 5000, 404),
+        ("GET", "/%2e%2e/%2e%2e/etc/passwd", 404),
+        ("GET", "/%00", 404),
+        ("GET", "/%ff", 404),
+        ("BREW", "/health", 405),
+        ("GET", "/v1/models/", 404),
+    ],
+)
+def test_addresses_and_methods_that_do_not_exist(method: str, path: str, status: int, server: Live) -> None:
+    reply = server.ask(method, path)
+    assert reply.status == status
+    check(reply, path)
+    if status == 405:
+        assert reply.headers["allow"]
+
+
+def test_head_is_get_without_a_body(server: Live) -> None:
+    for path, status in (("/health", 200), ("/v1/models", 200), ("/nothing", 404), ("/v1/chat/completions", 405)):
+        reply = server.ask("HEAD", path)
+        assert (reply.status, reply.body) == (status, b""), path
