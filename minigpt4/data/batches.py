@@ -121,7 +121,7 @@ class SourceBatches(Dataset[dict[str, Any]]):
             DataError: `MAX_ATTEMPTS` bad examples in a row.
         """
         bad: list[BadSample] = []
-        rows = [self._example(item, place, bad) for place in self._places(item)]
+        rows = [self.example(item, place, bad) for place in self._places(item)]
         texts = [text for text, _, _, _ in rows]
         batch: dict[str, Any] = padded(texts, self.layout.processor.tokenizer.pad_token_id or 0) | branches_of(texts)
         pictures = [picture for _, picture, _, _ in rows if picture is not None]
@@ -155,7 +155,12 @@ class SourceBatches(Dataset[dict[str, Any]]):
         lengths = self.sources[source].text_lengths
         return int(lengths[number]) if lengths is not None else 0
 
-    def _example(self, item: int, place: int, bad: list[BadSample]) -> tuple[TextExample, Any, str, str]:
+    def example(self, item: int, place: int, bad: list[BadSample]) -> tuple[TextExample, Any, str, str]:
+        """Return text, picture, key and group of the example at a place; bad ones on the way to it go to `bad`.
+
+        Raises:
+            DataError: `MAX_ATTEMPTS` bad examples in a row.
+        """
         source_number, number = self.order.pick(place)
         source = self.sources[source_number]
         for attempt in range(1, MAX_ATTEMPTS + 1):

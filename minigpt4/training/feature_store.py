@@ -1,11 +1,12 @@
 """Features of pictures on disk: what the frozen parts of a model made of each, found again by the picture's bytes.
 
-A store is a folder. `store.json` says what made the features, every `*.safetensors` holds some pictures'
-(`feature_shard`), and `done/` notes which work was gone through to the end, and which shards there were then: without
-one of them it is gone through again. Files are only added, each whole or not at all, so a killed program loses at most
-the shard it was about to write; only a damaged one is removed.
+A store is a folder. `store.json` says what made the features; every `*.safetensors` (a shard) holds those of some
+pictures; `done/` names the shards there were when all that a stage reads had been computed. Files are only added, each
+whole or not at all, so a killed program loses at most the shard it was about to write. Only damaged ones are removed.
 
-Knows digests and tensors; what the features are of, and how they are made, it does not.
+A row of every feature tensor of a shard is a picture's. Beside them lie the sha256 of each picture's encoded bytes
+(`digests`) and a checksum of each picture's rows (`checksums`), so that one picture can be read and compared alone. The
+header has a checksum of both (`tables`) and of `bad`, which older versions filled. Knows neither recipes nor pictures.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +22,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from minigpt4.errors import ConfigError, ImageError, StorageError
-from minigpt4.training.feature_shard import DIGEST_BYTES, DamagedShardError, Shard, open_shard, write_shard
-from minigpt4.weights.files.atomic import lock, make_folder, write_file
+from minigpt4.errors import ConfigError, StorageError
+from minigpt4.model import MiniGPT4ForConditionalGeneration
+from minigpt4.weights.files.atomic import make_folder, write_file
 from minigpt4.weights.files.disk import storing
 
 FORMAT_VERSION = 2
@@ -32,15 +36,28 @@ ABOUT_FILE = "store.json"
 DONE_FOLDER = "done"
 
 SHARD_BYTES = 64 * 2**20
-"""A shard is written when its features take so many bytes,"""
 SHARD_PICTURES = 1024
-"""or are of so many pictures,"""
 SHARD_SECONDS = 300.0
-"""or were collected for so long: a kill loses no more."""
+"""A shard is written when its features take this many bytes, are of this many pictures, or were collected this long."""
+
+DIGESTS, DIGEST_BYTES = "digests", 32
+CHECKSUMS, CHECKSUM_BYTES = "checksums", 16
+"""Of a sha256: enough for accidental damage."""
 
 Kind = Literal["qformer_outputs", "vision_outputs"]
 
+_CHANGE_NO_NUMBER = {"transformers_version", "dtype", "torch_dtype", "architectures", "_name_or_path",
+                     "image_processor_type", "processor_class"}  # fmt: skip
+
 logger = logging.getLogger(__name__)
+
+
+class DamagedShardError(StorageError):
+    """A shard whose bytes are not those that were written, or that is gone."""
+
+    def __init__(self, path: Path, what: str = "is damaged") -> None:
+        hint = "minigpt4 data features RECIPE.yaml finds what is damaged and computes it again"
+        super().__init__(f"{path} {what}", hint=hint)
 
 
 @dataclass(frozen=True)
@@ -48,8 +65,8 @@ class Fingerprint:
     """What made the features of a store; any other model, preprocessing or precision makes others.
 
     Args:
-        kind: What the projection reads, or what the vision encoder says.
-        weights: Digest of the frozen tensors it comes from, and of the sizes they are used with.
+        kind: The input of the projection, or the output of the vision encoder.
+        weights: Digest of the frozen tensors that features come from, and of their parts' settings.
         precision: Of the computation: `fp32`, `bf16` or `fp16`.
         preprocessing: Settings of the image processor.
     """
@@ -61,7 +78,7 @@ class Fingerprint:
 
     @property
     def digest(self) -> str:
-        """Names the fingerprint: 16 hexadecimal digits."""
+        """Name of the fingerprint: 16 hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     def as_dict(self) -> dict[str, Any]:
@@ -70,93 +87,103 @@ class Fingerprint:
 
 
 class FeatureStore:
-    """The features in a folder, to be read in any number of processes.
+    """The features in a folder, to be read in any number of processes; 56 bytes of memory a picture.
 
-    Digests and checksums are kept in memory (64 bytes a picture). Features are mapped from the files when they are
-    asked for, and compared with their checksum then.
-
-    Args:
-        folder: Of the store.
-        shards: Its files.
-        digests: `(pictures, 32)` bytes, sorted.
-        places: `(pictures, 2)`: shard and row of each.
-        bad: Pictures that cannot be opened, and why.
+    Raises:
+        ConfigError: Its features are of another fingerprint.
+        StorageError: It is not there, cannot be read, or is damaged.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        shards: list[Shard],
-        digests: np.ndarray,
-        places: np.ndarray,
-        bad: dict[bytes, str],
-    ) -> None:
-        self.folder = folder
-        self.bad = bad
-        self._shards = shards
-        self._digests = digests
-        self._starts = _starts(digests)
-        self._places = places
-
-    @classmethod
-    def open(cls, folder: Path, fingerprint: Fingerprint) -> "FeatureStore":
-        """Open a store.
-
-        Raises:
-            ConfigError: Its features are of another fingerprint.
-            StorageError: It is not there, cannot be read, or is damaged.
-        """
+    def __init__(self, folder: Path, fingerprint: Fingerprint) -> None:
         _check_fingerprint(folder, fingerprint)
-        shards: list[Shard] = []
-        digests, places = [], []
-        bad: dict[bytes, str] = {}
-        for path in _shard_paths(folder):
-            shard, here, reasons = open_shard(path)
-            digests.append(here)
-            places.append(np.stack([np.full(len(here), len(shards)), np.arange(len(here))], axis=1).astype(np.uint32))
-            shards.append(shard)
-            bad |= reasons
-        all_digests = np.concatenate([np.empty((0, DIGEST_BYTES), np.uint8), *digests])
-        order = np.argsort(_starts(all_digests), kind="stable")
-        all_places = np.concatenate([np.empty((0, 2), np.uint32), *places])
-        return cls(folder, shards, all_digests[order], all_places[order], bad)
+        self.folder = folder
+        self._paths = _shard_paths(folder)
+        tables = [_read_tables(path) for path in self._paths]
+        counts = [len(digests) for digests, _ in tables]
+        unsorted = np.frombuffer(b"".join(digests.tobytes() for digests, _ in tables), f"S{DIGEST_BYTES}")
+        order = np.argsort(unsorted, kind="stable")
+        self._digests = unsorted[order]
+        self._checksums = np.concatenate([np.empty((0, CHECKSUM_BYTES), np.uint8), *(sums for _, sums in tables)])[
+            order
+        ]
+        self._shards = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)[order]
+        self._rows = np.concatenate([np.arange(count, dtype=np.uint32) for count in (0, *counts)])[order]
 
     def __len__(self) -> int:
-        """Number of pictures that have features."""
+        """Number of pictures."""
         return len(self._digests)
 
     def __contains__(self, digest: bytes) -> bool:
-        """Whether a picture was looked at, be it bad."""
-        return digest in self.bad or self._find(digest) is not None
+        """Whether a picture has features."""
+        return self._find(digest) is not None
 
     def read(self, digest: bytes) -> dict[str, Tensor]:
-        """Return a picture's features, mapped from the disk.
-
-        Args:
-            digest: The sha256 of its encoded bytes.
+        """Return the features of a picture, by the sha256 of its encoded bytes.
 
         Raises:
-            ImageError: It cannot be opened.
-            StorageError: The store has not looked at it, cannot be read, or what it holds of it is damaged.
+            StorageError: There are none, or they cannot be read or are damaged.
         """
-        if digest in self.bad:
-            raise ImageError(self.bad[digest])
         at = self._find(digest)
         if at is None:
             raise StorageError(
                 f"the features of a picture (sha256 {digest.hex()[:16]}...) are not in {self.folder}",
                 hint="minigpt4 data features RECIPE.yaml computes what is missing",
             )
-        shard, row = (int(number) for number in self._places[at])
-        return self._shards[shard].read(row)
+        return _read_row(self._paths[self._shards[at]], int(self._rows[at]), self._checksums[at])
 
     def _find(self, digest: bytes) -> int | None:
-        at = int(np.searchsorted(self._starts, _start(digest)))
-        while at < len(self._starts) and self._starts[at] == _start(digest):
-            if self._digests[at].tobytes() == digest:
-                return at
-            at += 1
-        return None
+        at = int(np.searchsorted(self._digests, np.array(digest, self._digests.dtype)))
+        return at if self._digests[at : at + 1].tobytes() == digest else None
+
+
+def fingerprint_of(
+    model: MiniGPT4ForConditionalGeneration, preprocessing: dict[str, Any], precision: str
+) -> Fingerprint:
+    """Return what identifies the features of a model, with the settings of its image processor."""
+    kind = _kind_of(model)
+    return Fingerprint(kind, _weights_digest(model, kind), precision, _plain(preprocessing))
+
+
+def _kind_of(model: MiniGPT4ForConditionalGeneration) -> Kind:
+    """Return which features are worth keeping: the last ones before anything that learns."""
+    joining = model.model
+    queries = joining.query_tokens is not None and joining.query_tokens.requires_grad
+    resampler = joining.qformer is not None and any(p.requires_grad for p in joining.qformer.parameters())
+    return "vision_outputs" if queries or resampler else "qformer_outputs"
+
+
+def _weights_digest(model: MiniGPT4ForConditionalGeneration, kind: Kind) -> str:
+    """Return the sha256 over every frozen tensor that features come from, and over the settings of their parts."""
+    config, joining = model.config, model.model
+    tensors = {f"vision_model.{name}": t for name, t in joining.vision_model.state_dict().items()}
+    settings: dict[str, Any] = {"vision": config.vision_config.to_dict(), "norm": config.post_layernorm_eps}
+    if kind == "qformer_outputs":
+        settings["merged"] = [config.num_prefix_tokens, config.num_image_tokens]
+        if joining.qformer is not None and joining.query_tokens is not None:
+            tensors |= {f"qformer.{name}": t for name, t in joining.qformer.state_dict().items()}
+            tensors["query_tokens"] = joining.query_tokens
+            settings["qformer"] = config.qformer_config.to_dict()
+    with ThreadPoolExecutor() as pool:  # large tensors take seconds, and hashing frees the interpreter
+        digests = list(pool.map(_tensor_digest, tensors.values()))
+    entries = [
+        [name, str(tensor.dtype), list(tensor.shape), digest]
+        for (name, tensor), digest in zip(tensors.items(), digests, strict=True)
+    ]
+    return hashlib.sha256(json.dumps([sorted(entries), _plain(settings)], sort_keys=True).encode()).hexdigest()
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(raw.numpy().data).hexdigest()
+
+
+def _plain(settings: Any) -> Any:  # noqa: ANN401  (a configuration's values)
+    """Return settings as JSON has them, without what changes no number."""
+    if isinstance(settings, dict):
+        return {str(key): _plain(value) for key, value in settings.items() if key not in _CHANGE_NO_NUMBER}
+    if isinstance(settings, list | tuple):
+        return [_plain(value) for value in settings]
+    return int(settings) if isinstance(settings, int) and not isinstance(settings, bool) else settings
 
 
 def create_store(folder: Path, fingerprint: Fingerprint) -> None:
@@ -173,26 +200,15 @@ def create_store(folder: Path, fingerprint: Fingerprint) -> None:
     _check_fingerprint(folder, fingerprint)
 
 
-@contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Let no other program compute features for a store meanwhile, which would be the same ones.
-
-    Raises:
-        StorageError: The folder cannot be written.
-    """
-    with lock(folder / "features"):
-        yield
-
-
 def remove_damaged(
     folder: Path, *, thorough: bool, report: Callable[[str, int, int], None] | None = None
 ) -> Iterator[None]:
-    """Remove the shards that are damaged, each with a warning: what they held is then missing, and computed again.
+    """Remove damaged shards, each with a warning, so that what they held is computed again.
 
     Args:
         folder: Of a store that nobody else writes.
-        thorough: Read every picture's features, not only what is read to open a shard.
-        report: Told of the pictures whose features were read.
+        thorough: Compare every picture's features with their checksum, not the tables alone.
+        report: Called with the pictures compared.
 
     Yields:
         After each shard.
@@ -200,22 +216,125 @@ def remove_damaged(
     Raises:
         StorageError: The store cannot be read, or a shard not be removed.
     """
-    whole: list[Shard] = []
+    sums = {}
     for path in _shard_paths(folder):
         with _removed_if_damaged(path):
-            whole.append(open_shard(path)[0])
+            sums[path] = _read_tables(path)[1]
         yield
-    if not thorough:
-        return
-    pictures = sum(len(shard.checksums) for shard in whole)
-    checked = 0
-    for shard in whole:
-        with _removed_if_damaged(shard.path):
-            shard.check()
-        checked += len(shard.checksums)
-        if report is not None and len(shard.checksums):
+    checked, pictures = 0, sum(map(len, sums.values()))
+    for path in sums if thorough else ():
+        with _removed_if_damaged(path):
+            for row, checksum in enumerate(sums[path]):
+                _read_row(path, row, checksum)
+        checked += len(sums[path])
+        if report is not None:
             report("features checked", checked, pictures)
         yield
+
+
+def is_done(folder: Path, work: str) -> bool:
+    """Whether all of a stage was computed, and no shard has gone since."""
+    path = folder / DONE_FOLDER / work
+    with storing(path, doing="read"), suppress(FileNotFoundError, ValueError, TypeError):
+        return {str(name) for name in json.loads(path.read_bytes())} <= {path.name for path in _shard_paths(folder)}
+    return False
+
+
+def note_done(folder: Path, work: str) -> None:
+    """Note that all of a stage was computed; call it after the last shard is written."""
+    with write_file(folder / DONE_FOLDER / work, "w") as file:
+        json.dump([path.name for path in _shard_paths(folder)], file)
+
+
+class ShardWriter:
+    """Collects features and writes them to a store's folder, shard by shard."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._clear()
+
+    def _clear(self) -> None:
+        self._digests: list[bytes] = []
+        self._rows: dict[str, list[Tensor]] = {}
+        self._bytes = 0
+        self._begun = time.monotonic()
+
+    def add(self, digests: list[bytes], features: Mapping[str, Tensor]) -> None:
+        """Add the features of some pictures: tensors on the CPU with a row for each.
+
+        Raises:
+            StorageError: A shard was full and cannot be written.
+        """
+        self._digests += digests
+        for name, rows in features.items():
+            self._rows.setdefault(name, []).append(rows)
+            self._bytes += rows.numel() * rows.element_size()
+        is_late = time.monotonic() - self._begun > SHARD_SECONDS
+        if self._bytes >= SHARD_BYTES or len(self._digests) >= SHARD_PICTURES or is_late:
+            self.write()
+
+    def write(self) -> None:
+        """Write what was collected as a shard, named by the pictures in it.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        if self._digests:
+            rows = {name: torch.cat(parts) for name, parts in self._rows.items()}
+            sums = [_checksum({name: rows[name][at] for name in rows}) for at in range(len(self._digests))]
+            tables = {DIGESTS: _table(self._digests, DIGEST_BYTES), CHECKSUMS: _table(sums, CHECKSUM_BYTES)}
+            digests = b"".join(self._digests)
+            notes = {"bad": "{}", "tables": _checksum_of_tables(digests, b"".join(sums), "{}")}
+            with write_file(self.folder / f"{hashlib.sha256(digests).hexdigest()[:16]}.safetensors") as file:
+                file.write(save(rows | tables, notes))
+        self._clear()
+
+
+def _shard_paths(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _read_tables(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the digests `(pictures, DIGEST_BYTES)` and the checksums `(pictures, CHECKSUM_BYTES)` of a shard.
+
+    Raises:
+        DamagedShardError: They are not what was written.
+        StorageError: The shard cannot be read.
+    """
+    with _reading(path) as file:
+        digests, sums = file.get_tensor(DIGESTS).numpy(), file.get_tensor(CHECKSUMS).numpy()
+        notes = file.metadata()
+        if notes["tables"] != _checksum_of_tables(digests.tobytes(), sums.tobytes(), notes["bad"]):
+            raise DamagedShardError(path)
+    return digests, sums
+
+
+def _read_row(path: Path, row: int, checksum: np.ndarray) -> dict[str, Tensor]:
+    """Return the features of a picture, by name.
+
+    Raises:
+        DamagedShardError: They differ from their checksum, or the file is cut short or gone.
+        StorageError: It cannot be read.
+    """
+    with _reading(path) as file:
+        features = {name: file.get_slice(name)[row] for name in sorted({*file.keys()} - {DIGESTS, CHECKSUMS})}
+    if _checksum(features) != checksum.tobytes():
+        raise DamagedShardError(path)
+    return features
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """Open a shard; what does not read as one is damaged."""
+    try:
+        with storing(path, doing="read"), safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedShardError(path) from error
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise DamagedShardError(path, "is gone") from error
+        raise
 
 
 @contextmanager
@@ -226,80 +345,6 @@ def _removed_if_damaged(path: Path) -> Iterator[None]:
         logger.warning("%s, and what it held is computed again", error.message)
         with storing(path):
             path.unlink(missing_ok=True)
-
-
-def is_done(folder: Path, work: str) -> bool:
-    """Whether a work was gone through to the end, and no shard is gone since."""
-    path = folder / DONE_FOLDER / work
-    with storing(path, doing="read"), suppress(FileNotFoundError, ValueError, TypeError):
-        return {str(name) for name in json.loads(path.read_bytes())} <= {path.name for path in _shard_paths(folder)}
-    return False
-
-
-def note_done(folder: Path, work: str) -> None:
-    """Note that a work was gone through to the end; called after its last shard is written."""
-    with write_file(folder / DONE_FOLDER / work, "w") as file:
-        json.dump([path.name for path in _shard_paths(folder)], file)
-
-
-def _shard_paths(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
-
-
-class ShardWriter:
-    """Collects features and writes them, shard by shard.
-
-    Args:
-        folder: Of the store.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._digests: list[bytes] = []
-        self._rows: dict[str, list[Tensor]] = {}
-        self._bad: dict[str, str] = {}
-        self._bytes = 0
-        self._begun = time.monotonic()
-
-    def add(self, digests: list[bytes], features: Mapping[str, Tensor]) -> None:
-        """Take the features of some pictures, a row for each in every tensor, on the CPU.
-
-        Raises:
-            StorageError: A shard that is full by them cannot be written.
-        """
-        self._digests += digests
-        for name, rows in features.items():
-            self._rows.setdefault(name, []).append(rows)
-            self._bytes += rows.numel() * rows.element_size()
-        self._write_if_full()
-
-    def add_bad(self, digest: bytes, reason: str) -> None:
-        """Take a picture that cannot be opened.
-
-        Raises:
-            StorageError: A shard that is full by it cannot be written.
-        """
-        self._bad[digest.hex()] = reason
-        self._write_if_full()
-
-    def _write_if_full(self) -> None:
-        pictures = len(self._digests) + len(self._bad)
-        late = time.monotonic() - self._begun > SHARD_SECONDS
-        if self._bytes >= SHARD_BYTES or pictures >= SHARD_PICTURES or late:
-            self.write()
-
-    def write(self) -> None:
-        """Write what was collected.
-
-        Raises:
-            StorageError: It cannot be written; what was written before stays.
-        """
-        if self._digests or self._bad:
-            write_shard(
-                self.folder, self._digests, {name: torch.cat(rows) for name, rows in self._rows.items()}, self._bad
-            )
-        self._digests, self._rows, self._bad, self._bytes = [], {}, {}, 0
-        self._begun = time.monotonic()
 
 
 def _check_fingerprint(folder: Path, wanted: Fingerprint) -> None:
@@ -330,10 +375,18 @@ def _shown(value: object) -> str:
     return text or "''"
 
 
-def _start(digest: bytes) -> np.uint64:
-    return np.uint64(int.from_bytes(digest[:8], "big"))
+def _checksum(features: Mapping[str, Tensor]) -> bytes:
+    """Return the checksum of a picture's features: of their names, types, shapes and bytes."""
+    found = hashlib.sha256()
+    for name, row in sorted(features.items()):
+        found.update(f"{name} {row.dtype} {tuple(row.shape)}\n".encode())
+        found.update(row.contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.digest()[:CHECKSUM_BYTES]
 
 
-def _starts(digests: np.ndarray) -> np.ndarray:
-    """The first eight bytes of each digest as a number, to search among."""
-    return np.ascontiguousarray(digests[:, :8]).view(">u8").reshape(-1).astype(np.uint64)
+def _checksum_of_tables(digests: bytes, sums: bytes, reasons: str) -> str:
+    return hashlib.sha256(b"".join((digests, sums, reasons.encode()))).hexdigest()
+
+
+def _table(rows: list[bytes], width: int) -> Tensor:
+    return torch.from_numpy(np.frombuffer(b"".join(rows), np.uint8).copy().reshape(-1, width))

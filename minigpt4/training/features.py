@@ -1,56 +1,58 @@
-"""Cached features (`features: cache`): the frozen parts look at each picture once, and training reads what they saw.
+"""Cached features (`features: cache`): the frozen parts look at each picture once, and training reads what they made.
 
-Kept is what the projection reads, where nothing before it learns; what the vision encoder says, where the Q-Former or
-its queries learn. Computed is what a recipe's stages will read and the store lacks, in the same precision as in
-training, so the loss is the same but for the rounding that depends on how many pictures are computed together.
+Kept is the input of the projection where nothing before it learns, else the output of the vision encoder. Computed is
+what a recipe's stages will read and the store lacks, in the precision of training, so the loss is the same but for the
+rounding that depends on how many pictures are computed together.
 
-The store of a fingerprint is `features/` in `MINIGPT4_HOME`, in a folder named by it, so that all runs that fit one
-share it. On several machines it must be a folder that all of them see.
+The store of a fingerprint is a folder named by it in `features/` of `MINIGPT4_HOME`, so all runs that fit one share it.
+On several machines it must be a folder that all of them see.
 """
 
 import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import ModelOutput
 
-from minigpt4.data.batches import Process, SourceBatches
+from minigpt4.data.batches import BadSample, Process, SourceBatches
+from minigpt4.data.examples import pixel_values
+from minigpt4.data.order import Order
 from minigpt4.data.record import Record
-from minigpt4.errors import MiniGPT4Error
+from minigpt4.errors import ConfigError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.model.vision_efficientnet_lite import EfficientNetLiteOutput
 from minigpt4.processing import MiniGPT4Processor
 from minigpt4.text import counted
-from minigpt4.training.feature_fingerprint import fingerprint_of
-from minigpt4.training.feature_needs import NeededRecords, num_places
-from minigpt4.training.feature_reading import Read, read_records
 from minigpt4.training.feature_store import (
     FeatureStore,
     Fingerprint,
     Kind,
     ShardWriter,
     create_store,
+    fingerprint_of,
     is_done,
     note_done,
-    only_writer,
     remove_damaged,
 )
 from minigpt4.training.memory import memory_for
 from minigpt4.training.preparing import Prepared, seeing_on
 from minigpt4.training.processes import by_the_main_process, summed
-from minigpt4.training.readers import readers_alive
-from minigpt4.training.recipe import Recipe, SourcesData
+from minigpt4.training.readers import read_ahead, readers_alive
+from minigpt4.training.recipe import NanoData, Recipe, SourcesData
 from minigpt4.training.stage_data import RunSources, context_of, num_sample_places, source_batches, validation_batches
-from minigpt4.training.update import PRECISIONS
+from minigpt4.training.update import PRECISIONS, chosen_precision
+from minigpt4.weights.files.atomic import lock
 from minigpt4.weights.folder import Report
 from minigpt4.weights.parts import home
 
@@ -59,30 +61,36 @@ ACCELERATOR_BATCH = 32
 CPU_BATCH = 1
 """Pictures computed together; a CPU gains nothing by more."""
 
+CHUNK = 8
+"""Neighbouring records are read by one worker: they often show the same picture, and lie together on the disk."""
+CHUNKS_AHEAD = 2
+
+REPORT_EVERY = 10_000
+"""Places of the order between two reports, which take about a tenth of a second."""
+
 HEARTBEAT_SECONDS = 5.0
-"""The other processes of a run hear from the one that computes so often, and wait in between."""
+"""The other processes of a run hear this often from the one that computes, and wait in between."""
 
 
 @dataclass(frozen=True)
 class CachedPictures:
-    """Gives the batches of a stage what is kept of their pictures.
-
-    Args:
-        store: Where it is kept.
-        kind: Of the features.
-    """
+    """Pictures of a stage's batches, as their cached features."""
 
     store: FeatureStore
     kind: Kind
+    processor: MiniGPT4Processor
 
     def picture(self, record: Record) -> dict[str, Tensor]:
         """Return the features of a record's picture.
 
         Raises:
-            ImageError: It could not be opened.
-            StorageError: It was not looked at.
+            ImageError: The picture cannot be opened.
+            StorageError: There are none, or they cannot be read or are damaged.
         """
-        return self.store.read(hashlib.sha256(record.picture or b"").digest())
+        digest = hashlib.sha256(record.picture or b"").digest()
+        if digest not in self.store:
+            pixel_values(record, self.processor, None)  # says why the frozen parts could not look at it
+        return self.store.read(digest)
 
     def batch(self, pictures: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         """Return `qformer_outputs` or `vision_outputs` of some pictures."""
@@ -98,8 +106,8 @@ class Counts:
     """What there was to do.
 
     Args:
-        computed: Pictures that the frozen parts looked at.
-        known: Records whose picture the store had, or that share one.
+        computed: Pictures whose features were computed.
+        known: Records whose picture had features, or shares them.
         bad: Records that cannot be used.
     """
 
@@ -121,28 +129,22 @@ def cached_pictures(
         recipe: The run's.
         prepared: Its model, not yet spread over processes.
         here: The processes.
-        report: Told of the records looked at, in the main process.
-        opened: Opens the run's sources.
+        report: Called with the records read, in the main process.
+        opened: The run's sources.
 
     Raises:
         ConfigError: Features cannot be kept: the pictures are cropped, or the vision encoder learns.
         DataError: A source cannot be opened, or read for lack of memory; what was computed is kept.
         StorageError: The store cannot be read or written.
     """
-    fingerprint = fingerprint_of(recipe, prepared, here)
-    folder = store_folder(fingerprint)
-    opened = opened or RunSources()
-    work = _compute(recipe, prepared, here, fingerprint, folder, report, Counts(), opened, anew=False)
-    _by_the_main_process_in_steps(work, here)
-    return CachedPictures(FeatureStore.open(folder, fingerprint), fingerprint.kind)
+    fingerprint, folder, _ = _computed(recipe, prepared, here, report, opened or RunSources(), recheck=False)
+    return CachedPictures(FeatureStore(folder, fingerprint), fingerprint.kind, prepared.processor)
 
 
 def compute_features(
     recipe: Recipe, prepared: Prepared, here: PartialState, report: Report, opened: RunSources | None = None
 ) -> tuple[Path, Counts]:
-    """Look through all that a recipe's stages read, also what was looked through before, and compute what is missing.
-
-    Every byte that is kept is compared with its checksum: what is damaged is missing.
+    """Check all that the store holds and a recipe's stages read, and compute what is missing or damaged.
 
     Returns:
         The store's folder, and what there was to do.
@@ -152,12 +154,19 @@ def compute_features(
         DataError: A source cannot be opened, or read for lack of memory; what was computed is kept.
         StorageError: The store cannot be read or written.
     """
-    fingerprint = fingerprint_of(recipe, prepared, here)
-    folder, counts = store_folder(fingerprint), Counts()
-    opened = opened or RunSources()
-    work = _compute(recipe, prepared, here, fingerprint, folder, report, counts, opened, anew=True)
-    _by_the_main_process_in_steps(work, here)
+    _, folder, counts = _computed(recipe, prepared, here, report, opened or RunSources(), recheck=True)
     return folder, counts
+
+
+def run_fingerprint(recipe: Recipe, prepared: Prepared, here: PartialState) -> Fingerprint:
+    """Return what identifies the features that a run reads.
+
+    Raises:
+        ConfigError: Features cannot be kept.
+    """
+    _refuse_what_changes(recipe, prepared.model)
+    settings = prepared.processor.image_processor.to_dict()
+    return fingerprint_of(prepared.model, settings, chosen_precision(recipe, here.device))
 
 
 def store_folder(fingerprint: Fingerprint) -> Path:
@@ -165,82 +174,37 @@ def store_folder(fingerprint: Fingerprint) -> Path:
     return home() / FOLDER / f"{fingerprint.kind}-{fingerprint.digest}"
 
 
-def _by_the_main_process_in_steps(work: Iterator[None], here: PartialState) -> None:
-    """Go through a long work in the main process; the others hear of it often enough not to take it for dead."""
-    going_on = False
+def _computed(
+    recipe: Recipe, prepared: Prepared, here: PartialState, report: Report | None, opened: RunSources, *, recheck: bool
+) -> tuple[Fingerprint, Path, Counts]:
+    """Compute in the main process; the others hear from it often enough not to take it for dead."""
+    fingerprint = run_fingerprint(recipe, prepared, here)
+    maker = _Maker(prepared, fingerprint, here.device, store_folder(fingerprint), report, opened.report)
+    work = maker.run(recipe, _stages(recipe, prepared, here, opened), recheck=recheck)
+    is_going_on = False
 
     def advance() -> None:
-        nonlocal going_on
+        nonlocal is_going_on
         until = time.monotonic() + HEARTBEAT_SECONDS
-        going_on = any(time.monotonic() > until for _ in work)
+        is_going_on = any(time.monotonic() > until for _ in work)
 
     while True:
         by_the_main_process(advance, here)
-        if not summed([float(going_on)], here)[0]:
-            return
+        if not summed([float(is_going_on)], here)[0]:
+            return fingerprint, maker.folder, maker.counts
 
 
-def _compute(
-    recipe: Recipe,
-    prepared: Prepared,
-    here: PartialState,
-    fingerprint: Fingerprint,
-    folder: Path,
-    report: Report | None,
-    counts: Counts,
-    opened: RunSources,
-    *,
-    anew: bool,
-) -> Iterator[None]:
-    """Compute what is missing; yields now and then.
-
-    Args:
-        recipe: The run's.
-        prepared: Its model.
-        here: The processes.
-        fingerprint: Of the features.
-        folder: Of the store.
-        report: Told of the records looked at.
-        counts: Told what there was to do.
-        opened: Opens the run's sources; who is told what takes long there is told of their order, too.
-        anew: Look through what was looked through before as well, and at every byte that is kept.
-    """
-    create_store(folder, fingerprint)
-    with only_writer(folder), seeing_on(prepared.model, here.device):
-        yield from remove_damaged(folder, thorough=anew, report=report)
-        store = FeatureStore.open(folder, fingerprint)
-        reports = report, opened.report
-        maker = _Maker(prepared.model.eval(), prepared.processor, fingerprint, here.device, store, *reports)
-        done = []
-        for name, batches in _works(recipe, prepared, here, opened):
-            work = _work_digest(batches)
-            if (anew or not is_done(folder, work)) and work not in done:
-                try:
-                    with readers_alive():
-                        yield from maker.work(name, batches, recipe.workers, counts)
-                except MiniGPT4Error:
-                    maker.writer.write()
-                    raise
-                done.append(work)
-        maker.writer.write()
-        for work in done:
-            note_done(folder, work)
-
-
-def _works(
+def _stages(
     recipe: Recipe, prepared: Prepared, here: PartialState, opened: RunSources
 ) -> Iterator[tuple[str, SourceBatches]]:
-    """Name what a run reads: the batches of each stage, and those it is validated with."""
-    process = Process(0, here.num_processes)
+    """Yield name and batches of each stage, and of what it is validated with."""
+    process, context = Process(0, here.num_processes), context_of(prepared.model)
     for number, stage in enumerate(recipe.stages):
         data = recipe.data_of(stage)
         if not isinstance(data, SourcesData):
             raise TypeError("refused before")
-        context = context_of(prepared.model)
-        yield (
-            stage.name,
-            source_batches(recipe, prepared.processor, number, stage, data, process, None, opened, context),
-        )
+        batches = source_batches(recipe, prepared.processor, number, stage, data, process, None, opened, context)
+        yield stage.name, batches
         if recipe.validation:
             batches = validation_batches(
                 recipe, recipe.validation, prepared.processor, stage, process, opened, context=context
@@ -249,8 +213,8 @@ def _works(
             yield f"{stage.name}'s validation", replace(batches, length=max(batches.length, samples))
 
 
-def _work_digest(batches: SourceBatches) -> str:
-    """Return what identifies the pictures that batches are made of."""
+def _digest_of(batches: SourceBatches) -> str:
+    """Return what identifies the pictures of batches."""
     layout = {key: value for key, value in vars(batches.layout).items() if key != "processor"}
     content = [
         [source.identity for source in batches.sources], asdict(batches.order), num_places(batches), layout,
@@ -259,71 +223,173 @@ def _work_digest(batches: SourceBatches) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-@dataclass
-class _Maker:
-    """Makes the features of pictures.
+def num_places(batches: SourceBatches) -> int:
+    """Return how many places of the order the processes of a stage read: whole windows."""
+    windows = -(-batches.length // batches.bucket_batches)
+    return windows * batches.bucket_batches * batches.batch_size * batches.process.world_size
+
+
+class _Looked(NamedTuple):
+    """What stands at a place of the order.
 
     Args:
-        model: In evaluation mode.
-        processor: Its.
-        fingerprint: Of the features.
-        device: The model's.
-        store: What there was at the beginning.
-        report: Told of the records looked at.
-        report_order: Told of the places of a stage's order that are gone through for its records.
+        digest: The sha256 of the encoded picture; None without one.
+        pixels: `(3, height, width)`; None where the picture is known.
+        is_bad: The place's own record is bad: this is another's picture.
     """
 
-    model: MiniGPT4ForConditionalGeneration
-    processor: MiniGPT4Processor
+    digest: bytes | None
+    pixels: Tensor | None
+    is_bad: bool
+
+
+class _Pictures(Dataset[list[_Looked]]):
+    """The pictures at some places of the order, in chunks, found as a batch finds them: another for a bad one.
+
+    Pictures in the store, or met before in the same process, are not opened.
+    """
+
+    def __init__(self, batches: SourceBatches, places: np.ndarray, store: FeatureStore) -> None:
+        self._batches = replace(batches, kept=self)
+        self._places = places
+        self._store = store
+        self._opened: set[bytes] = set()
+
+    def __len__(self) -> int:
+        return -(-len(self._places) // CHUNK)
+
+    def __getitem__(self, item: int) -> list[_Looked]:
+        return [self._look(place) for place in self._places[item * CHUNK : (item + 1) * CHUNK].tolist()]
+
+    def _look(self, place: int) -> _Looked:
+        bad: list[BadSample] = []
+        _, picture, _, _ = self._batches.example(place // self._batches.batch_size, place, bad)
+        digest, pixels = picture or (None, None)
+        return _Looked(digest, pixels, bool(bad))
+
+    def picture(self, record: Record) -> tuple[bytes, Tensor | None]:
+        """Return a picture's digest, and its pixels unless they are known.
+
+        Raises:
+            ImageError: It cannot be opened.
+        """
+        digest = hashlib.sha256(record.picture or b"").digest()
+        if digest in self._store or digest in self._opened:
+            return digest, None
+        pixels = pixel_values(record, self._batches.layout.processor, None)
+        self._opened.add(digest)
+        return digest, pixels
+
+    def batch(self, pictures: Sequence[Any]) -> dict[str, Any]:
+        """Return pictures as they are."""
+        return {"pictures": pictures}
+
+
+@dataclass
+class _Maker:
+    """Fills a store with the features of stages.
+
+    Args:
+        prepared: The model and its processor.
+        fingerprint: Of the features.
+        device: The model's.
+        folder: Of the store.
+        report: Called with the records read.
+        report_order: Called with the places gone through for the records of a stage.
+        counts: What there was to do.
+    """
+
+    prepared: Prepared
     fingerprint: Fingerprint
     device: torch.device
-    store: FeatureStore
+    folder: Path
     report: Report | None
     report_order: Report | None
-    _fresh: set[bytes] = field(default_factory=set)  # about 100 bytes a picture
-    _fresh_bad: set[bytes] = field(default_factory=set)
+    counts: Counts = field(default_factory=Counts)
     _queue: list[tuple[bytes, Tensor]] = field(default_factory=list)
+    _seen: set[bytes] = field(default_factory=set)  # of the stage; about 100 bytes a picture
 
-    def __post_init__(self) -> None:
-        self.writer = ShardWriter(self.store.folder)
+    def run(self, recipe: Recipe, stages: Iterator[tuple[str, SourceBatches]], *, recheck: bool) -> Iterator[None]:
+        """Compute what is missing; yields now and then.
 
-    def work(self, name: str, batches: SourceBatches, workers: int, counts: Counts) -> Iterator[None]:
-        """Look at the pictures of a stage, and at those that stand in for bad ones, until there are no more."""
-        needed = NeededRecords(batches)
-        while True:
-            yield from needed.find(f"which records {name} reads", self.report_order)
-            numbers = needed.wanted()
-            if not len(numbers):
-                return
-            for done, read in enumerate(read_records(batches, numbers, self.store, self._fresh, workers), 1):
-                bad = self._take(read, counts)
-                needed.note(read.source, read.number, bad=bad)
-                if self.report is not None and (done % 16 == 0 or done == len(numbers)):
-                    self.report(f"features of {name}", done, len(numbers))
+        Args:
+            recipe: The run's.
+            stages: Their names and batches.
+            recheck: Compare every byte that is kept, and read again the records of stages that are done.
+        """
+        create_store(self.folder, self.fingerprint)
+        done: set[str] = set()
+        with lock(self.folder / "features"), seeing_on(self.prepared.model.eval(), self.device):
+            yield from remove_damaged(self.folder, thorough=recheck, report=self.report)
+            self.writer = ShardWriter(self.folder)
+            for name, batches in stages:
+                digest = _digest_of(batches)
+                if digest in done or (not recheck and is_done(self.folder, digest)):
+                    continue
+                try:
+                    with readers_alive():
+                        yield from self._stage(name, batches, recipe.workers)
+                finally:  # what was computed is kept, whatever ends the stage
+                    self.writer.write()
+                note_done(self.folder, digest)
+                done.add(digest)
+
+    def _stage(self, name: str, batches: SourceBatches, workers: int) -> Iterator[None]:
+        """Look at every record that a stage reads once, then at what stands for the bad ones at their other places."""
+        records = np.empty(num_places(batches), np.int64)
+        yield from self._find(f"which records {name} reads", batches.order, records)
+        _, first = np.unique(records, return_index=True)  # in the order in which sources hold the records
+        is_bad = np.zeros(len(first), bool)
+        yield from self._look(f"features of {name}", batches, first, workers, is_bad)
+        others = np.setdiff1d(np.flatnonzero(np.isin(records, records[first[is_bad]])), first)
+        yield from self._look(f"features of {name}, in place of bad ones", batches, others, workers)
+
+    def _find(self, what: str, order: Order, records: np.ndarray) -> Iterator[None]:
+        """Number the record at each place, counting those of all sources."""
+        starts = np.cumsum([0, *order.sizes])
+        for place in range(len(records)):
+            source, number = order.pick(place)
+            records[place] = starts[source] + number
+            done, is_last = place + 1, place + 1 == len(records)
+            if done % REPORT_EVERY == 0 or (is_last and done > REPORT_EVERY):
+                if self.report_order is not None:
+                    self.report_order(what, done, len(records))
                 yield
-            self._look()
 
-    def _take(self, read: Read, counts: Counts) -> bool:
-        """Queue a picture unless it is known; returns whether its record is of no use."""
-        if read.digest is None:  # without a picture, or without a text
-            counts.bad += read.reason is not None
-            return read.reason is not None
-        known = read.digest in self.store or read.digest in self._fresh or read.digest in self._fresh_bad
-        if not known and read.reason is not None:
-            self._fresh_bad.add(read.digest)
-            self.writer.add_bad(read.digest, read.reason)
-        elif not known and read.pixels is not None:
-            self._fresh.add(read.digest)
-            self._queue.append((read.digest, read.pixels))
-            counts.computed += 1
-            if len(self._queue) == (CPU_BATCH if self.device.type == "cpu" else ACCELERATOR_BATCH):
-                self._look()
-        bad = read.digest in self.store.bad or read.digest in self._fresh_bad
-        counts.bad += bad
-        counts.known += known and not bad
-        return bad
+    def _look(
+        self, what: str, batches: SourceBatches, places: np.ndarray, workers: int, is_bad: np.ndarray | None = None
+    ) -> Iterator[None]:
+        """Compute the features of the pictures at some places; notes in `is_bad` whose records are bad, if given."""
+        if not len(places):
+            return
+        store = FeatureStore(self.folder, self.fingerprint)
+        self._seen.clear()
+        with closing(read_ahead(_Pictures(batches, places, store), workers, ahead=CHUNKS_AHEAD)) as chunks:
+            for number, looked in enumerate(looked for chunk in chunks for looked in chunk):
+                is_new = self._take(looked)
+                if is_bad is not None:
+                    is_bad[number] = looked.is_bad
+                    self.counts.bad += looked.is_bad
+                    self.counts.known += not looked.is_bad and looked.digest is not None and not is_new
+                done = number + 1
+                if self.report is not None and (done % 16 == 0 or done == len(places)):
+                    self.report(what, done, len(places))
+                yield
+        self._compute()
+        self.writer.write()
 
-    def _look(self) -> None:
+    def _take(self, looked: _Looked) -> bool:
+        """Queue a picture; returns whether it is new."""
+        if looked.digest is None or looked.pixels is None or looked.digest in self._seen:
+            return False
+        self._seen.add(looked.digest)
+        self._queue.append((looked.digest, looked.pixels))
+        self.counts.computed += 1
+        if len(self._queue) == (CPU_BATCH if self.device.type == "cpu" else ACCELERATOR_BATCH):
+            self._compute()
+        return True
+
+    def _compute(self) -> None:
         """Compute what is queued."""
         if not self._queue:
             return
@@ -331,14 +397,14 @@ class _Maker:
         pixels = torch.stack([pixels for _, pixels in self._queue]).to(self.device)
         self._queue = []
         with memory_for(f"the features of {counted(len(digests), 'picture')} at once", "end what else needs memory"):
-            self.writer.add(digests, make_features(self.model, pixels, self.fingerprint))
+            self.writer.add(digests, make_features(self.prepared.model, pixels, self.fingerprint))
 
 
 @torch.no_grad()
 def make_features(
     model: MiniGPT4ForConditionalGeneration, pixels: Tensor, fingerprint: Fingerprint
 ) -> dict[str, Tensor]:
-    """Let the frozen parts look at pictures, as they would in training.
+    """Run the frozen parts on pictures, as training would.
 
     Args:
         model: In evaluation mode.
@@ -353,9 +419,16 @@ def make_features(
     computing: Any = nullcontext() if precision is None else torch.autocast(pixels.device.type, dtype=precision)
     with computing:
         if fingerprint.kind == "qformer_outputs":
-            read = _what_the_projection_reads(model, pixels)
+            # Caught where the projection reads it, so that it is that whatever comes before.
+            caught: list[Tensor] = []
+            projection = model.model.language_projection
+            hook = projection.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+            try:
+                model.model.get_image_features(pixels, return_dict=True)
+            finally:
+                hook.remove()
             # In training it would be cast so on its way into the projection; nothing is lost.
-            features = {"qformer_outputs": read if precision is None else read.to(precision)}
+            features = {"qformer_outputs": caught[0] if precision is None else caught[0].to(precision)}
         else:
             output = model.model.vision_model(pixels, return_dict=True)
             features = {"last_hidden_state": output.last_hidden_state}
@@ -364,12 +437,23 @@ def make_features(
     return {name: rows.cpu() for name, rows in features.items()}
 
 
-def _what_the_projection_reads(model: MiniGPT4ForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """Catch it where it is read, so that it is that whatever comes before."""
-    read: list[Tensor] = []
-    hook = model.model.language_projection.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-    try:
-        model.model.get_image_features(pixels, return_dict=True)
-    finally:
-        hook.remove()
-    return read[0]
+def _refuse_what_changes(recipe: Recipe, model: MiniGPT4ForConditionalGeneration) -> None:
+    """Refuse pictures of which the frozen parts see another thing each time."""
+    if any(p.requires_grad for p in model.model.vision_model.parameters()):
+        raise ConfigError(
+            "features: cache keeps what the vision encoder sees, and the vision encoder learns",
+            hint="leave vision_model and vision_layernorms out of trainable, or set features=compute",
+        )
+    for stage in recipe.stages:
+        data = recipe.data_of(stage)
+        if isinstance(data, NanoData):
+            raise ConfigError(
+                f"features: cache keeps what is seen in a picture, and stage {stage.name} draws new pictures each time",
+                hint="name data.sources, or set features=compute",
+            )
+        if data.crop:
+            raise ConfigError(
+                f"features: cache keeps what is seen in a whole picture, and stage {stage.name} crops it anew each "
+                "time",
+                hint="set data.crop=false, or features=compute",
+            )

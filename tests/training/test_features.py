@@ -1,5 +1,6 @@
 """Frozen parts look at each picture once, and training on what they saw is training on the pictures."""
 
+import json
 import os
 import shutil
 import signal
@@ -19,16 +20,15 @@ from minigpt4.data.examples import pixel_values
 from minigpt4.data.record import Record
 from minigpt4.errors import ConfigError, DataError, StorageError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
-from minigpt4.training import feature_reading, feature_shard, feature_store, features
-from minigpt4.training.feature_fingerprint import fingerprint_of
+from minigpt4.training import feature_store, features
 from minigpt4.training.feature_store import FeatureStore, Fingerprint, create_store
-from minigpt4.training.features import CachedPictures, cached_pictures, compute_features, store_folder
+from minigpt4.training.features import CachedPictures, cached_pictures, compute_features, run_fingerprint, store_folder
 from minigpt4.training.loop import train
 from minigpt4.training.objectives import TrainingStep
 from minigpt4.training.preparing import Prepared
 from minigpt4.training.processes import processes
 from minigpt4.training.recipe import Recipe, SourcesData
-from minigpt4.training.stage_data import source_batches, stage_data
+from minigpt4.training.stage_data import RunSources, source_batches, stage_data
 from minigpt4.weights.alignment import Origin
 from tests import tiny_chat
 from tests.model import tiny
@@ -101,8 +101,8 @@ def batches(recipe: Recipe, made: Prepared, kept: CachedPictures | None = None) 
 
 
 def store_of(recipe: Recipe, made: Prepared) -> FeatureStore:
-    fingerprint = fingerprint_of(recipe, made, processes())
-    return FeatureStore.open(store_folder(fingerprint), fingerprint)
+    fingerprint = run_fingerprint(recipe, made, processes())
+    return FeatureStore(store_folder(fingerprint), fingerprint)
 
 
 @pytest.fixture
@@ -224,12 +224,15 @@ def test_a_known_picture_is_not_opened(source: Path, tmp_path: Path, monkeypatch
         opened.append(record.key)
         return pixel_values(record, *arguments)
 
-    monkeypatch.setattr(feature_reading, "pixel_values", opening)
+    monkeypatch.setattr(features, "pixel_values", opening)
     shutil.copy(source / "0.png", source / "1.png")
     made, recipe = prepared(), recipe_of(tmp_path / "run", source)
-    for _ in range(2):
-        compute_features(recipe, made, processes(), lambda *_: None)
-        assert len(opened) == PICTURES  # the broken one as well, the copies not
+    compute_features(recipe, made, processes(), lambda *_: None)
+    assert len(set(opened)) == PICTURES  # the broken one as well, the copies not
+    assert all(opened.count(key) == 1 for key in opened if key != "bad.png")
+    opened.clear()
+    compute_features(recipe, made, processes(), lambda *_: None)
+    assert set(opened) == {"bad.png"}
 
 
 def test_what_stands_in_for_bad_pictures_is_computed(tmp_path: Path, looks: list[int]) -> None:
@@ -256,10 +259,18 @@ def test_what_stands_in_for_a_picture_with_one_bad_text_among_several_is_compute
     assert [kept[item]["keys"] for item in range(3)] == [seen[item]["keys"] for item in range(3)]
 
 
+def test_the_order_of_a_long_stage_is_reported(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "REPORT_EVERY", 10)
+    told: list[tuple[str, int, int]] = []
+    opened = RunSources(lambda *line: told.append(line))
+    compute_features(recipe_of(tmp_path / "run", source), prepared(), processes(), lambda *_: None, opened)
+    assert told[:3] == [("which records only reads", done, 24) for done in (10, 20, 24)]
+
+
 def test_a_finished_work_is_not_read_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, recipe = prepared(), recipe_of(tmp_path / "run", source)
     cached(recipe, made)
-    monkeypatch.setattr(features, "read_records", lambda *_: pytest.fail("the source was read"))
+    monkeypatch.setattr(features, "read_ahead", lambda *_: pytest.fail("the source was read"))
     assert len(cached(recipe, made).store) == PICTURES
 
 
@@ -317,7 +328,7 @@ def shards(folder: Path) -> dict[str, dict[str, bytes]]:
     }
 
 
-@pytest.mark.parametrize(("where", "name"), [(feature_shard, "save"), (os, "replace")])
+@pytest.mark.parametrize(("where", "name"), [(feature_store, "save"), (os, "replace")])
 @pytest.mark.parametrize("calls", [2, 4])
 def test_a_kill_loses_at_most_one_shard(
     where: ModuleType,
@@ -356,13 +367,6 @@ def test_a_kill_loses_at_most_one_shard(
     assert sum(looks) <= PICTURES - 2 * len(before) + 1  # the bad picture may be in any of them
 
 
-def test_shards_are_written_when_they_are_large(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_store, "SHARD_BYTES", 3 * tiny.NUM_IMAGE_TOKENS * 32 * 4)  # of three pictures
-    store = cached(recipe_of(tmp_path / "run", source), prepared()).store
-    assert len(list(store.folder.glob("*.safetensors"))) == 4  # one of them for the bad picture, if it came last
-    assert len(store) == PICTURES
-
-
 def test_anew_looks_through_everything_again(source: Path, tmp_path: Path, looks: list[int]) -> None:
     made, recipe = prepared(), recipe_of(tmp_path / "run", source)
     _, counts = compute_features(recipe, made, processes(), lambda *_: None)
@@ -384,7 +388,7 @@ def test_a_picture_that_was_not_looked_at_is_told_with_the_cure(source: Path, tm
 def test_a_picture_there_was_no_memory_for_is_not_bad_and_is_computed_later(
     told: str, workers: int, source: Path, tmp_path: Path, looks: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature_reading, "CHUNK", 1)
+    monkeypatch.setattr(features, "CHUNK", 1)
     made, recipe = prepared(), recipe_of(tmp_path / "run", source, workers=workers)
 
     def no_memory(record: Record, *arguments: Any) -> torch.Tensor:
@@ -397,12 +401,12 @@ def test_a_picture_there_was_no_memory_for_is_not_bad_and_is_computed_later(
             return pixel_values(record, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(feature_reading, "pixel_values", no_memory)
+        patch.setattr(features, "pixel_values", no_memory)
         with pytest.raises(DataError, match=rf"not enough memory for record \d+ of {source}$") as caught:
             cached(recipe, made)
     assert "the same command goes on" in caught.value.hint
     before = store_of(recipe, made)
-    assert len(before) == sum(looks) == 5 and not any("memory" in reason for reason in before.bad.values())
+    assert len(before) == sum(looks) == 5
     assert len(cached(recipe, made).store) == PICTURES == sum(looks)
 
 
@@ -423,26 +427,26 @@ def test_what_a_removed_shard_held_is_computed_again(
     assert looks == []
 
 
-def damaged(shard: Path, place: int) -> None:
-    content = bytearray(shard.read_bytes())
-    content[place] ^= 1
-    shard.write_bytes(content)
-
-
 def test_every_bit_that_flips_is_noticed(tmp_path: Path) -> None:
-    features = {"b": torch.arange(8.0).view(2, 4), "a": torch.zeros(2, 3, 2, dtype=torch.bfloat16)}
-    feature_shard.write_shard(tmp_path, [b"\1" * 32, b"\2" * 32], features, {"ff" * 32: "not a picture"})
+    rows = {"b": torch.arange(8.0).view(2, 4), "a": torch.zeros(2, 3, 2, dtype=torch.bfloat16)}
+    writer = feature_store.ShardWriter(tmp_path)
+    writer.add([b"\1" * 32, b"\2" * 32], rows)
+    writer.write()
     [shard] = tmp_path.glob("*.safetensors")
     whole = shard.read_bytes()
     for place in range(len(whole)):
         damaged(shard, place)
-        with pytest.raises(feature_shard.DamagedShardError, match="is damaged"):
-            feature_shard.open_shard(shard)[0].check()
+        list(feature_store.remove_damaged(tmp_path, thorough=True))
+        assert not shard.exists(), place
         shard.write_bytes(whole)
-    opened, digests, bad = feature_shard.open_shard(shard)
-    opened.check()
-    assert (digests.tobytes(), bad) == (b"\1" * 32 + b"\2" * 32, {b"\xff" * 32: "not a picture"})
-    assert all(torch.equal(row, features[name][1]) for name, row in opened.read(1).items())
+    list(feature_store.remove_damaged(tmp_path, thorough=True))
+    assert shard.exists()
+
+
+def damaged(shard: Path, place: int) -> None:
+    content = bytearray(shard.read_bytes())
+    content[place] ^= 1
+    shard.write_bytes(content)
 
 
 def test_a_shard_that_cannot_be_opened_is_computed_again_with_a_notice(
@@ -466,7 +470,9 @@ def test_a_damaged_picture_is_noticed_when_it_is_read_and_no_other(source: Path,
     store = cached(recipe, made).store
     [shard] = store.folder.glob("*.safetensors")
     digests = load_file(shard)["digests"].numpy()
-    damaged(shard, feature_shard.read_safetensors_header(shard)[0]["qformer_outputs"].start)
+    content = shard.read_bytes()
+    header_end = 8 + int.from_bytes(content[:8], "little")
+    damaged(shard, header_end + json.loads(content[8:header_end])["qformer_outputs"]["data_offsets"][0])
     with pytest.raises(StorageError, match=rf"{shard.name} is damaged"):
         store.read(digests[0].tobytes())
     for digest in digests[1:]:
@@ -474,35 +480,6 @@ def test_a_damaged_picture_is_noticed_when_it_is_read_and_no_other(source: Path,
     shard.unlink()
     with pytest.raises(StorageError, match=rf"{shard.name} is gone"):
         store.read(digests[1].tobytes())
-
-
-@pytest.mark.parametrize("calls", [1, 2])
-def test_a_kill_while_damage_is_mended_leaves_a_store_that_the_next_run_mends(
-    calls: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(feature_store, "SHARD_PICTURES", 4)
-    made, recipe = prepared(), recipe_of(tmp_path / "run", source)
-    folder = cached(recipe, made).store.folder
-    expected = shards(folder)
-    for shard in folder.glob("*.safetensors"):
-        shard.write_bytes(shard.read_bytes()[:-1])
-
-    def die() -> None:
-        real, left = os.replace, calls
-
-        def dying(*arguments: Any) -> None:
-            nonlocal left
-            left -= 1
-            if not left:
-                os.kill(os.getpid(), signal.SIGKILL)
-            real(*arguments)
-
-        monkeypatch.setattr(os, "replace", dying)
-        cached(recipe, made)
-
-    killed(die)
-    assert len(shards(folder)) == calls - 1
-    assert shards(cached(recipe, made).store.folder) == expected
 
 
 def scaled(made: Prepared, name: str) -> Prepared:
@@ -524,12 +501,12 @@ CHANGED: list[tuple[str, Callable[[], Prepared], dict[str, Any]]] = [
 def test_features_of_another_model_are_refused_with_both_named(
     what: str, other: Callable[[], Prepared], changes: dict[str, Any], source: Path, tmp_path: Path
 ) -> None:
-    first = fingerprint_of(recipe_of(tmp_path / "run", source), prepared(), processes())
-    second = fingerprint_of(recipe_of(tmp_path / "run", source, **changes), other(), processes())
+    first = run_fingerprint(recipe_of(tmp_path / "run", source), prepared(), processes())
+    second = run_fingerprint(recipe_of(tmp_path / "run", source, **changes), other(), processes())
     create_store(tmp_path / "store", first)
     before, now = (str(one.as_dict()[what])[:16] for one in (first, second))
     with pytest.raises(ConfigError, match=rf"{what} {before}, here {now}"):
-        FeatureStore.open(tmp_path / "store", second)
+        FeatureStore(tmp_path / "store", second)
     with pytest.raises(ConfigError, match="were made by something else"):
         create_store(tmp_path / "store", second)
     assert store_folder(first) != store_folder(second)
@@ -537,17 +514,17 @@ def test_features_of_another_model_are_refused_with_both_named(
 
 def test_features_of_another_preprocessing_are_refused(source: Path, tmp_path: Path) -> None:
     made, recipe = prepared(), recipe_of(tmp_path / "run", source)
-    create_store(tmp_path / "store", fingerprint_of(recipe, made, processes()))
+    create_store(tmp_path / "store", run_fingerprint(recipe, made, processes()))
     made.processor.image_processor.image_mean = (0.5, 0.5, 0.5)
     with pytest.raises(ConfigError, match=r'preprocessing .*0\.48145.*, here .*"image_mean": \[0\.5, 0\.5, 0\.5\]'):
-        FeatureStore.open(tmp_path / "store", fingerprint_of(recipe, made, processes()))
+        FeatureStore(tmp_path / "store", run_fingerprint(recipe, made, processes()))
 
 
 def test_what_learns_is_no_part_of_the_fingerprint(source: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path / "run", source)
     for trainable, name in [("language_projection", "language_projection.weight"), ("qformer", "query_tokens")]:
-        before = fingerprint_of(recipe, prepared(trainable), processes())
-        assert fingerprint_of(recipe, scaled(prepared(trainable), name), processes()) == before
+        before = run_fingerprint(recipe, prepared(trainable), processes())
+        assert run_fingerprint(recipe, scaled(prepared(trainable), name), processes()) == before
 
 
 def test_a_saved_model_has_the_same_fingerprint(source: Path, tmp_path: Path) -> None:
@@ -556,17 +533,15 @@ def test_a_saved_model_has_the_same_fingerprint(source: Path, tmp_path: Path) ->
     made.processor.save_pretrained(tmp_path / "model")
     model = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "model")
     processor = type(made.processor).from_pretrained(tmp_path / "model")
-    again = fingerprint_of(recipe, Prepared(model, processor, made.origin), processes())
-    assert again == fingerprint_of(recipe, made, processes())
+    again = run_fingerprint(recipe, Prepared(model, processor, made.origin), processes())
+    assert again == run_fingerprint(recipe, made, processes())
 
 
 def test_what_changes_every_time_is_refused(source: Path, tmp_path: Path) -> None:
     made = prepared()
-    for key, value in [("crop", True), ("photos", "photos")]:
-        data = {"photos": value} if key == "photos" else {"sources": [{"path": str(source)}], "crop": value}
-        recipe = recipe_of(tmp_path / "run", source, data=data)
-        with pytest.raises(ConfigError, match=r"stage only (crops it anew|draws new pictures) each time"):
-            cached(recipe, made)
+    recipe = recipe_of(tmp_path / "run", data={"sources": [{"path": str(source)}], "crop": True})
+    with pytest.raises(ConfigError, match="stage only crops it anew each time"):
+        cached(recipe, made)
     for norm in (m for m in made.model.model.vision_model.modules() if isinstance(m, torch.nn.LayerNorm)):
         norm.requires_grad_(True)
     with pytest.raises(ConfigError, match="the vision encoder learns"):
@@ -575,13 +550,13 @@ def test_what_changes_every_time_is_refused(source: Path, tmp_path: Path) -> Non
 
 def test_digests_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
     made, recipe = prepared(), recipe_of(tmp_path / "run", made_source(tmp_path / "source"))
-    fingerprint = fingerprint_of(recipe, made, processes())
+    fingerprint = run_fingerprint(recipe, made, processes())
     create_store(tmp_path / "store", fingerprint)
     digests = [b"\x00" * 8 + bytes([n]) * 24 for n in (3, 1, 2)]
     for number, digest in enumerate(digests):
         writer = feature_store.ShardWriter(tmp_path / "store")
         writer.add([digest], {"qformer_outputs": torch.full((1, 2, 2), float(number))})
         writer.write()
-    store = FeatureStore.open(tmp_path / "store", fingerprint)
+    store = FeatureStore(tmp_path / "store", fingerprint)
     assert [store.read(digest)["qformer_outputs"][0, 0].item() for digest in digests] == [0.0, 1.0, 2.0]
     assert b"\x00" * 32 not in store
