@@ -58,18 +58,19 @@ def import_weights(
     if not dry_run:
         _refuse_existing(output, overwrite=overwrite)
     quiet()
-    from minigpt4.weights.original.importing import OriginalFiles, import_original
+    from minigpt4.weights.original.importing import import_original
+    from minigpt4.weights.original.names import OriginalFiles
 
     given = {"vision": vision, "qformer": qformer, "language_model": language_model, "projection": projection}
     overrides = list(settings or [])
     if cfg_path is not None:
-        from minigpt4.weights.original.configs import read_original_yaml
-        from minigpt4.weights.original.run import find_files
+        from minigpt4.weights.original.prepare import find_files
+        from minigpt4.weights.original.yaml import read_original_yaml
 
         read = read_original_yaml(cfg_path, options or [])
         files = find_files(read, given, training=read.is_for_training)
         overrides = [*read.overrides, *overrides]
-        template = template or read.template
+        template = template or read.family.template
         for sentence in read.notes:
             note(sentence)
     elif options:
@@ -170,7 +171,7 @@ def from_the_original(
             return model, device, quantize
     quiet()
     from minigpt4.weights.folder import placement, quantization
-    from minigpt4.weights.original.run import chosen_device, prepare_original
+    from minigpt4.weights.original.prepare import chosen_device, prepare_original
 
     if cfg_path is None:
         device, notes = chosen_device(gpu_id, device)

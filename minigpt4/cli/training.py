@@ -74,7 +74,7 @@ def _from_the_original(cfg_path: Path, options: list[str], *, dry_run: bool) -> 
     quiet()
     from minigpt4.training.original import has_cuda, own_folder, recipe_from_original
     from minigpt4.training.recipe_yaml import is_recipe
-    from minigpt4.weights.original.configs import read_original_yaml
+    from minigpt4.weights.original.yaml import read_original_yaml
 
     if is_recipe(cfg_path):
         raise UsageError(f"{cfg_path} is a recipe, none of the original's YAML files", f"minigpt4 train {cfg_path}")
@@ -84,7 +84,7 @@ def _from_the_original(cfg_path: Path, options: list[str], *, dry_run: bool) -> 
     else:
         settings, notes = recipe_from_original(read, cuda=has_cuda(), check_files=True)
         if own_folder(read) is None:
-            from minigpt4.weights.original.run import prepare_original
+            from minigpt4.weights.original.prepare import prepare_original
 
             with parts_bar() as report:
                 found = prepare_original(cfg_path, options, report=report, training=True)

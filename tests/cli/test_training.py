@@ -13,8 +13,8 @@ from transformers.utils import logging as transformers_logging
 
 from minigpt4 import cli
 from minigpt4.training.recipe import Recipe, read_recipe
-from tests.training.original_yamls import write_tree
 from tests.weights.original import original_files
+from tests.weights.original.original_yamls import write_tree
 
 STAGE_1 = "train_configs/minigpt4_stage1_pretrain.yaml"
 STAGE_2 = "train_configs/minigpt4_stage2_finetune.yaml"

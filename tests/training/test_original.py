@@ -10,8 +10,8 @@ import yaml
 from minigpt4.errors import ConfigError
 from minigpt4.training.original import recipe_from_original
 from minigpt4.training.recipe import Recipe, SourcesData, read_recipe
-from minigpt4.weights.original.configs import read_original_yaml
-from tests.training.original_yamls import STAGE_1, STAGE_2, write_tree
+from minigpt4.weights.original.yaml import read_original_yaml
+from tests.weights.original.original_yamls import STAGE_1, STAGE_2, write_tree
 
 PROJECT = Path(__file__).resolve().parents[2]
 GOLDEN = PROJECT.parent / "shared/reference/tiny-original/configs"
@@ -344,7 +344,7 @@ def test_shards_that_a_range_leaves_out_are_refused(tree: Path) -> None:
         ("max_epoch: 4", "max_epoch: 0.5", "max_epoch", "is 0.5, expected a whole number from 1"),
         ("  max_epoch: 4", "  max_epoch: 4\n  accum_grad_iters: 6000", "accum_grad", "an epoch has 5000 batches"),
         ("output_dir: ", "job_name: ", "", "`run.output_dir` is missing"),
-        ("resume_ckpt_path: null", "resume_ckpt_path: c.pth", "resume_ckpt", "cannot go on from the original's"),
+        ("resume_ckpt_path: null", "resume_ckpt_path: c.pth", "resume_ckpt", "is 'c.pth', expected null"),
         ("evaluate: False", "evaluate: True", "evaluate", "is True, expected False"),
         ('["train"]', '["train", "val"]', "train_splits", "expected ['train']"),
         ('device: "cuda"', 'device: "tpu"', "device", "expected cuda or cpu"),
@@ -380,8 +380,8 @@ def test_what_a_recipe_cannot_say_is_refused_with_file_key_and_line(
         ("run.init_lr=.inf", "`run.init_lr` is inf, expected a finite number from 0"),
         ("run.warmup_lr=-.inf", "`run.warmup_lr` is -inf, expected a finite number"),
         ("run.weight_decay=.nan", "`run.weight_decay` is nan, expected a finite number from 0"),
-        ("datasets.cc_sbu_align.vis_processor.train.min_scale=0.2", "only the original's 0.5"),
-        ("datasets.cc_sbu_align.text_processor.train.name=blip_question", "expected blip_caption"),
+        ("datasets.cc_sbu_align.vis_processor.train.min_scale=0.2", "is 0.2, expected 0.5"),
+        ("datasets.cc_sbu_align.text_processor.train.name=blip_question", "expected 'blip_caption'"),
         ("datasets.cc_sbu_align.build_info.storage=data/{a,b}/x.tar", "expected a folder, a .tar or DIR/"),
         ("datasets.cc_sbu_align.build_info.storage=[a, b]", "expected a path"),
         ("datasets.cc_sbu_align.sample_ratio=0", "is 0 for every data set"),

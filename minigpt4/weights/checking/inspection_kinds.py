@@ -18,17 +18,21 @@ from minigpt4.weights.inventory import list_models
 from minigpt4.weights.llama.tokenizer import FAST_FILE, VOCABULARY_FILE, mended_ids, mended_tokenizer
 from minigpt4.weights.llama.version import EMBEDDINGS, tell_version
 from minigpt4.weights.original.names import LORA_NAMES, Kind
+from minigpt4.weights.original.names import QFORMER_FILE as BLIP2
+from minigpt4.weights.original.names import VISION_FILE as EVA
 from minigpt4.weights.original.plan import expected_shapes
 from minigpt4.weights.original.sizes import (
+    EVA_BLOCKS,
+    EVA_BLOCKS_USED,
+    FLAN_T5_WIDTHS,
     KNOWN_PROJECTIONS,
-    PUBLISHED_MERGED_TOKENS,
-    PUBLISHED_QFORMER_WIDTH,
+    MERGED_TOKENS,
+    MINIGPT_V2,
+    QFORMER_WIDTH,
     depth,
+    family_of,
 )
 
-EVA, BLIP2 = "eva_vit_g.pth", "blip2_pretrained_flant5xxl.pth"
-FLAN_T5_WIDTHS = {4096: "flan-t5-xxl", 2048: "flan-t5-xl"}
-PUBLISHED_BLOCKS = 40
 KIND_NAMES = {
     Kind.VISION: "vision encoder",
     Kind.QFORMER: "Q-Former",
@@ -128,10 +132,10 @@ def _vision(source: Source, found: Inspection) -> None:
     found.sizes = {"width": width, "blocks": blocks, "patch": patch, "pixels": grid * patch}
     found.fits = [
         f"a Q-Former that reads {width} numbers a token ({BLIP2})",
-        f"a projection without a Q-Former that reads {width * PUBLISHED_MERGED_TOKENS} numbers a token",
+        f"a projection without a Q-Former that reads {width * MERGED_TOKENS} numbers a token",
     ]
-    if blocks == PUBLISHED_BLOCKS:
-        found.notes.append("the original uses blocks 0 to 38 of the 40")
+    if blocks == EVA_BLOCKS:
+        found.notes.append(f"the original uses blocks 0 to {EVA_BLOCKS_USED - 1} of the {EVA_BLOCKS}")
 
 
 def _qformer(source: Source, found: Inspection) -> None:
@@ -174,10 +178,10 @@ def _checkpoint(source: Source, found: Inspection) -> None:
 
 def _reads_from(reads: int, with_qformer: bool | None) -> str:
     """Say which part gives a checkpoint's projection what it reads."""
-    encoder = f"a vision encoder {reads // PUBLISHED_MERGED_TOKENS} wide"
+    encoder = f"a vision encoder {reads // MERGED_TOKENS} wide"
     if with_qformer is False:
         return f"{encoder} ({EVA}), and no Q-Former"
-    if with_qformer is None and reads % PUBLISHED_MERGED_TOKENS == 0:
+    if with_qformer is None and reads % MERGED_TOKENS == 0:
         return f"a Q-Former {reads} wide ({BLIP2}), or {encoder} and no Q-Former: the file does not say which"
     return f"a Q-Former {reads} wide ({BLIP2})"
 
@@ -189,8 +193,8 @@ def _reads_qformer(reads: int, is_known: bool, config: Mapping[str, Any]) -> tup
     prompt = str(settings.get("prompt_template", ""))
     template = "llama-2" if "[INST]" in prompt else "vicuna-v0" if "###Human" in prompt else None
     if is_known:
-        with_qformer = reads == PUBLISHED_QFORMER_WIDTH
-        return with_qformer, template or ("vicuna-v0" if with_qformer else "llama-2")
+        with_qformer = reads == QFORMER_WIDTH
+        return with_qformer, template or family_of(has_qformer=with_qformer).template
     if settings:
         return bool(settings.get("has_qformer", True)), template
     return None, template
@@ -205,9 +209,13 @@ def _v2(source: Source, found: Inspection) -> None:
         "LoRA rank": source.shape(changes[0], 2)[0],
         "LoRA layers": len(changes),
     }
-    found.template = "minigpt-v2"
-    found.fits = ["Llama-2-chat 7B" if made == 4096 else f"a Llama-2-chat {made} wide", f"{EVA}, at 448 pixels"]
-    found.notes.append("this version of minigpt4 does not run MiniGPT-v2; a later one will")
+    found.template = MINIGPT_V2.template
+    found.fits = [
+        "Llama-2-chat 7B" if made == 4096 else f"a Llama-2-chat {made} wide",
+        f"{EVA}, at {MINIGPT_V2.image_size} pixels",
+    ]
+    if MINIGPT_V2.refusal:
+        found.notes.append(f"{MINIGPT_V2.name} {MINIGPT_V2.refusal}")
 
 
 def _language(source: Source, found: Inspection) -> None:
@@ -238,7 +246,7 @@ def _projections_for(width: int, template: str | None) -> list[str]:
     """Name the published checkpoints for a language model of this width."""
     fitting = []
     for (made, reads), (name, model) in KNOWN_PROJECTIONS.items():
-        with_qformer = reads == PUBLISHED_QFORMER_WIDTH
+        with_qformer = reads == QFORMER_WIDTH
         if made == width and (template is None or with_qformer == (template != "llama-2")):
             fitting.append(f"{name} ({model})")
     return fitting or [f"a projection that makes {width} numbers a token"]

@@ -1,11 +1,10 @@
 """The original's files into one model folder: vision encoder, Q-Former, language model, projection.
 
-Everything is checked from headers first (`plan`); then tensor after tensor is read, joined where the original
-keeps two, and written piece by piece: the model is never in memory. Interrupted, the same call goes on with the file it
-was at.
+Everything is checked from headers first (`plan`); then tensor after tensor is read, joined where the original keeps
+two, and written piece by piece: the model is never in memory. Interrupted, the same call goes on with the file it was
+at.
 """
 
-import json
 import math
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -23,17 +22,16 @@ from minigpt4.model import MiniGPT4Config
 from minigpt4.processing.image_processing_minigpt4 import MiniGPT4ImageProcessor
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from minigpt4.processing.prompts import template as template_named
+from minigpt4.text import read_json_object
 from minigpt4.weights.files.model_writer import SHARD_BYTES, Report, kept_note, write_model
 from minigpt4.weights.files.shard_files import PIECE_BYTES, Entry
 from minigpt4.weights.files.tensors import open_tensors
 from minigpt4.weights.llama.tokenizer import ORIGINAL_DIR, load_llama_tokenizer, mended_ids, mended_tokenizer
 from minigpt4.weights.llama.version import is_delta
-from minigpt4.weights.original.names import Kind, recognise
+from minigpt4.weights.original import names
+from minigpt4.weights.original.names import Kind, OriginalFiles
 from minigpt4.weights.original.plan import NORMS, POSITIONS, Plan, Source, Tensors, plan_import
-from minigpt4.weights.original.sizes import read_overrides
-
-FLAN_T5_XXL_WIDTH = 4096
-FLAN_T5_XL_WIDTH = 2048
+from minigpt4.weights.original.sizes import FLAN_T5_WIDTHS, MINIGPT_V2, family_of, read_overrides
 
 _FILES_OF = {
     "--vision": (Kind.VISION, Kind.HUB_BLIP2),
@@ -41,33 +39,6 @@ _FILES_OF = {
     "--language-model": (Kind.LANGUAGE_MODEL,),
     "--projection": (Kind.CHECKPOINT,),
 }
-
-
-@dataclass(frozen=True)
-class OriginalFiles:
-    """The files that make a model.
-
-    Args:
-        vision: `eva_vit_g.pth`, or a converted BLIP-2 folder, which holds the Q-Former too.
-        qformer: `blip2_pretrained_flant5xxl.pth`; None for a model without a Q-Former.
-        language_model: A LLaMA or Vicuna folder.
-        projection: `pretrained_minigpt4*.pth`; None leaves the projection new, for training.
-    """
-
-    vision: Path
-    language_model: Path
-    qformer: Path | None = None
-    projection: Path | None = None
-
-    def by_option(self) -> dict[str, Path]:
-        """List the files by the option that names them, in the order in which the original loads them."""
-        files = {
-            "--vision": self.vision,
-            "--qformer": self.qformer,
-            "--language-model": self.language_model,
-            "--projection": self.projection,
-        }
-        return {option: path for option, path in files.items() if path is not None}
 
 
 @dataclass
@@ -105,10 +76,10 @@ def import_original(
         files: What it is made of.
         overrides: `key=value` each, for what shapes cannot tell (`vision_config.num_attention_heads=2`).
         template: The prompt template; default `vicuna-v0`, or `llama-2` for a model without a Q-Former.
-        overwrite: Replace a model folder that stands there.
+        overwrite: Replace an existing model folder.
         dry_run: Check everything and write nothing.
         shard_bytes: Size of a weight file; a larger tensor has a file of its own.
-        report: Told how far the writing is.
+        report: Called with the progress of the writing.
 
     Raises:
         WeightsError: A file that is missing, damaged, of another kind, or that does not fit the others.
@@ -119,7 +90,7 @@ def import_original(
     sources = [_open(option, path) for option, path in files.by_option().items()]
     text_config, notes = _text_config(files.language_model)
     plan = plan_import(sources, text_config, wanted)
-    chosen = template or ("vicuna-v0" if plan.config.qformer_config is not None else "llama-2")
+    chosen = template or family_of(has_qformer=plan.config.qformer_config is not None).template
     tokenizer, mends = load_llama_tokenizer(files.language_model)
     _fit_tokenizer(plan.config, tokenizer, chosen, keeps_image_token="image_token_id" in wanted)
     imported = Imported(target, plan, chosen, [*plan.notes, *notes, *mends])
@@ -144,24 +115,26 @@ def _open(option: str, path: Path) -> Source:
     if not path.exists():
         raise WeightsError(f"{option} {path} does not exist", "check the path")
     tensors = open_tensors(path)
-    kind = recognise(set(tensors.names()))
-    if kind is Kind.MINIGPT_V2:
+    kind = names.recognise(set(tensors.names()))
+    wanted = " or ".join(kind.value for kind in _FILES_OF[option])
+    if kind is Kind.MINIGPT_V2 and MINIGPT_V2.refusal:
         raise WeightsError(
-            f"{path} is {kind.value}: it comes in a later version of minigpt4, with LoRA and pictures of 448 pixels",
+            f"{path} is {kind.value}, which {MINIGPT_V2.refusal}",
             "use a MiniGPT-4 checkpoint: pretrained_minigpt4.pth, prerained_minigpt4_7b.pth",
         )
     if kind is None:
         first = next(iter(tensors.names()), None)
         what = f"its first tensor is {first}" if first else "it holds no tensor"
-        raise WeightsError(
-            f"{path} is none of the original's files: {what}", f"expected for {option}: {_wanted(option)}"
-        )
+        raise WeightsError(f"{path} is none of the original's files: {what}", f"expected for {option}: {wanted}")
     if kind not in _FILES_OF[option]:
-        raise WeightsError(f"{option} {path} is {kind.value}, expected {_wanted(option)}", _other_option(kind))
-    if kind is Kind.HUB_BLIP2:
-        _check_hub_folder(path, tensors)
-    if kind is Kind.QFORMER:
-        _check_qformer(path, tensors)
+        fitting = next((f"give it as {other}" for other, kinds in _FILES_OF.items() if kind in kinds), "")
+        if kind is Kind.META:
+            fitting = "convert them first: minigpt4 weights from-meta"
+        raise WeightsError(
+            f"{option} {path} is {kind.value}, expected {wanted}", fitting or "give one of the original's files"
+        )
+    if kind in (Kind.QFORMER, Kind.HUB_BLIP2):
+        _check_made_for(path, tensors, kind)
     if kind is Kind.LANGUAGE_MODEL and is_delta(tensors):
         raise WeightsError(
             f"{option} {path} is a delta, the difference of two language models",
@@ -170,40 +143,26 @@ def _open(option: str, path: Path) -> Source:
     return Source(kind, path, tensors)
 
 
-def _wanted(option: str) -> str:
-    return " or ".join(kind.value for kind in _FILES_OF[option])
-
-
-def _other_option(kind: Kind) -> str:
-    if kind is Kind.META:
-        return "convert them first: minigpt4 weights from-meta"
-    fitting = next((option for option, kinds in _FILES_OF.items() if kind in kinds), "")
-    return f"give it as {fitting}" if fitting else "give one of the original's files"
-
-
-def _check_qformer(path: Path, tensors: Tensors) -> None:
-    """Refuse the Q-Formers of BLIP-2's other language models; each has weights of its own."""
-    names = tensors.names()
-    other = "OPT" if "opt_proj.weight" in names else ""
-    if "t5_proj.weight" in names and tensors.shape("t5_proj.weight")[0] == FLAN_T5_XL_WIDTH:
-        other = "flan-t5-xl"
-    if other:
+def _check_made_for(path: Path, tensors: Tensors, kind: Kind) -> None:
+    """Refuse the Q-Formers of BLIP-2's other language models, whose weights are others."""
+    wanted, width = FLAN_T5_WIDTHS[4096], 4096
+    if kind is Kind.QFORMER:
+        made_for = "OPT" if "opt_proj.weight" in tensors.names() else wanted
+        if "t5_proj.weight" in tensors.names():
+            made_for = FLAN_T5_WIDTHS.get(tensors.shape("t5_proj.weight")[0], wanted)
+        if made_for != wanted:
+            raise WeightsError(
+                f"the Q-Former in {path} was trained for {made_for}, MiniGPT-4's is the one for {wanted}",
+                f"use {names.QFORMER_FILE}",
+            )
+        return
+    text = _read_json(path / "config.json" if path.is_dir() else path.parent / "config.json").get("text_config") or {}
+    found = text.get("model_type", "opt"), text.get("d_model", text.get("hidden_size", "unknown"))
+    if found != ("t5", width):
         raise WeightsError(
-            f"the Q-Former in {path} was trained for {other}, MiniGPT-4's is the one for flan-t5-xxl",
-            "use blip2_pretrained_flant5xxl.pth",
-        )
-
-
-def _check_hub_folder(path: Path, tensors: Tensors) -> None:
-    """Refuse a converted BLIP-2 whose Q-Former is not that of flan-t5-xxl."""
-    config = _read_json(path / "config.json" if path.is_dir() else path.parent / "config.json")
-    text = config.get("text_config") or {}
-    kind, width = text.get("model_type", "opt"), text.get("d_model", text.get("hidden_size", "unknown"))
-    if (kind, width) != ("t5", FLAN_T5_XXL_WIDTH):
-        raise WeightsError(
-            f"the BLIP-2 folder {path} was trained for a {kind} language model {width} wide; MiniGPT-4 uses the "
-            f"Q-Former for flan-t5-xxl (t5, {FLAN_T5_XXL_WIDTH} wide), and each has other weights",
-            "use a BLIP-2 folder of flan-t5-xxl, or eva_vit_g.pth and blip2_pretrained_flant5xxl.pth",
+            f"the BLIP-2 folder {path} was trained for a {found[0]} language model {found[1]} wide; MiniGPT-4 uses the "
+            f"Q-Former for {wanted} (t5, {width} wide), and each has other weights",
+            f"use a BLIP-2 folder of {wanted}, or {names.VISION_FILE} and {names.QFORMER_FILE}",
         )
 
 
@@ -215,6 +174,12 @@ def _text_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
             "use a LLaMA or Vicuna folder in the transformers format",
         )
     return mended_ids(config, "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise WeightsError(f"{path} is missing", "fetch the folder again, with its small files")
+    return read_json_object(path, WeightsError, "fetch it again")
 
 
 def _fit_tokenizer(
@@ -248,7 +213,7 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _members(path: Path) -> list[Path]:
-    """List what a path stands for: itself, or the files of its folder."""
+    """List the files of a folder; a file is itself."""
     return [path] if path.is_file() else sorted(member for member in path.iterdir() if member.is_file())
 
 
@@ -305,24 +270,10 @@ def _small_files(
     plan: Plan, tokenizer: PreTrainedTokenizerBase, template: str, language_model: Path
 ) -> dict[str, bytes]:
     """Make the files beside the weights, by their path in the model folder."""
-    with tempfile.TemporaryDirectory(prefix="minigpt4-import-") as scratch:
-        _write_rest(plan, tokenizer, template, Path(scratch))
-        paths = sorted(path for path in Path(scratch).rglob("*") if path.is_file())
-        files = {path.relative_to(scratch).as_posix(): path.read_bytes() for path in paths}
-    own = mended_tokenizer(language_model).files
-    return files | {f"{ORIGINAL_DIR}/{name}": content for name, content in own.items()}
-
-
-def _write_rest(plan: Plan, tokenizer: PreTrainedTokenizerBase, template: str, folder: Path) -> None:
     config = plan.config
     config.architectures = ["MiniGPT4ForConditionalGeneration"]
     config.dtype = plan.dtype("model.language_model.embed_tokens.weight")
-    config.save_pretrained(folder)
-    GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    ).save_pretrained(folder)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     size = config.vision_config.image_size
     processor = MiniGPT4Processor(
         MiniGPT4ImageProcessor(size={"height": size, "width": size}),
@@ -331,16 +282,10 @@ def _write_rest(plan: Plan, tokenizer: PreTrainedTokenizerBase, template: str, f
         image_token=str(tokenizer.convert_ids_to_tokens(config.image_token_id)),
         template=template,
     )
-    processor.save_pretrained(folder)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path} is missing", "fetch the folder again, with its small files") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} cannot be read as JSON", "fetch it again") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds no keys", "fetch it again")
-    return content
+    with tempfile.TemporaryDirectory(prefix="minigpt4-import-") as scratch:
+        for part in (config, GenerationConfig(**ids), processor):
+            part.save_pretrained(scratch)
+        paths = sorted(path for path in Path(scratch).rglob("*") if path.is_file())
+        files = {path.relative_to(scratch).as_posix(): path.read_bytes() for path in paths}
+    own = mended_tokenizer(language_model).files
+    return files | {f"{ORIGINAL_DIR}/{name}": content for name, content in own.items()}

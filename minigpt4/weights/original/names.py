@@ -1,11 +1,11 @@
-"""What the original's files call their tensors and what this package calls them, both ways.
+"""The original's names of files and tensors, and this package's names of the same tensors, both ways.
 
-Four families: the vision encoder's file (`eva_vit_g.pth`), the state dict of a whole model or of part of one
-(`blip2_pretrained_flant5xxl.pth`, `pretrained_minigpt4*.pth`), a LLaMA folder, and a BLIP-2 folder of a hub. This
-module is strings and numbers only: it opens no file and knows no tensor.
+Four kinds of names: the vision encoder's file (`eva_vit_g.pth`), the state dict of a whole model or of part of one
+(`blip2_pretrained_flant5xxl.pth`, `pretrained_minigpt4*.pth`), a LLaMA folder, and a BLIP-2 folder of a hub. Strings
+only: no file is opened and no tensor is known.
 
-Known difference between the two sides: the original keeps a query bias and a value bias and builds the fused bias with
-zeros in its middle third; here the fused bias is one tensor, so a name here can stand for two names there.
+The original keeps a query bias and a value bias and builds the fused bias with zeros in its middle third; here the
+fused bias is one tensor, so a name here can stand for two names there.
 """
 
 import re
@@ -13,13 +13,17 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache, cached_property
+from pathlib import Path
 
+VISION_FILE = "eva_vit_g.pth"
+QFORMER_FILE = "blip2_pretrained_flant5xxl.pth"
+CHECKPOINT_FILE = "pretrained_minigpt4.pth"
 NUM_BLOCKS_MARK = "minigpt4_num_blocks"
 """An extra tensor in a vision file that this package wrote: how many blocks the model uses; the original skips it."""
 
 
 class Kind(Enum):
-    """What a file or folder is, told from the names in it; the value is how it is called in a sentence."""
+    """Kind of a file or folder, told from the names in it; the value is what it is called in a sentence."""
 
     VISION = "a vision encoder (EVA-ViT-g)"
     QFORMER = "a BLIP-2 Q-Former"
@@ -29,6 +33,33 @@ class Kind(Enum):
     MINIGPT_V2 = "a MiniGPT-v2 checkpoint"
     META = "Meta's own LLaMA files"
     OURS = "a model folder of minigpt4"
+
+
+@dataclass(frozen=True)
+class OriginalFiles:
+    """The files that make a model.
+
+    Args:
+        vision: `eva_vit_g.pth`, or a converted BLIP-2 folder, which holds the Q-Former too.
+        qformer: `blip2_pretrained_flant5xxl.pth`; None for a model without a Q-Former.
+        language_model: A LLaMA or Vicuna folder.
+        projection: `pretrained_minigpt4*.pth`; None leaves the projection new, for training.
+    """
+
+    vision: Path
+    language_model: Path
+    qformer: Path | None = None
+    projection: Path | None = None
+
+    def by_option(self) -> dict[str, Path]:
+        """List the files by the option that names them, in the order in which the original loads them."""
+        files = {
+            "--vision": self.vision,
+            "--qformer": self.qformer,
+            "--language-model": self.language_model,
+            "--projection": self.projection,
+        }
+        return {option: path for option, path in files.items() if path is not None}
 
 
 @dataclass(frozen=True)
@@ -46,7 +77,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Pair:
-    """Names that belong together: `#` stands for a number, `*` for any end of a name, the same on both sides."""
+    """Two names of one tensor: `#` is a number, `*` any end of a name, the same on both sides."""
 
     original: str
     ours: str

@@ -4,6 +4,7 @@ Every tensor of every file is used, known and ignored, or an error that names it
 comes from one file. Reads no tensor, so a plan for a model of any size takes seconds.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,35 +12,32 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from minigpt4.errors import ConfigError, WeightsError
 from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
-from minigpt4.weights.original.names import (
-    NAMES,
-    NUM_BLOCKS_MARK,
-    VISION_NAMES,
-    Kind,
-    to_original,
-    to_ours,
-    why_ignored,
-)
+from minigpt4.weights.original import names
+from minigpt4.weights.original.names import Kind
 from minigpt4.weights.original.sizes import (
-    KNOWN_PROJECTIONS,
-    PUBLISHED_BLOCKS,
-    PUBLISHED_MERGED_TOKENS,
-    PUBLISHED_VISION_WIDTH,
+    EVA_BLOCKS_USED,
+    EVA_WIDTH,
+    SECTIONS,
     Shape,
-    configuration,
+    config_values,
     depth,
+    reads_qformer,
+    refuse_misfit,
     refuse_untold_heads,
+    unknown_override,
 )
 
 POSITIONS = "model.vision_model.embeddings.position_embedding"
-PROJECTION = "model.language_projection.weight"
-PROJECTION_BIAS = "model.language_projection.bias"
-QUERIES = "model.query_tokens"
+PROJECTION = ("model.language_projection.weight", "model.language_projection.bias")
 NORMS = ("model.vision_model.post_layernorm.weight", "model.vision_model.post_layernorm.bias")
+QFORMER = ("model.qformer.", "model.query_tokens")
+
+_LIBRARY_ERRORS = (StrictDataclassError, ValueError, TypeError, KeyError, RuntimeError, ArithmeticError)
 
 
 class Tensors(Protocol):
@@ -60,13 +58,7 @@ class Tensors(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """One of the original's files or folders.
-
-    Args:
-        kind: What it is.
-        path: Where it lies.
-        tensors: What is in it.
-    """
+    """One of the original's files or folders."""
 
     kind: Kind
     path: Path
@@ -91,7 +83,6 @@ class Plan:
         shapes: Of every tensor to be written, by its name in a full model folder, in the model's order.
         parts: Where each comes from: one part, or the thirds of a bias whose middle is zero. Names without parts are
             new: the norm after the vision encoder, or the projection.
-        used: How many tensors of each file are used.
         ignored: Tensors that are known and not needed: file, name, reason.
         notes: Sentences for the user.
     """
@@ -99,7 +90,6 @@ class Plan:
     config: MiniGPT4Config
     shapes: dict[str, Shape] = field(default_factory=dict)
     parts: dict[str, list[Part]] = field(default_factory=dict)
-    used: Counter[Path] = field(default_factory=Counter)
     ignored: list[tuple[Path, str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -110,18 +100,19 @@ class Plan:
             return torch.float32
         return parts[0].source.tensors.dtype(parts[0].name)
 
-    def num_bytes(self, name: str) -> int:
-        """Return how many bytes a tensor will take."""
-        return int(torch.Size(self.shapes[name]).numel()) * self.dtype(name).itemsize
-
     @property
     def num_parameters(self) -> int:
         """Numbers in the model."""
-        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        return sum(map(math.prod, self.shapes.values()))
+
+    @property
+    def used(self) -> Counter[Path]:
+        """How many tensors of each file are used."""
+        return Counter(part.source.path for parts in self.parts.values() for part in parts)
 
 
 def plan_import(sources: Sequence[Source], text_config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Plan:
-    """Decide what an import will do.
+    """Decide what an import will do; no tensor is read.
 
     Args:
         sources: The files, in the order in which the original loads them: a later file's tensor replaces an earlier's.
@@ -134,11 +125,13 @@ def plan_import(sources: Sequence[Source], text_config: Mapping[str, Any], overr
     """
     collected = _Collected(sources, overrides)
     shapes = {name: _joined_shape(parts) for name, parts in collected.parts.items()}
-    has_qformer = _reads_qformer(shapes, sources)
+    files = {source.kind: source.path.name for source in sources}
+    has_qformer = reads_qformer(shapes, files)
     if not has_qformer:
-        _drop_qformer(collected, shapes)
-    config, notes = configuration(shapes, text_config, overrides, has_qformer=has_qformer)
-    _refuse_misfit(shapes, sources, config)
+        collected.drop_qformer(shapes)
+    values, notes = config_values(shapes, text_config, overrides, has_qformer=has_qformer)
+    config = _config(values, overrides)
+    refuse_misfit(shapes, files, has_qformer=has_qformer)
     plan = Plan(config, ignored=collected.ignored, notes=[*collected.notes, *notes])
     expected = expected_shapes(config)
     if config.tie_word_embeddings and "lm_head.weight" in collected.parts:
@@ -153,9 +146,9 @@ def plan_import(sources: Sequence[Source], text_config: Mapping[str, Any], overr
             plan.parts[name] = collected.parts[name]
         else:
             _check_may_be_new(name, sources, plan)
-    refuse_untold_heads(config, text_config, overrides)
-    for parts in plan.parts.values():
-        plan.used.update(part.source.path for part in parts)
+    sections = {section: getattr(config, section) for section in SECTIONS}
+    widths = {section: part.hidden_size for section, part in sections.items() if part is not None}
+    refuse_untold_heads(widths, text_config, overrides)
     return plan
 
 
@@ -168,39 +161,64 @@ def expected_shapes(config: MiniGPT4Config) -> dict[str, Shape]:
     try:
         with torch.device("meta"):
             model = MiniGPT4ForConditionalGeneration(config)
-    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-        raise ConfigError(
-            f"these settings make no model: {' '.join(str(error).split())[:300]}",
-            "what shapes cannot tell is given by --set, for example --set qformer_config.num_attention_heads=2",
-        ) from error
+    except _LIBRARY_ERRORS as error:
+        raise _no_model(error) from error
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
+def _config(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> MiniGPT4Config:
+    """Build a configuration, and refuse an override that the library would keep and never read."""
+    try:
+        config = MiniGPT4Config(**values)
+    except _LIBRARY_ERRORS as error:
+        raise _no_model(error) from error
+    for key, value in overrides.items():
+        if key not in SECTIONS:
+            known = [*MiniGPT4Config().to_dict(), *SECTIONS]
+            if key not in known:
+                raise unknown_override(key, known)
+        elif (part := getattr(config, key)) is not None:
+            known = [f"{key}.{name}" for name in type(part)().to_dict()]
+            for name in value:
+                if f"{key}.{name}" not in known:
+                    raise unknown_override(f"{key}.{name}", known)
+    return config
+
+
+def _no_model(error: Exception) -> ConfigError:
+    return ConfigError(
+        f"these settings make no model: {' '.join(str(error).split())[:300]}",
+        "what shapes cannot tell is given by --set, for example --set qformer_config.num_attention_heads=2",
+    )
+
+
 class _Collected:
-    """The tensors of all files under the names of this package."""
+    """The tensors of all files by this package's names."""
 
     def __init__(self, sources: Sequence[Source], overrides: Mapping[str, Any]) -> None:
         self.parts: dict[str, list[Part]] = {}
         self.ignored: list[tuple[Path, str, str]] = []
         self.notes: list[str] = []
         for source in sources:
-            blocks = _num_blocks(source, overrides) if source.kind is Kind.VISION else None
+            held = depth(dict.fromkeys(source.tensors.names(), ()), "blocks")
+            blocks = _num_blocks(source, held, overrides) if source.kind is Kind.VISION else held
             for name in source.tensors.names():
                 self._take(source, name, blocks)
-            if blocks is not None and blocks < depth(_bare_shapes(source), "blocks"):
-                last = depth(_bare_shapes(source), "blocks") - 1
-                self.notes.append(f"{source.path.name}: blocks 0 to {blocks - 1} are used, as the original does; "
-                                  f"block {last} is not")  # fmt: skip
+            if blocks < held:
+                self.notes.append(
+                    f"{source.path.name}: blocks 0 to {blocks - 1} are used, as the original does; block {held - 1} is "
+                    "not"
+                )
 
-    def _take(self, source: Source, name: str, blocks: int | None) -> None:
-        if (reason := why_ignored(source.kind, name)) is not None:
+    def _take(self, source: Source, name: str, blocks: int) -> None:
+        if (reason := names.why_ignored(source.kind, name)) is not None:
             self.ignored.append((source.path, name, reason))
             return
-        target = to_ours(source.kind, name)
+        target = names.to_ours(source.kind, name)
         if target is None:
             raise _no_place(source, name)
-        if blocks is not None and name.startswith("blocks.") and int(name.split(".")[1]) >= blocks:
+        if name.startswith("blocks.") and int(name.split(".")[1]) >= blocks:
             self.ignored.append((source.path, name, "the original reads the output of the block before it"))
             return
         kept = [] if target.third is None else [
@@ -212,21 +230,29 @@ class _Collected:
         """Take a tensor out again."""
         self.ignored += [(part.source.path, part.name, reason) for part in self.parts.pop(name)]
 
+    def drop_qformer(self, shapes: dict[str, Shape]) -> None:
+        """Leave the Q-Former out for a checkpoint without one; the original loads neither its file nor its norm."""
+        unused = [
+            name
+            for name, parts in self.parts.items()
+            if name.startswith(QFORMER) or (name in NORMS and parts[0].source.kind in (Kind.QFORMER, Kind.HUB_BLIP2))
+        ]
+        for name in unused:
+            self.ignore(name, "this model has no Q-Former, and the original does not load its file")
+            del shapes[name]
+        if unused:
+            self.notes.append("the checkpoint is for a model without a Q-Former; the Q-Former given is left out")
 
-def _num_blocks(source: Source, overrides: Mapping[str, Any]) -> int:
-    """Tell how many blocks of a vision file are used: all but the last, as of the published file's 40."""
+
+def _num_blocks(source: Source, held: int, overrides: Mapping[str, Any]) -> int:
+    """Return how many blocks of a vision file are used: all but the last, unless file or user say otherwise."""
     chosen = overrides.get("vision_config", {}).get("num_hidden_layers")
-    held = depth(_bare_shapes(source), "blocks")
     if isinstance(chosen, int):
         return chosen
-    if NUM_BLOCKS_MARK in source.tensors.names():
-        return int(source.tensors.read(NUM_BLOCKS_MARK))
-    width = _bare_shapes(source).get("cls_token", (0,))[-1]
-    return PUBLISHED_BLOCKS if width == PUBLISHED_VISION_WIDTH else held - 1
-
-
-def _bare_shapes(source: Source) -> dict[str, Shape]:
-    return {name: tuple(source.tensors.shape(name)) for name in source.tensors.names()}
+    if names.NUM_BLOCKS_MARK in source.tensors.names():
+        return int(source.tensors.read(names.NUM_BLOCKS_MARK))
+    width = source.tensors.shape("cls_token")[-1] if "cls_token" in source.tensors.names() else 0
+    return EVA_BLOCKS_USED if width == EVA_WIDTH else held - 1
 
 
 def _joined_shape(parts: Sequence[Part]) -> Shape:
@@ -234,89 +260,15 @@ def _joined_shape(parts: Sequence[Part]) -> Shape:
     return shape if parts[0].third is None else (3 * shape[0], *shape[1:])
 
 
-def _reads_qformer(shapes: Mapping[str, Shape], sources: Sequence[Source]) -> bool:
-    """Tell whether the projection reads a Q-Former's output: by its width; without a projection, by what is there."""
-    given = QUERIES in shapes
-    if PROJECTION not in shapes:
-        return given
-    reads = shapes[PROJECTION][1]
-    if given and reads == shapes[QUERIES][-1]:
-        return True
-    merged = shapes["model.vision_model.embeddings.class_embedding"][-1] * PUBLISHED_MERGED_TOKENS
-    if reads == merged:
-        return False
-    checkpoint = next(source.path.name for source in sources if source.kind is Kind.CHECKPOINT)
-    if not given:
-        raise WeightsError(
-            f"the projection in {checkpoint} reads {reads} numbers a token, a Q-Former's output, and there is none",
-            "add --qformer blip2_pretrained_flant5xxl.pth",
-        )
-    raise WeightsError(
-        f"the projection in {checkpoint} reads {reads} numbers a token; the Q-Former gives {shapes[QUERIES][-1]}, and "
-        f"without it the vision encoder gives {merged}",
-        _fitting(shapes.get("model.language_model.embed_tokens.weight", (0, 0))[-1], shapes[QUERIES][-1]),
-    )
-
-
-def _drop_qformer(collected: _Collected, shapes: dict[str, Shape]) -> None:
-    """Leave the Q-Former out for a checkpoint without one; the original does not load its file, nor the norm in it."""
-    unused = [
-        name
-        for name, parts in collected.parts.items()
-        if name.startswith(("model.qformer.", QUERIES))
-        or (name in NORMS and parts[0].source.kind in (Kind.QFORMER, Kind.HUB_BLIP2))
-    ]
-    for name in unused:
-        collected.ignore(name, "this model has no Q-Former, and the original does not load its file")
-        del shapes[name]
-    if unused:
-        collected.notes.append("the checkpoint is for a model without a Q-Former; the Q-Former given is left out")
-
-
-def _refuse_misfit(shapes: Mapping[str, Shape], sources: Sequence[Source], config: MiniGPT4Config) -> None:
-    """Refuse parts whose widths do not meet, with both widths and what would fit."""
-    vision, text = config.vision_config.hidden_size, config.text_config.hidden_size
-    names = {source.kind: source.path.name for source in sources}
-    read = shapes.get("model.qformer.encoder.layer.0.crossattention.attention.key.weight")
-    if config.qformer_config is not None and read and read[1] != vision:
-        raise WeightsError(
-            f"the Q-Former in {names.get(Kind.QFORMER, 'the folder')} reads {read[1]} numbers a token, "
-            f"the vision encoder gives {vision}",
-            "use the vision encoder that the Q-Former was trained with: eva_vit_g.pth",
-        )
-    if PROJECTION in shapes and shapes[PROJECTION][0] != text:
-        made, reads = shapes[PROJECTION]
-        raise WeightsError(
-            f"the projection in {names[Kind.CHECKPOINT]} makes {made} numbers a token{_made_for(made, reads)}, "
-            f"the language model in {names[Kind.LANGUAGE_MODEL]} reads {text}",
-            _fitting(text, reads),
-        )
-
-
-def _made_for(made: int, reads: int) -> str:
-    known = KNOWN_PROJECTIONS.get((made, reads))
-    return f" for {known[1]}" if known else ""
-
-
-def _fitting(text: int, reads: int) -> str:
-    """Name the published checkpoint for a language model."""
-    if (text, reads) in KNOWN_PROJECTIONS:
-        name, model = KNOWN_PROJECTIONS[text, reads]
-        return f"the checkpoint for this language model ({model}) is {name}"
-    return "use the checkpoint that was trained with this language model"
-
-
 def _check_shape(name: str, parts: Sequence[Part], expected: Shape, plan: Plan) -> None:
-    found = _joined_shape(parts)
-    source = parts[0].source
+    found, source = _joined_shape(parts), parts[0].source
     if parts[0].third is not None and [part.third for part in parts] != [0, 2]:
         lacking = "v_bias" if parts[0].third == 0 else "q_bias"
         raise _missing(source, f"{parts[0].name.rpartition('.')[0]}.{lacking}")
     if name == POSITIONS and found != expected and found[-1] == expected[-1]:
         before, after = (round((shape[1] - 1) ** 0.5) for shape in (found, expected))
         plan.notes.append(f"{source.path.name}: positions are interpolated from {before}x{before} to {after}x{after}")
-        return
-    if found != expected:
+    elif found != expected:
         raise WeightsError(
             f"tensor {parts[0].name} in {source.path.name} is {found}, expected {expected}",
             "the file is damaged or another model's, or a setting given for it does not fit",
@@ -324,29 +276,28 @@ def _check_shape(name: str, parts: Sequence[Part], expected: Shape, plan: Plan) 
 
 
 def _check_may_be_new(name: str, sources: Sequence[Source], plan: Plan) -> None:
-    """Refuse a model with holes; only what the original itself starts anew may be missing."""
+    """Refuse a model with holes; only what the original itself initializes may be missing."""
     if name in NORMS and plan.config.qformer_config is None:
         if name == NORMS[0]:
             plan.notes.append("no file holds the norm after the vision encoder; it is 1 and 0, as in the original")
         return
-    if name in (PROJECTION, PROJECTION_BIAS) and not any(source.kind is Kind.CHECKPOINT for source in sources):
-        if name == PROJECTION:
+    if name in PROJECTION and not any(source.kind is Kind.CHECKPOINT for source in sources):
+        if name == PROJECTION[0]:
             plan.notes.append("there is no checkpoint, so the projection is new: train it before asking anything")
         return
     source = next((source for source in reversed(sources) if _is_in(name, source.kind)), None)
     if source is None:
         raise WeightsError(f"no file holds tensor {name}", "name the file that does; --help lists the options")
-    pairs = VISION_NAMES if source.kind is Kind.VISION else NAMES[source.kind]
-    raise _missing(source, to_original(pairs, name)[0][0])
+    raise _missing(source, names.to_original(names.NAMES[source.kind], name)[0][0])
 
 
 def _is_in(name: str, kind: Kind) -> bool:
-    """Whether a file of this kind is where one would look for a tensor first."""
+    """Return whether a file of this kind is where one would look for a tensor first."""
     if kind is Kind.CHECKPOINT:
-        return name in (PROJECTION, PROJECTION_BIAS)
+        return name in PROJECTION
     if kind is Kind.QFORMER:
-        return name in NORMS or name.startswith(("model.qformer.", QUERIES))
-    return bool(to_original(NAMES[kind], name))
+        return name in NORMS or name.startswith(QFORMER)
+    return bool(names.to_original(names.NAMES[kind], name))
 
 
 def _missing(source: Source, name: str) -> WeightsError:

@@ -15,8 +15,9 @@ from minigpt4.weights.alignment import Origin, save_alignment
 from minigpt4.weights.files.atomic import verify_folder
 from minigpt4.weights.original import exporting
 from minigpt4.weights.original.exporting import export_original
-from minigpt4.weights.original.importing import OriginalFiles, import_original
-from minigpt4.weights.original.run import prepare_original
+from minigpt4.weights.original.importing import import_original
+from minigpt4.weights.original.names import OriginalFiles
+from minigpt4.weights.original.prepare import prepare_original
 from tests.weights.original import original_files
 
 HEADS = ["vision_config.num_attention_heads=2", "qformer_config.num_attention_heads=2"]

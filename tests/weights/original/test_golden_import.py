@@ -20,7 +20,8 @@ import minigpt4
 from minigpt4.processing.messages import Message
 from minigpt4.processing.text_encoding import TextEncoder
 from minigpt4.weights.original.exporting import export_original
-from minigpt4.weights.original.importing import OriginalFiles, import_original
+from minigpt4.weights.original.importing import import_original
+from minigpt4.weights.original.names import OriginalFiles
 
 REFERENCES = Path(__file__).resolve().parents[3].parent / "shared" / "reference"
 SETS = sorted(path.parent.parent for path in REFERENCES.glob("*/configs/tiny_dims.json"))
@@ -377,7 +378,7 @@ def test_second_versions_files_are_recognised_and_refused(reference: Path, tmp_p
     own = reference / "v2/weights"
     for name in ("minigptv2_checkpoint.pth", "minigptv2_checkpoint_with_ln_vision.pth"):
         given = OriginalFiles(own / "eva_vit_g.pth", own / "llama2-chat", None, own / name)
-        with pytest.raises(minigpt4.MiniGPT4Error, match="MiniGPT-v2 checkpoint: it comes in a later version"):
+        with pytest.raises(minigpt4.MiniGPT4Error, match="MiniGPT-v2 checkpoint, which comes in a later version"):
             import_original(tmp_path / "model", given)
     assert not (tmp_path / "model").exists()
 

@@ -12,8 +12,8 @@ import torch
 
 import minigpt4
 from minigpt4.weights.original.exporting import export_original
-from minigpt4.weights.original.importing import Imported, OriginalFiles, import_original
-from minigpt4.weights.original.names import STATE_DICT_NAMES, Kind, to_original, to_ours, why_ignored
+from minigpt4.weights.original.importing import Imported, import_original
+from minigpt4.weights.original.names import STATE_DICT_NAMES, Kind, OriginalFiles, to_original, to_ours, why_ignored
 from tests.weights.original.test_golden_import import SETS, files, golden, imported, settings
 
 pytestmark = [

@@ -17,7 +17,8 @@ import minigpt4
 from minigpt4.errors import MiniGPT4Error, PromptError, StorageError, WeightsError
 from minigpt4.weights.files.atomic import verify_folder
 from minigpt4.weights.original.exporting import export_original
-from minigpt4.weights.original.importing import OriginalFiles, import_original, interpolated_positions
+from minigpt4.weights.original.importing import import_original, interpolated_positions
+from minigpt4.weights.original.names import OriginalFiles
 from tests.weights.original import original_files
 from tests.weights.original.original_files import SMALL
 
@@ -214,7 +215,7 @@ def change_config(parts: dict[str, Path], **values: Any) -> None:
         pytest.param(
             lambda parts: torch.save(original_files.drawn(original_files.second_version(SMALL, 2), 1),
                                      parts["projection"]),
-            "MiniGPT-v2 checkpoint: it comes in a later version", "pretrained_minigpt4.pth", id="second version",
+            "MiniGPT-v2 checkpoint, which comes in a later version", "pretrained_minigpt4.pth", id="second version",
         ),
         pytest.param(
             lambda parts: torch.save({"weight": torch.ones(2)}, parts["projection"]),
@@ -330,7 +331,8 @@ MOST_BEYOND_THE_LIBRARIES = 300 * 2**20
 MEASURED = """
 import sys, threading, time
 from pathlib import Path
-from minigpt4.weights.original.importing import OriginalFiles, import_original
+from minigpt4.weights.original.importing import import_original
+from minigpt4.weights.original.names import OriginalFiles
 target, *paths = map(Path, sys.argv[1:5])
 def own():
     return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('RssAnon')) * 1024

@@ -17,7 +17,8 @@ import pytest
 from minigpt4.errors import MiniGPT4Error
 from minigpt4.weights.files.atomic import verify_folder
 from minigpt4.weights.files.model_writer import kept_note
-from minigpt4.weights.original.importing import Imported, OriginalFiles, import_original
+from minigpt4.weights.original.importing import Imported, import_original
+from minigpt4.weights.original.names import OriginalFiles
 from tests.weights.files.faults import Fault
 from tests.weights.original import original_files
 

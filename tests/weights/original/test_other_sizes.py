@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import minigpt4
-from minigpt4.weights.original.importing import OriginalFiles, import_original
+from minigpt4.weights.original.importing import import_original
+from minigpt4.weights.original.names import OriginalFiles
 from tests.weights.original.original_files import SMALL, Sizes, write
 from tests.weights.original.plain_forward import image_embeddings, language_logits, vision_tokens
 

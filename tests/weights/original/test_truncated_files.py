@@ -10,9 +10,9 @@ import torch
 from minigpt4.errors import MiniGPT4Error
 from minigpt4.weights.files.tensors import open_tensors
 from minigpt4.weights.llama.meta import from_meta
-from minigpt4.weights.original.configs import read_original_yaml
 from minigpt4.weights.original.importing import import_original
-from minigpt4.weights.original.run import find_files
+from minigpt4.weights.original.prepare import find_files
+from minigpt4.weights.original.yaml import read_original_yaml
 from tests.weights.original import original_files
 
 HEADS = ["vision_config.num_attention_heads=2", "qformer_config.num_attention_heads=2"]

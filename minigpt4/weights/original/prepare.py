@@ -1,7 +1,7 @@
-"""From one of the original's YAML files to a model folder that can be loaded: find the files, import them once.
+"""A model folder from one of the original's YAML files: its files found, and imported once.
 
-Paths in a YAML resolve against its own folder, then the working directory, then the folder above (the root of an
-original tree, from which the original is started). The imported folder lies in the cache, named by what it was made of.
+Paths in a YAML count from its own folder, then from the working directory, then from the folder above (the root of an
+original tree, where the original is started). The imported folder is in the cache, named by what it was made of.
 """
 
 import hashlib
@@ -16,10 +16,9 @@ import torch
 from minigpt4.errors import ConfigError, MiniGPT4Error
 from minigpt4.weights.files.atomic import lock, make_folder, verify_folder
 from minigpt4.weights.files.model_writer import Report
-from minigpt4.weights.original.configs import OriginalYaml, read_original_yaml
-from minigpt4.weights.original.exporting import QFORMER_FILE, VISION_FILE
-from minigpt4.weights.original.importing import OriginalFiles, import_original
-from minigpt4.weights.original.paths import candidates, is_placeholder
+from minigpt4.weights.original.importing import import_original
+from minigpt4.weights.original.names import QFORMER_FILE, VISION_FILE, OriginalFiles
+from minigpt4.weights.original.yaml import OriginalYaml, is_placeholder, read_original_yaml
 from minigpt4.weights.parts import home
 
 FORMAT = "1"
@@ -35,22 +34,18 @@ _KEYS = {
     "--projection": "model.ckpt",
     "--set ": "--options model.",
 }
-"""What names the same in a YAML as an option of `weights import` does."""
-
-DEFAULT_GENERATION = {"max_new_tokens": 300, "num_beams": 1}
-"""What the original's demo asks for."""
+"""The keys of a YAML that name the same as an option of `weights import`."""
 
 
 @dataclass(frozen=True)
 class OriginalModel:
-    """A model that one of the original's YAML files names, ready to be loaded.
+    """A model that one of the original's YAML files names.
 
     Args:
         folder: A full model folder in the cache.
         device: For `load`.
         quantize: For `load`.
         template: Name of the prompt template.
-        generation: The original demo's generation options.
         notes: Sentences for the user.
     """
 
@@ -58,7 +53,6 @@ class OriginalModel:
     device: str
     quantize: str
     template: str
-    generation: dict[str, int] = field(default_factory=lambda: dict(DEFAULT_GENERATION))
     notes: list[str] = field(default_factory=list)
 
 
@@ -78,7 +72,7 @@ def prepare_original(
         options: `key=value` each, as after the original's `--options`.
         gpu_id: The original's `--gpu-id`; None where it was not given.
         device: Where to run when there is no `gpu_id`.
-        report: Told how far an import is.
+        report: Called with the progress of an import.
         training: The model is to be trained: it needs no checkpoint, and keys of training are not said to be ignored.
 
     Raises:
@@ -88,30 +82,31 @@ def prepare_original(
     """
     read = read_original_yaml(cfg_path, options)
     files = find_files(read, training=training)
-    chosen, notes = chosen_device(gpu_id, device)
+    chosen, device_notes = chosen_device(gpu_id, device)
     quantize = "none"
     if read.value("low_resource", False):
         quantize, sentence = low_resource(chosen)
-        notes.append(sentence)
-    said = [] if training else read.notes
+        device_notes.append(sentence)
+    template = read.family.template
+    notes = [] if training else list(read.notes)
     target = home() / "models" / f"original-{_digest(files, read)}"
     make_folder(target.parent)
     with lock(target):  # all processes of a training run come here at once: the first imports
         if target.exists():
             verify_folder(target, deep=False)
-            return OriginalModel(target, chosen, quantize, read.template, notes=[*said, *notes])
-        try:
-            imported = import_original(
-                target, files, overrides=read.overrides, template=read.template, overwrite=True, report=report
-            )
-        except MiniGPT4Error as error:
-            raise type(error)(_by_key(error.message), _by_key(error.hint)) from error
-    made = [_by_key(note) for note in imported.notes]
-    return OriginalModel(target, chosen, quantize, read.template, notes=[*said, *made, *notes])
+        else:
+            try:
+                imported = import_original(
+                    target, files, overrides=read.overrides, template=template, overwrite=True, report=report
+                )
+            except MiniGPT4Error as error:
+                raise type(error)(_by_key(error.message), _by_key(error.hint)) from error
+            notes += map(_by_key, imported.notes)
+    return OriginalModel(target, chosen, quantize, template, [*notes, *device_notes])
 
 
 def _by_key(text: str) -> str:
-    """Name what `weights import` takes as options by the YAML's keys, which are all that was given."""
+    """Replace the options of `weights import` by the YAML's keys, which are all that was given."""
     for option, key in _KEYS.items():
         text = text.replace(option, key)
     return text
@@ -131,31 +126,24 @@ def find_files(
         ConfigError: A placeholder, a path that leads nowhere, or a key that is missing.
     """
     known = {name: path for name, path in (given or {}).items() if path is not None}
-    language_model = known.get("language_model") or _named(
-        read, "llama_model", "the folder of Vicuna or LLaMA", folder=True
-    )
+    language_model = known.get("language_model") or _named(read, "llama_model", "the folder of Vicuna or LLaMA")
     projection = known.get("projection")
     if projection is None and (not training or read.value("ckpt")):
         projection = _named(read, "ckpt", "pretrained_minigpt4.pth or prerained_minigpt4_7b.pth")
     beside = [language_model, language_model.parent, *([projection.parent] if projection else [])]
-    qformer = known.get("qformer") or _qformer(read, beside)
-    vision = known.get("vision") or _vision(read, [*beside, *([qformer.parent] if qformer else [])])
+    qformer = known.get("qformer")
+    if qformer is None and read.value("has_qformer", True):
+        named = str(read.value("q_former_model", ""))
+        if named and not named.startswith(("http://", "https://")):
+            qformer = _named(read, "q_former_model", QFORMER_FILE)
+        else:
+            qformer = _downloaded(read, PurePosixPath(named).name or QFORMER_FILE, "q_former_model", beside)
+    vision = known.get("vision")
+    if vision is None and read.value("vit_model", KNOWN_VISION) != KNOWN_VISION:
+        vision = _named(read, "vit_model", VISION_FILE)
+    elif vision is None:
+        vision = _downloaded(read, VISION_FILE, "vit_model", [*beside, *([qformer.parent] if qformer else [])])
     return OriginalFiles(vision, language_model, qformer, projection)
-
-
-def _qformer(read: OriginalYaml, beside: Sequence[Path]) -> Path | None:
-    if not read.value("has_qformer", True):
-        return None
-    named = str(read.value("q_former_model", ""))
-    if named and not named.startswith(("http://", "https://")):
-        return _named(read, "q_former_model", QFORMER_FILE)
-    return _downloaded(read, PurePosixPath(named).name or QFORMER_FILE, "q_former_model", beside)
-
-
-def _vision(read: OriginalYaml, beside: Sequence[Path]) -> Path:
-    if read.value("vit_model", KNOWN_VISION) == KNOWN_VISION:
-        return _downloaded(read, VISION_FILE, "vit_model", beside)
-    return _named(read, "vit_model", VISION_FILE)
 
 
 def chosen_device(gpu_id: int | None, device: str) -> tuple[str, list[str]]:
@@ -203,63 +191,51 @@ def _kind(device: str) -> str:
     return kind
 
 
-def _named(read: OriginalYaml, name: str, what: str, *, folder: bool = False) -> Path:
-    """Resolve a path in the section `model`."""
+def _named(read: OriginalYaml, name: str, what: str) -> Path:
+    """Resolve a path in the section `model`; the language model is a folder."""
     setting = read.model(name)
+    hint = f"put the path of {what} there, or add --options model.{name}=PATH"
     if setting is None or not setting.value:
         where = setting.place if setting is not None else str(read.path)
-        searched = f", and {_expected_defaults(read)} was not found near it" if read.defaults is None else ""
+        model = f"({read.value('arch')}, {read.value('model_type', 'no model_type')})"
+        searched = f", and the model's own YAML {model} was not found near it" if read.defaults is None else ""
         raise ConfigError(
             f"{where}: `model` gives no `{name}`{searched}",
             f"add `{name}:` with {what}, or --options model.{name}=PATH",
         )
     text = str(setting.value)
     if is_placeholder(text):
-        raise ConfigError(
-            f"{setting.place}: `{name}` is still the placeholder {text!r}",
-            f"put the path of {what} there, or add --options model.{name}=PATH",
-        )
-    for candidate in candidates(text, setting, read):
-        if candidate.is_dir() if folder else candidate.exists():
+        raise ConfigError(f"{setting.place}: `{name}` is still the placeholder {text!r}", hint)
+    candidates = read.candidates(text, setting)
+    for candidate in candidates:
+        if candidate.is_dir() if name == "llama_model" else candidate.exists():
             return candidate
-    tried = " nor ".join(dict.fromkeys(str(candidate.parent) for candidate in candidates(text, setting, read)))
-    raise ConfigError(
-        f"{setting.place}: `{name}` names {text!r}, which is neither in {tried}" if " nor " in tried
-        else f"{setting.place}: `{name}` names {text!r}, which does not exist",
-        f"put the path of {what} there, or add --options model.{name}=PATH",
-    )  # fmt: skip
-
-
-def _expected_defaults(read: OriginalYaml) -> str:
-    return f"the model's own YAML ({read.value('arch')}, {read.value('model_type', 'no model_type')})"
+    tried = " nor ".join(dict.fromkeys(str(candidate.parent) for candidate in candidates))
+    which = f"which is neither in {tried}" if " nor " in tried else "which does not exist"
+    raise ConfigError(f"{setting.place}: `{name}` names {text!r}, {which}", hint)
 
 
 def _downloaded(read: OriginalYaml, name: str, key: str, beside: Sequence[Path]) -> Path:
     """Find a file that the original downloads by itself: beside the others, or where the original keeps it."""
     root = read.path.absolute().parent
-    folders = [root, Path.cwd(), root.parent, *beside, _torch_hub() / "checkpoints"]
-    for folder in dict.fromkeys(folders):
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    hub = Path(os.environ.get("TORCH_HOME", cache / "torch")).expanduser() / "hub/checkpoints"
+    for folder in dict.fromkeys([root, Path.cwd(), root.parent, *beside, hub]):
         for candidate in (folder / name, folder / "weights" / name):
             if candidate.is_file():
                 return candidate
     raise ConfigError(
         f"{read.path}: {name}, which the original downloads by itself, is not here; looked beside the YAML, the other "
-        f"files and in {folders[-1]}",
+        f"files and in {hub}",
         f"download it and put it beside the checkpoint, or add --options model.{key}=PATH",
     )
 
 
-def _torch_hub() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return Path(os.environ.get("TORCH_HOME", cache / "torch")).expanduser() / "hub"
-
-
 def _digest(files: OriginalFiles, read: OriginalYaml) -> str:
     """Name an import by its files (path, size, time) and by what is not in them."""
-    lines = [FORMAT, read.template, *read.overrides]
+    lines = [FORMAT, read.family.template, *read.overrides]
     for path in files.by_option().values():
-        members = sorted(path.iterdir()) if path.is_dir() else [path]
-        for member in members:
+        for member in sorted(path.iterdir()) if path.is_dir() else [path]:
             if member.is_file():
                 seen = member.stat()
                 lines.append(f"{member.resolve()} {seen.st_size} {seen.st_mtime_ns}")

@@ -1,4 +1,4 @@
-"""The tutorial's two train YAMLs in an original tree, with data sets that are there."""
+"""The tutorial's YAMLs: to answer, to train, and the model's own; and an original tree with data sets."""
 
 import json
 from pathlib import Path
@@ -115,6 +115,34 @@ run:
   world_size: 1
   dist_url: "env://"
   distributed: True
+"""
+
+EVAL = """\
+model:
+  arch: mini_gpt4
+  model_type: pretrain_vicuna
+  freeze_vit: True
+  freeze_qformer: True
+  max_txt_len: 160
+  end_sym: "###"
+  low_resource: True
+  prompt_path: "prompts/alignment.txt"
+  prompt_template: '###Human: {} ###Assistant: '
+  ckpt: 'pretrained_minigpt4.pth'
+
+
+datasets:
+  cc_sbu_align:
+    vis_processor:
+      train:
+        name: "blip2_image_eval"
+        image_size: 224
+    text_processor:
+      train:
+        name: "blip_caption"
+
+run:
+  task: image_text_pretrain
 """
 
 MODEL = """\

@@ -5,107 +5,10 @@ from pathlib import Path
 import pytest
 
 from minigpt4.errors import ConfigError
-from minigpt4.weights.original.configs import read_original_yaml
+from minigpt4.weights.original.yaml import read_original_yaml
+from tests.weights.original.original_yamls import EVAL, MODEL, STAGE_1
 
-EVAL = """\
-model:
-  arch: mini_gpt4
-  model_type: pretrain_vicuna
-  freeze_vit: True
-  freeze_qformer: True
-  max_txt_len: 160
-  end_sym: "###"
-  low_resource: True
-  prompt_path: "prompts/alignment.txt"
-  prompt_template: '###Human: {} ###Assistant: '
-  ckpt: 'pretrained_minigpt4.pth'
-
-
-datasets:
-  cc_sbu_align:
-    vis_processor:
-      train:
-        name: "blip2_image_eval"
-        image_size: 224
-    text_processor:
-      train:
-        name: "blip_caption"
-
-run:
-  task: image_text_pretrain
-"""
-MODEL = """\
-model:
-  arch: mini_gpt4
-
-  # vit encoder
-  image_size: 224
-  drop_path_rate: 0
-  use_grad_checkpoint: False
-  vit_precision: "fp16"
-  freeze_vit: True
-  freeze_qformer: True
-
-  # Q-Former
-  num_query_token: 32
-
-  # Vicuna
-  llama_model: "vicuna"
-
-  # generation configs
-  prompt: ""
-
-preprocess:
-    vis_processor:
-        train:
-          name: "blip2_image_train"
-          image_size: 224
-        eval:
-          name: "blip2_image_eval"
-          image_size: 224
-    text_processor:
-        train:
-          name: "blip_caption"
-        eval:
-          name: "blip_caption"
-"""
-STAGE_1 = """\
-model:
-  arch: mini_gpt4
-  model_type: pretrain_vicuna
-
-datasets:
-  laion:
-    vis_processor:
-      train:
-        name: "blip2_image_train"
-        image_size: 224
-    sample_ratio: 115
-
-run:
-  task: image_text_pretrain
-  lr_sched: "linear_warmup_cosine_lr"
-  init_lr: 1e-4
-  min_lr: 8e-5
-  warmup_lr: 1e-6
-  weight_decay: 0.05
-  max_epoch: 4
-  iters_per_epoch: 5000
-  batch_size_train: 64
-  batch_size_eval: 64
-  num_workers: 4
-  warmup_steps: 5000
-  seed: 42
-  output_dir: "output/minigpt4_stage1_pretrain"
-  amp: True
-  resume_ckpt_path: null
-  evaluate: False
-  train_splits: ["train"]
-  device: "cuda"
-  world_size: 1
-  dist_url: "env://"
-  distributed: True
-"""
+VICUNA = "/path/to/vicuna/weights/"
 
 
 @pytest.fixture
@@ -127,11 +30,11 @@ def write(folder: Path, text: str) -> Path:
 def test_models_own_yaml_is_found_in_the_tree_and_the_named_one_goes_before_it(tree: Path) -> None:
     read = read_original_yaml(tree / "eval_configs/minigpt4_eval.yaml", ["model.num_query_token=8"])
     assert read.defaults == tree / "minigpt4/configs/models/minigpt4.yaml"
-    assert (read.value("llama_model"), read.value("ckpt")) == ("vicuna", "pretrained_minigpt4.pth")
+    assert (read.value("llama_model"), read.value("ckpt")) == (VICUNA, "pretrained_minigpt4.pth")
     assert read.value("num_query_token") == 8
     assert read.value("low_resource") is True
     assert read.overrides == ["vision_config.image_size=224", "num_query_tokens=8"]
-    assert read.template == "vicuna-v0"
+    assert read.family.template == "vicuna-v0"
     assert not read.is_for_training
 
 
@@ -149,7 +52,7 @@ def test_every_key_is_used_or_said_to_be_ignored(tree: Path) -> None:
 
 def test_model_yaml_can_be_named_itself(tree: Path) -> None:
     read = read_original_yaml(tree / "minigpt4/configs/models/minigpt4.yaml", ["model.ckpt=here.pth"])
-    assert (read.value("llama_model"), read.value("ckpt")) == ("vicuna", "here.pth")
+    assert (read.value("llama_model"), read.value("ckpt")) == (VICUNA, "here.pth")
     assert read.defaults is None
 
 
@@ -174,7 +77,7 @@ def test_prompt_is_that_of_the_demo_for_this_model_type(
     model_type: str, arch: str, template: str, tmp_path: Path
 ) -> None:
     read = read_original_yaml(write(tmp_path, f"model:\n  arch: {arch}\n  model_type: {model_type}\n"))
-    assert read.template == template
+    assert read.family.template == template
 
 
 def test_what_shapes_cannot_tell_may_stand_in_the_yaml_or_among_the_options(tmp_path: Path) -> None:
