@@ -35,11 +35,11 @@ SPRITE_SETS := @lobehub/fluent-emoji-3d@1.1.0 @iconify-json/noto@1.2.9 @iconify-
 DATA ?= data
 
 nano: build/sprites ## train the default model's alignment; DATA is the folder of photographs
-	$(PYTHON) -m minigpt4 train recipes/nano.yaml \
-		--set data.photos=$(DATA)/photos-train --set data.backgrounds=$(DATA)/photos-background
+	$(PYTHON) -m nano.train nano/recipe.yaml \
+		--set mixture.photos=$(DATA)/photos-train --set mixture.backgrounds=$(DATA)/photos-background
 
 build/sprites: ## named drawings out of emoji sets of the npm registry
 	mkdir -p build/npm
 	cd build/npm && npm pack --silent $(SPRITE_SETS)
-	$(PYTHON) -c "from pathlib import Path; from minigpt4.data.build.sprites import build_sprites; build_sprites(Path('build/npm'), Path('build/sprites.new'))"
+	$(PYTHON) -c "from pathlib import Path; from nano.sprites import build_sprites; build_sprites(Path('build/npm'), Path('build/sprites.new'))"
 	mv build/sprites.new build/sprites

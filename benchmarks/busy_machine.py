@@ -29,7 +29,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from minigpt4.data.build.scenes import draw_scene
+from nano.scenes.drawing import draw_scene
 
 WAYS = {"spin": {"GOMP_SPINCOUNT": "300000"}, "sleep": {}}
 TOLD = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")

@@ -27,7 +27,6 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from minigpt4.data.build.scenes import caption, draw_scene
 from minigpt4.data.examples import pixel_values
 from minigpt4.data.record import Record
 from minigpt4.data.sources.shards import index_folder
@@ -36,6 +35,7 @@ from minigpt4.processing.image_processing_minigpt4 import MiniGPT4ImageProcessor
 from minigpt4.training.feature_store import Fingerprint, ShardWriter
 from minigpt4.training.features import make_features
 from minigpt4.weights.folder import load
+from nano.scenes.drawing import caption, draw_scene
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/training.md"
 PUBLISHED = "eva-vit-g"

@@ -32,7 +32,6 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from minigpt4.data.build.scenes import caption, draw_scene
 from minigpt4.training.features import cached_pictures
 from minigpt4.training.objectives import TrainingStep
 from minigpt4.training.preparing import Prepared, prepare_model
@@ -40,6 +39,7 @@ from minigpt4.training.processes import processes
 from minigpt4.training.recipe import Recipe
 from minigpt4.training.stage_data import stage_data
 from minigpt4.training.update import PRECISIONS, Updater, make_optimizer
+from nano.scenes.drawing import caption, draw_scene
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 """How far losses may lie apart, of their size."""

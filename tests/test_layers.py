@@ -92,6 +92,8 @@ def import_violations(tree: ast.Module, module: str) -> Iterator[str]:
             imported = unit(rest) if unit(rest) in LAYERS else "__init__"
             if imported != unit(module) and LAYERS[imported] >= LAYERS[unit(module)]:
                 yield f"line {line}: {unit(module)} may not import {name}, which is not below it"
+        if library == "nano":
+            yield f"line {line}: nano uses the package, not the package nano"
         if library in TORCH and TORCH_FREE & {module, unit(module)} and line not in never_run:
             yield f"line {line}: {module} must not import {library}"
         if library in HOMES and unit(module) not in HOMES[library]:
@@ -177,6 +179,7 @@ def test_every_module_is_read() -> None:
         ("cli.checking", "def doctor():\n    import torch.cuda"),
         ("processing.prompts", "from transformers import PreTrainedTokenizerBase"),
         ("errors", "import torch"),
+        ("training.run", "from nano.run import train"),
         ("inference.chat", "import fastapi"),
         ("evaluation.run", "from safetensors.torch import load_file"),
         ("inference.chat", "print('hello')"),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @app.command(
     epilog=examples(
-        "minigpt4 train recipes/nano.yaml --set output=runs/mine --set stages.0.steps=100",
+        "minigpt4 train recipes/nano-stage1.yaml --set output=runs/mine --set stages.0.steps=100",
         "minigpt4 train --cfg-path train_configs/minigpt4_stage1_pretrain.yaml --dry-run",
     )
 )

@@ -49,7 +49,7 @@ from minigpt4.training.memory import memory_for
 from minigpt4.training.preparing import Prepared, seeing_on
 from minigpt4.training.processes import by_the_main_process, summed
 from minigpt4.training.readers import read_ahead, readers_alive
-from minigpt4.training.recipe import NanoData, Recipe, SourcesData
+from minigpt4.training.recipe import Recipe
 from minigpt4.training.stage_data import RunSources, context_of, num_sample_places, source_batches, validation_batches
 from minigpt4.training.update import PRECISIONS, chosen_precision
 from minigpt4.weights.files.atomic import lock
@@ -201,7 +201,7 @@ def _stages(
     process, context = Process(0, here.num_processes), context_of(prepared.model)
     for number, stage in enumerate(recipe.stages):
         data = recipe.data_of(stage)
-        if not isinstance(data, SourcesData):
+        if data is None:
             raise TypeError("refused before")
         batches = source_batches(recipe, prepared.processor, number, stage, data, process, None, opened, context)
         yield stage.name, batches
@@ -446,9 +446,9 @@ def _refuse_what_changes(recipe: Recipe, model: MiniGPT4ForConditionalGeneration
         )
     for stage in recipe.stages:
         data = recipe.data_of(stage)
-        if isinstance(data, NanoData):
+        if data is None:
             raise ConfigError(
-                f"features: cache keeps what is seen in a picture, and stage {stage.name} draws new pictures each time",
+                "features: cache keeps what is seen in the pictures of data.sources, and the recipe has none",
                 hint="name data.sources, or set features=compute",
             )
         if data.crop:

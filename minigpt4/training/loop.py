@@ -9,7 +9,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ from minigpt4.training.checkpoint import (
 )
 from minigpt4.training.finite import check_moments, check_trained
 from minigpt4.training.memory import memory_for
-from minigpt4.training.objectives import TrainingStep
+from minigpt4.training.objectives import Objective, TrainingStep
 from minigpt4.training.processes import by_the_main_process, others_alive, spread
 from minigpt4.training.readers import read_ahead, readers_alive
 from minigpt4.training.recipe import Recipe, StageRecipe
@@ -121,6 +121,7 @@ class _Run:
     observer: Observer
     stop: StopRequest
     state: State
+    objectives: Mapping[str, Objective]
     written: tuple[int, int] | None = None
 
 
@@ -130,6 +131,7 @@ def train(
     batches: Batches,
     observer: Observer,
     processes: PartialState,
+    objectives: Mapping[str, Objective] | None = None,
 ) -> None:
     """Train a model in place, going on where an earlier run in `recipe.output` stopped.
 
@@ -139,6 +141,7 @@ def train(
         batches: Makes a stage's data set.
         observer: Who watches.
         processes: The processes of the run.
+        objectives: By the names of stages that have another objective than `language`.
 
     Raises:
         ConfigError: There is not enough memory for an update.
@@ -158,7 +161,8 @@ def train(
         going_on_later(), stop_requests(observer.told_to_stop) as stop, others_alive(processes), readers_alive(),
     ):  # fmt: skip
         by_the_main_process(lambda: _go_back_to(recipe, state), processes)
-        run = _Run(recipe, model, step, spread(step, recipe.parallel, processes), processes, observer, stop, state)
+        module = spread(step, recipe.parallel, processes)
+        run = _Run(recipe, model, step, module, processes, observer, stop, state, objectives or {})
         for number in range(state.stage, len(recipe.stages)):
             _train_stage(run, number, batches, found[0] if found and state.step else None)
     model.eval()
@@ -176,7 +180,7 @@ def _train_stage(run: _Run, number: int, batches: Batches, checkpoint: Path | No
     first = run.state.step
     if stage.threads:
         torch.set_num_threads(stage.threads)
-    run.step.objective = stage.objective
+    run.step.objective = run.objectives.get(stage.name)
     precision = PRECISIONS[chosen_precision(run.recipe, run.processes.device)]
     scaler = torch.amp.GradScaler(run.processes.device.type, enabled=precision is torch.float16)
     updater = Updater(run.module, make_optimizer(run.module, stage), scaler, stage, precision, run.processes)

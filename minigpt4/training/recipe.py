@@ -5,7 +5,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, overload
 
 from pydantic import (
     AfterValidator,
@@ -61,26 +61,6 @@ class _Section(BaseModel):
         if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
             raise ValueError("expected a number")
         return value
-
-
-class NanoData(_Section):
-    """The examples nano learns from, and in which proportion; see `minigpt4.data.nano_mixture`."""
-
-    photos: Place
-    backgrounds: Place | None = None
-    sprites: Place | None = None
-    share_photos: float = Field(0.4, ge=0, le=1)
-    share_imagined: float = Field(0.2, ge=0, le=1)
-    share_unsure: float = Field(0.04, ge=0, le=1)
-    share_second: float = Field(0.0, ge=0, le=1)
-
-    @model_validator(mode="after")
-    def _add_up(self) -> "NanoData":
-        if (total := self.share_photos + self.share_imagined + self.share_unsure) > 1 + 1e-9:
-            raise ValueError(
-                f"share_photos, share_imagined and share_unsure are {total:g} together, expected 1 at most"
-            )
-        return self
 
 
 class SourceRecipe(_Section):
@@ -158,7 +138,7 @@ class StageRecipe(_Section):
 
     Args:
         name: Of the stage; no other has it.
-        objective: One of `training.objectives`.
+        objective: `language`: the language model says the answers.
         steps: Updates of the weights; in the original's schedules `warmup_steps` and `steps_per_epoch` count batches.
         batch_size: Examples a process reads at once.
         accumulation: So many batches make one update.
@@ -189,7 +169,7 @@ class StageRecipe(_Section):
     """
 
     name: Name
-    objective: Literal["words", "language"] = "language"
+    objective: Literal["language"] = "language"
     steps: Count
     batch_size: Batch
     accumulation: Batch = 1
@@ -249,9 +229,9 @@ class Recipe(_Section):
         parallel: With several processes: each holds the whole model (`ddp`), or a part of it (`fsdp2`).
         features: `cache` keeps on disk what the frozen parts make of a picture, and needs uncropped pictures and a
             vision encoder of which nothing learns.
-        compat: `original` sets `ORIGINAL` in every stage; nano's own data reads of it what is of the optimizer.
+        compat: `original` sets `ORIGINAL` in every stage.
         report_to: Besides `metrics.jsonl`.
-        data: Where the examples come from.
+        data: Where the examples come from; None where a run is given its batches.
         validation: What else is looked at.
         stages: One after another.
         checkpoint_steps: A checkpoint after so many updates, and at a stage's end.
@@ -274,7 +254,7 @@ class Recipe(_Section):
     features: Literal["compute", "cache"] = "compute"
     compat: Literal["none", "original"] = "none"
     report_to: Annotated[list[Literal["tensorboard", "wandb"]], AfterValidator(different)] = Field(default_factory=list)
-    data: NanoData | SourcesData
+    data: SourcesData | None = None
     validation: ValidationRecipe | None = None
     stages: list[StageRecipe] = Field(min_length=1)
     checkpoint_steps: Count = 50
@@ -285,13 +265,10 @@ class Recipe(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _choose_what_the_data_is(cls, content: Any) -> Any:  # noqa: ANN401  (not validated yet)
-        """Pick the section by its keys, so that a complaint is about one kind of data and not about both."""
+    def _choose_as_the_original(cls, content: Any) -> Any:  # noqa: ANN401  (not validated yet)
         if not isinstance(content, dict):
             return content
         content = dict(content)
-        if isinstance(content.get("data"), dict):
-            content["data"] = read_data(content["data"])
         if content.get("compat") == "original" and isinstance(content.get("stages"), list):
             content["stages"] = [{**ORIGINAL, **s} if isinstance(s, dict) else s for s in content["stages"]]
         return content
@@ -310,23 +287,31 @@ class Recipe(_Section):
             raise ValueError(f"two stages have the name {twice[0]!r}")
         return stages
 
-    def data_of(self, stage: StageRecipe) -> NanoData | SourcesData:
+    def data_of(self, stage: StageRecipe) -> SourcesData | None:
         """Return where a stage's examples come from."""
-        return read_data({**self.data.model_dump(), **stage.data}) if stage.data else self.data
+        if self.data is None or not stage.data:
+            return self.data
+        return SourcesData.model_validate({**self.data.model_dump(), **stage.data})
 
 
-def read_data(content: dict[str, Any]) -> NanoData | SourcesData:
-    """Read a `data` section; nano's keys without `sources` tell the kinds apart."""
-    of_nano = "sources" not in content and not NanoData.model_fields.keys().isdisjoint(content)
-    return NanoData.model_validate(content) if of_nano else SourcesData.model_validate(content)
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
-def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+@overload
+def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe: ...
+
+
+@overload
+def read_recipe(path: Path, overrides: list[str] | None, kind: type[AnyRecipe]) -> AnyRecipe: ...
+
+
+def read_recipe(path: Path, overrides: list[str] | None = None, kind: type[Recipe] = Recipe) -> Recipe:
     """Read a recipe.
 
     Args:
         path: The YAML file; relative paths in it are taken from the working directory.
-        overrides: `key=value`, dotted (`data.photos=DIR`, `stages.0.steps=10`); the value is YAML.
+        overrides: `key=value`, dotted (`data.crop=false`, `stages.0.steps=10`); the value is YAML.
+        kind: A class with further sections, for a run that is given its batches.
 
     Raises:
         ConfigError: Not a file, not YAML, an unknown key or a wrong value, each with its place.
@@ -338,22 +323,24 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         )
     for override in overrides or []:
         set_value(content, override)
-    return make_recipe(content, path, [override.partition("=")[0] for override in overrides or []])
+    return make_recipe(content, path, [override.partition("=")[0] for override in overrides or []], kind)
 
 
-def make_recipe(content: dict[str, Any], origin: Path, overridden: Sequence[str] = ()) -> Recipe:
+def make_recipe(
+    content: dict[str, Any], origin: Path, overridden: Sequence[str] = (), kind: type[Recipe] = Recipe
+) -> Recipe:
     """Validate a recipe's content.
 
     Args:
         content: The keys.
         origin: The file they come from, for the complaint.
         overridden: Keys that come from the command line, by their places.
+        kind: The class that it is to be.
 
     Raises:
         ConfigError: An unknown key, a wrong value, or one that changes nothing, with its place.
     """
     place = ""
-    of_nano: set[int] = set()
     try:
         # Where a value may be of several kinds, the complaint is about the one that is meant.
         if isinstance(content.get("model"), dict):
@@ -361,23 +348,24 @@ def make_recipe(content: dict[str, Any], origin: Path, overridden: Sequence[str]
             PartsRecipe.model_validate(content["model"])
         if isinstance(content.get("data"), dict):
             place = "data."
-            read_data(content["data"])
+            SourcesData.model_validate(content["data"])
         place = ""
-        recipe = Recipe.model_validate(content)
+        recipe = kind.model_validate(content)
         for number, stage in enumerate(recipe.stages):
             place = f"stages.{number}.data."
-            if isinstance(recipe.data_of(stage), NanoData):
-                of_nano.add(number)
+            recipe.data_of(stage)
     except ValidationError as error:
-        raise complaint(error, place, origin, overridden, _SECTIONS) from error
+        raise complaint(error, place, origin, overridden, (("", kind), *_SECTIONS)) from error
+    if kind is Recipe and recipe.data is None:
+        raise ConfigError(f"{origin}: data is missing", hint="add that key; the files in recipes/ have it")
     compat = ORIGINAL if recipe.compat == "original" else {}
-    for place, reason in without_effect(recipe, of_nano=of_nano, compat=compat):
+    for place, reason in without_effect(recipe, compat):
         raise ConfigError(f"{named(origin, overridden, place)}: {place} changes nothing: {reason}", hint="remove it")
     return recipe
 
 
 _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
-    ("", Recipe), ("data", NanoData), ("data", SourcesData), ("data.sources.0", SourceRecipe), ("model", PartsRecipe),
+    ("data", SourcesData), ("data.sources.0", SourceRecipe), ("model", PartsRecipe),
     ("lora", LoraRecipe), ("validation", ValidationRecipe), ("stages.0", StageRecipe),
 )  # fmt: skip
 """Where the keys of a recipe stand."""

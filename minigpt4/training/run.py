@@ -1,7 +1,7 @@
 """A whole training run, from recipe to alignment folder."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from minigpt4.training.branches import check_branches
 from minigpt4.training.checkpoint import State, best_checkpoint, last_checkpoint, read_trained, whole
 from minigpt4.training.features import cached_pictures
 from minigpt4.training.loop import Batches, Progress, train
-from minigpt4.training.objectives import TrainingStep
+from minigpt4.training.objectives import Objective, TrainingStep
 from minigpt4.training.preparing import Prepared, check_libraries, prepare_model
 from minigpt4.training.processes import by_the_main_process, gather_parameters, joined
 from minigpt4.training.recipe import Recipe, StageRecipe
@@ -107,13 +107,23 @@ class _Watcher:
             self.trackers.log(figures, updates_before(self.recipe, stage) + step)
 
 
-def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) -> Path:
+def run(
+    recipe: Recipe,
+    reports: Reports | None = None,
+    *,
+    force: bool = False,
+    batches: Callable[[Prepared], Batches] | None = None,
+    objectives: Mapping[str, Objective] | None = None,
+) -> Path:
     """Train an alignment, or go on with one.
 
     Args:
         recipe: What to do.
         reports: Who is told.
         force: Go on although the run began with another recipe.
+        batches: Makes the batches that the recipe's `data` does not name, from the model and its processor. Item `i` of
+            a stage's data set has to be a function of seed, stage and `i` alone, or a resumed run is another one.
+        objectives: By the names of stages that have another objective than `language`.
 
     Returns:
         The alignment folder, which `minigpt4 ask -m` takes.
@@ -131,11 +141,19 @@ def run(recipe: Recipe, reports: Reports | None = None, *, force: bool = False) 
     with joined() as here:
         told = reports if reports and here.is_main_process else Reports()
         with only_run(recipe.output) if here.is_main_process else nullcontext():
-            _run(recipe, here, told, force=force)
+            _run(recipe, here, told, batches, objectives, force=force)
     return recipe.output / ALIGNMENT_FOLDER
 
 
-def _run(recipe: Recipe, here: PartialState, told: Reports, *, force: bool) -> None:
+def _run(
+    recipe: Recipe,
+    here: PartialState,
+    told: Reports,
+    batches: Callable[[Prepared], Batches] | None,
+    objectives: Mapping[str, Objective] | None,
+    *,
+    force: bool,
+) -> None:
     by_the_main_process(lambda: check_recipe(recipe, here.num_processes, force=force, say=told.say), here)
     sources = RunSources(told.sources)
     check_data(recipe, sources)
@@ -143,7 +161,7 @@ def _run(recipe: Recipe, here: PartialState, told: Reports, *, force: bool) -> N
         told.say(sentence)
     by_the_main_process(lambda: _check_sources(recipe, sources, told.say, force=force), here)
     with _tracking(recipe, here) as trackers:
-        prepared = _prepare_and_train(recipe, here, told, sources, trackers)
+        prepared = _prepare_and_train(recipe, here, told, sources, trackers, batches, objectives)
     with going_on_later():
         _save(recipe, prepared, here, told.say)
         if here.is_main_process:
@@ -157,7 +175,13 @@ def _check_sources(recipe: Recipe, opened: RunSources, say: Callable[[str], None
 
 
 def _prepare_and_train(
-    recipe: Recipe, here: PartialState, told: Reports, sources: RunSources, trackers: Trackers | None
+    recipe: Recipe,
+    here: PartialState,
+    told: Reports,
+    sources: RunSources,
+    trackers: Trackers | None,
+    make_batches: Callable[[Prepared], Batches] | None,
+    objectives: Mapping[str, Objective] | None,
 ) -> Prepared:
     """Load the model, and make the updates that are left."""
     torch.manual_seed(recipe.seed)
@@ -165,14 +189,14 @@ def _prepare_and_train(
     if has_branches(recipe):
         check_branches(prepared.model)
     kept = cached_pictures(recipe, prepared, here, told.features, sources) if recipe.features == "cache" else None
-    batches = stage_data(recipe, prepared, here, kept, sources)
+    batches = make_batches(prepared) if make_batches else stage_data(recipe, prepared, here, kept, sources)
     validation = None
     if recipe.validation:
         validation = Validation(recipe, recipe.validation, prepared, here, sources, kept)
     if here.is_main_process:
         _say_what_is_learnt(recipe, prepared, batches, told.say)
     try:
-        train(recipe, prepared.model, batches, _Watcher(recipe, told, validation, trackers), here)
+        train(recipe, prepared.model, batches, _Watcher(recipe, told, validation, trackers), here, objectives)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(_stopped(recipe) if here.is_main_process else "") from stop
     except SystemExit:

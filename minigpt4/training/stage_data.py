@@ -9,12 +9,9 @@ from torch.utils.data import Dataset
 
 from minigpt4.data.batches import KeptPictures, Process, SourceBatches
 from minigpt4.data.caption_text import MAX_WORDS, Cleaning
-from minigpt4.data.collate import Batches
 from minigpt4.data.examples import DEFAULT_PROMPTS, IMAGE_MARK, Layout
-from minigpt4.data.nano_mixture import NanoMixture
 from minigpt4.data.order import Order
 from minigpt4.data.record import Source
-from minigpt4.data.shards import shards_in
 from minigpt4.data.sources import open_source
 from minigpt4.data.sources.by_picture import by_picture
 from minigpt4.data.sources.shards import ShardSource
@@ -22,9 +19,8 @@ from minigpt4.errors import ConfigError, DataError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing import MiniGPT4Processor
 from minigpt4.training.preparing import Prepared
-from minigpt4.training.recipe import NanoData, Recipe, SourceRecipe, SourcesData, StageRecipe, ValidationRecipe
+from minigpt4.training.recipe import Recipe, SourceRecipe, SourcesData, StageRecipe, ValidationRecipe
 from minigpt4.training.schedule import batches_before
-from minigpt4.weights import nano
 from minigpt4.weights.folder import Report
 
 VALIDATION_SEED = 0
@@ -79,16 +75,13 @@ def check_data(recipe: Recipe, opened: RunSources) -> None:
     """Open what a run will read, which takes seconds, before its model is loaded, which may take minutes.
 
     Raises:
-        ConfigError: The prompts cannot be read, or a stage has an objective that its examples are not for.
+        ConfigError: The prompts cannot be read.
         DataError: A source is not there, or cannot be read.
     """
     for stage in recipe.stages:
         data = recipe.data_of(stage)
-        if isinstance(data, NanoData):
-            for folder in (data.photos, *([data.backgrounds] if data.backgrounds else [])):
-                shards_in(folder)
+        if data is None:
             continue
-        _refuse_other_objectives(stage)
         prompts_of(stage, data)
         for source in opened.open(data.sources):
             _refuse_barren(source)
@@ -109,7 +102,7 @@ def records_of(recipe: Recipe, opened: RunSources) -> dict[str, dict[str, Any]]:
     return {
         f"{place}.sources.{number}": {"path": wanted.path, "records": len(source), "identity": source.identity}
         for place, data in sections
-        if isinstance(data, SourcesData)
+        if data is not None
         for number, (wanted, source) in enumerate(zip(data.sources, opened.open(data.sources), strict=True))
     }
 
@@ -127,16 +120,8 @@ def _refuse_barren(source: Source) -> None:
 def has_branches(recipe: Recipe) -> bool:
     """Return whether rows of a run's examples have several texts."""
     sections = [recipe.data_of(stage) for stage in recipe.stages] + [recipe.validation]
-    sources = [s for section in sections if section and not isinstance(section, NanoData) for s in section.sources]
+    sources = [s for section in sections if section for s in section.sources]
     return any(source.texts_per_picture > 1 for source in sources)
-
-
-def _refuse_other_objectives(stage: StageRecipe) -> None:
-    if stage.objective != "language":
-        raise ConfigError(
-            f"stage {stage.name} has the objective {stage.objective}, which only nano's own data has examples for",
-            hint="objective: language",
-        )
 
 
 def stage_data(
@@ -151,37 +136,13 @@ def stage_data(
 
     def of_stage(number: int, stage: StageRecipe) -> Dataset[dict[str, Any]]:
         data = recipe.data_of(stage)
-        if isinstance(data, NanoData):
-            return nano_batches(recipe, prepared.model, prepared.processor, number, stage, data)
+        if data is None:
+            raise ConfigError("the recipe has no data", hint="name data.sources, or give the run its batches")
         process = Process(here.process_index, here.num_processes)
         context = context_of(prepared.model)
         return source_batches(recipe, prepared.processor, number, stage, data, process, kept, opened, context)
 
     return of_stage
-
-
-def nano_batches(
-    recipe: Recipe,
-    model: MiniGPT4ForConditionalGeneration,
-    processor: MiniGPT4Processor,
-    number: int,
-    stage: StageRecipe,
-    data: NanoData,
-) -> Dataset[dict[str, Any]]:
-    """Return a stage's batches of nano's own mixture."""
-    return Batches(
-        mixture=NanoMixture(words=nano.class_words(), seed=recipe.seed, **data.model_dump()),
-        vision_model=model.model.vision_model,
-        tokenizer=processor.tokenizer,
-        image_token_id=model.config.image_token_id,
-        stage=number,
-        steps=batches_before(stage, stage.steps),
-        batch_size=stage.batch_size,
-        turns=stage.turns,
-        objective=stage.objective,
-        num_image_tokens=model.config.num_image_tokens,
-        num_word_places=model.config.num_image_tokens - model.config.vision_config.num_concept_tokens,
-    )
 
 
 def source_batches(
@@ -196,7 +157,6 @@ def source_batches(
     context: int | None = None,
 ) -> SourceBatches:
     """Return a process's batches of a stage over sources of examples."""
-    _refuse_other_objectives(stage)
     sources = (opened or RunSources()).open(data.sources)
     order = Order(
         sizes=tuple(len(source) for source in sources),
@@ -252,7 +212,7 @@ def validation_batches(
         sources=sources,
         order=order,
         layout=layout_of(stage, processor, context),
-        prompts=list(DEFAULT_PROMPTS) if isinstance(data, NanoData) else prompts_of(stage, data),
+        prompts=list(DEFAULT_PROMPTS) if data is None else prompts_of(stage, data),
         length=settings.batches,
         batch_size=stage.batch_size,
         process=process,

@@ -54,7 +54,7 @@ class Validation:
         """
         if step % self.settings.every_steps and step != stage.steps:
             return None
-        if stage.objective != "language":
+        if module.objective is not None:  # its loss could not be compared with that of the answers
             return None
         batches = self._batches(stage)
         was_training = module.training

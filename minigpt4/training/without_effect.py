@@ -4,7 +4,7 @@ Only what a person wrote counts, not what `compat: original` puts in its place; 
 anyway.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 
 Found = tuple[str, str]
 """The place of an option, and why it changes nothing."""
-
-_OF_NANO = {"mix": "samples", "prompt_for": "sample", "layout": "template", "keep_end": True, "bucket_batches": None}
-"""What is not read of a stage over nano's own data, each with the value that says what happens there."""
 
 _OF_THE_LAYOUT: dict[str, dict[str, Any]] = {
     "template": {"prompt_template": None, "end_symbol": None, "keep_end": True},
@@ -32,17 +29,16 @@ _OF_THE_SCHEDULE: dict[str, dict[str, Any]] = {
 """What is not read of a stage with a schedule."""
 
 
-def without_effect(recipe: "Recipe", *, of_nano: Collection[int], compat: Mapping[str, Any]) -> Iterator[Found]:
+def without_effect(recipe: "Recipe", compat: Mapping[str, Any]) -> Iterator[Found]:
     """Find what a person has set and nothing reads.
 
     Args:
         recipe: The recipe, valid.
-        of_nano: Numbers of the stages that learn from nano's own data.
         compat: What was put in the place of what is not said, in every stage.
     """
     yield from _of_the_run(recipe)
     for number, stage in enumerate(recipe.stages):
-        for key, reason in _of_a_stage(stage, is_nano=number in of_nano, validates=recipe.validation is not None):
+        for key, reason in _of_a_stage(stage):
             if key not in compat or getattr(stage, key) != compat[key]:
                 yield f"stages.{number}.{key}", reason
         if "sources" in stage.data:
@@ -60,15 +56,9 @@ def _of_the_run(recipe: "Recipe") -> Iterator[Found]:
         yield "validation.question", "with pictures: 0 nobody is asked"
 
 
-def _of_a_stage(stage: "StageRecipe", *, is_nano: bool, validates: bool) -> Iterator[Found]:
+def _of_a_stage(stage: "StageRecipe") -> Iterator[Found]:
     unread = {key: (value, f"schedule: {stage.schedule}") for key, value in _OF_THE_SCHEDULE[stage.schedule].items()}
     unread |= {key: (value, f"layout: {stage.layout}") for key, value in _OF_THE_LAYOUT[stage.layout].items()}
-    if is_nano:
-        unread.pop("turns", None)
-        reason = "nano's own data, whose batches come as they are"
-        unread |= {key: (value, reason) for key, value in _OF_NANO.items()}
-        if not validates:
-            unread["max_text_tokens"] = (None, reason)
     for key, (happens, reason) in unread.items():
         if _set(stage, key, happens):
             yield key, f"it is not read with {reason}"

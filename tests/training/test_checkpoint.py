@@ -21,7 +21,7 @@ from minigpt4.training.checkpoint import (
     trained_tensors,
     write_checkpoint,
 )
-from minigpt4.training.objectives import OBJECTIVES
+from minigpt4.training.objectives import language
 from minigpt4.training.update import make_optimizer
 from tests.training import toy
 
@@ -32,7 +32,7 @@ def saved(folder: Path, state: State = STATE) -> tuple[torch.nn.Module, torch.op
     """A model and its optimizer after one step, as they were saved."""
     model, stage = toy.model(), toy.recipe(folder).stages[0]
     optimizer = make_optimizer(model, stage)
-    OBJECTIVES["words"](model, toy.ToyBatches(0, stage)[0]).loss.backward()
+    language(model, toy.ToyBatches(0, stage)[0]).loss.backward()
     optimizer.step()
     path = write_checkpoint(folder, trained_tensors(model), optimizer_tensors(model, optimizer), state)
     return model, optimizer, path

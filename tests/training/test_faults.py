@@ -66,8 +66,8 @@ def test_many_more_are(processes_: int, accumulation: str, workers: str, tmp_pat
 def test_a_run_told_to_stop_finishes_its_update_saves_and_goes_on_later(
     number: signal.Signals, ends: type[BaseException], tmp_path: Path
 ) -> None:
-    whole, _ = trained(toy.longer(tmp_path / "whole", "language", 6))
-    recipe = toy.longer(tmp_path / "told", "language", 6)
+    whole, _ = trained(toy.longer(tmp_path / "whole", 6))
+    recipe = toy.longer(tmp_path / "told", 6)
     recipe.output.mkdir()
 
     class Teller(toy.Watcher):
@@ -124,7 +124,7 @@ class Teller(toy.Watcher):
         if len(self.steps) == 2:
             os.killpg(os.getpgid(0), signal.SIGTERM)
 
-recipe = toy.longer(Path(sys.argv[1]), "language", 12).model_copy(update={"workers": 2})
+recipe = toy.longer(Path(sys.argv[1]), 12).model_copy(update={"workers": 2})
 train(recipe, toy.model(), toy.ToyBatches, Teller(), processes())
 """
 
@@ -232,8 +232,8 @@ def test_a_line_that_finds_no_room_ends_the_run_as_a_checkpoint_would(
     data = with_bad({3: 1})
     whole = toy.model()
     (tmp_path / "whole").mkdir()
-    train(toy.longer(tmp_path / "whole", "language", 6), whole, data, toy.Watcher(), processes())
-    recipe = toy.longer(tmp_path / "run", "language", 6).model_copy(update={"checkpoint_steps": 1})
+    train(toy.longer(tmp_path / "whole", 6), whole, data, toy.Watcher(), processes())
+    recipe = toy.longer(tmp_path / "run", 6).model_copy(update={"checkpoint_steps": 1})
     recipe.output.mkdir()
     real = Path.open
 

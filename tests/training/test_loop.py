@@ -26,9 +26,7 @@ from minigpt4.training.update import Updater, make_optimizer
 from tests.training import toy
 
 INITIAL_SCALE = 2.0**20
-FP16_STAGES = [
-    {"name": "only", "objective": "language", "batch_size": 4, "learning_rate": 0.01, "threads": 1, "steps": 20}
-]
+FP16_STAGES = [{"name": "only", "batch_size": 4, "learning_rate": 0.01, "threads": 1, "steps": 20}]
 
 
 def lines_of(output: Path) -> list[dict[str, Any]]:
@@ -58,12 +56,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("objective", ["words", "language"])
-def test_loss_falls_until_the_examples_are_known(
-    objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loss_falls_until_the_examples_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toy, "DROPOUT", 0.0)
-    _, steps = trained(toy.longer(tmp_path, objective, 40))
+    _, steps = trained(toy.longer(tmp_path, 40))
 
     assert steps[-1].loss < 0.1 * steps[0].loss
     assert steps[-1].accuracy > 0.9 > steps[0].accuracy
@@ -363,7 +358,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
 
 def wild(output: Path, rate: float = 1e30, **changes: Any) -> Recipe:
     """A run of three updates that are well, and three at a learning rate with which weights leave all bounds."""
-    stage = {"batch_size": 4, "threads": 1, "warmup_steps": 1, "objective": "language", "steps": 3}
+    stage = {"batch_size": 4, "threads": 1, "warmup_steps": 1, "steps": 3}
     stages = [{**stage, "name": "well", "learning_rate": 0.01}, {**stage, "name": "wild", "learning_rate": rate}]
     return toy.recipe(output, stages=stages, **changes)
 
@@ -408,7 +403,7 @@ def test_at_the_end_of_a_stage_weights_are_looked_at_as_well(worst: float, tmp_p
 
 
 def test_without_a_checkpoint_it_is_said_that_nothing_was_saved(tmp_path: Path) -> None:
-    stage = {"name": "only", "objective": "language", "batch_size": 4, "threads": 1, "learning_rate": 1e30, "steps": 9}
+    stage = {"name": "only", "batch_size": 4, "threads": 1, "learning_rate": 1e30, "steps": 9}
     with pytest.raises(DataError, match="after step 2 of stage only") as told:
         trained(toy.recipe(tmp_path, stages=[stage], max_skipped_steps=9))
 

@@ -21,7 +21,7 @@ ELSEWHERE = torch.device("meta")
 def recipe(model: Path, **changes: Any) -> Recipe:
     stage = {"name": "only", "steps": 1, "batch_size": 1, "learning_rate": 0.1}
     content = {"model": str(model), "output": model.parent / "run", "trainable": ["language_projection"]}
-    return Recipe.model_validate({**content, "data": {"photos": "none"}, "stages": [stage], **changes})
+    return Recipe.model_validate({**content, "data": {"sources": [{"path": "none"}]}, "stages": [stage], **changes})
 
 
 def process_of(processes: int) -> Any:  # noqa: ANN401  (in the place of the library's)

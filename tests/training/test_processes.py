@@ -44,8 +44,8 @@ def losses(output: Path, stage: str) -> list[float]:
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_two_processes_have_the_losses_of_one(parallel: str, accumulation: int, tmp_path: Path) -> None:
-    """To rounding. In the words stage each process tells its words from those of its own rows, so it differs there."""
-    options = ("--dropout", "0", "--accumulation", str(accumulation), "--language-only")
+    """To rounding."""
+    options = ("--dropout", "0", "--accumulation", str(accumulation))
     assert start(tmp_path / "one", *options, processes=1).returncode == 0
 
     done = start(tmp_path / "two", *options, "--parallel", parallel)
@@ -118,7 +118,7 @@ def test_the_second_process_killed_in_the_forward_pass_ends_the_first(tmp_path: 
 @pytest.mark.timeout(300)
 def test_processes_told_to_stop_by_a_scheduler_and_again_by_torchrun_save_what_they_have(tmp_path: Path) -> None:
     """A scheduler tells torchrun, its processes and their readers, and torchrun then tells the latter once more."""
-    options = ("--steps", "100000", "--checkpoint-steps", "100000", "--workers", "1", "--language-only")
+    options = ("--steps", "100000", "--checkpoint-steps", "100000", "--workers", "1")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         [*TORCHRUN, *TOY, str(tmp_path), *options], env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True

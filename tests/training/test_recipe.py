@@ -13,8 +13,8 @@ RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"
 
 
 def written(folder: Path, **changes: Any) -> Path:
-    stage = {"name": "one", "objective": "words", "steps": 5, "batch_size": 2, "learning_rate": 0.001}
-    content = {"model": "nano", "output": "out", "data": {"photos": "photos"}, "stages": [stage], **changes}
+    stage = {"name": "one", "steps": 5, "batch_size": 2, "learning_rate": 0.001}
+    content = {"model": "nano", "output": "out", "data": {"sources": [{"path": "pics"}]}, "stages": [stage], **changes}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
@@ -23,7 +23,7 @@ def written(folder: Path, **changes: Any) -> Path:
 def test_recipe_is_read(tmp_path: Path) -> None:
     recipe = read_recipe(written(tmp_path, seed=4))
 
-    assert (recipe.seed, recipe.output, recipe.data.photos) == (4, Path("out"), Path("photos"))
+    assert (recipe.seed, recipe.output, recipe.data.sources[0].path) == (4, Path("out"), "pics")
     assert (recipe.stages[0].steps, recipe.stages[0].turns) == (5, 4)
 
 
@@ -36,9 +36,9 @@ def test_recipes_of_the_project_are_valid(path: Path) -> None:
     ("changes", "place", "near"),
     [
         ({"sead": 1}, "unknown key sead", "seed"),
-        ({"data": {"photos": "p", "background": "b"}}, "unknown key data.background", "backgrounds"),
+        ({"data": {"sources": [{"path": "p"}], "prompt": "b"}}, "unknown key data.prompt", "prompts"),
         (
-            {"stages": [{"name": "a", "objective": "words", "steps": 1, "batch_size": 1, "learningrate": 0.1}]},
+            {"stages": [{"name": "a", "objective": "language", "steps": 1, "batch_size": 1, "learningrate": 0.1}]},
             "unknown key stages.0.learningrate",
             "learning_rate",
         ),
@@ -61,7 +61,7 @@ def test_unknown_key_is_refused_with_the_nearest_known(
         ("stages.0.steps=0", "stages.0.steps"),
         ("stages.0.objective=sing", "stages.0.objective"),
         ("stages=[]", "stages"),
-        ("data.share_photos=1.5", "data.share_photos"),
+        ("data.sources.0.share=0", "data.sources.0.share"),
         ("model=7", "model"),
         ("model={vision_model: v, language_model: 3}", "model.language_model"),
         ("seed=-1", "seed"),
@@ -82,8 +82,8 @@ def test_unknown_key_is_refused_with_the_nearest_known(
         ("output=''", "output"),
         ('output="a\\0b"', "output"),
         ("model=''", "model"),
-        ("data.photos=' '", "data.photos"),
-        ("stages.0.data.photos=''", "stages.0.data.photos"),
+        ("data.prompts=' '", "data.prompts"),
+        ("stages.0.data.prompts=''", "stages.0.data.prompts"),
         ("data={sources: [{path: ''}]}", "data.sources.0.path"),
         ("data={sources: [{path: p, share: .inf}]}", "data.sources.0.share"),
         ("data={sources: [{path: p}], prompts: [one, '']}", "data.prompts"),
@@ -94,7 +94,6 @@ def test_unknown_key_is_refused_with_the_nearest_known(
         ("lora.target_modules=[q_proj, q_proj]", "lora.target_modules"),
         ("trainable=[qformer, qformer]", "trainable"),
         ("report_to=[wandb, wandb]", "report_to"),
-        ("data={photos: p, share_photos: 0.9, share_imagined: 0.2}", "data"),
     ],
 )
 def test_wrong_value_is_refused_with_its_place(override: str, place: str, tmp_path: Path) -> None:
@@ -113,7 +112,7 @@ NUMBERS = [
         "stages.0.weight_decay",
         "stages.0.clip_norm",
         "max_bad_fraction",
-        "data.share_photos",
+        "data.sources.0.share",
         "lora.alpha",
         "lora.dropout",
     )
@@ -150,11 +149,11 @@ def test_one_name_where_a_list_is_expected_is_told_how_to_be_one(tmp_path: Path)
 
 def test_overrides_reach_every_place(tmp_path: Path) -> None:
     recipe = read_recipe(
-        written(tmp_path), ["seed=9", "data.photos=a=b", "stages.0.steps=7", "stages.0.data.share_photos=0.5"]
+        written(tmp_path), ["seed=9", "data.sources.0.path=a=b", "stages.0.steps=7", "stages.0.data.crop=false"]
     )
 
-    assert (recipe.seed, recipe.data.photos, recipe.stages[0].steps) == (9, Path("a=b"), 7)
-    assert recipe.stages[0].data == {"share_photos": 0.5}
+    assert (recipe.seed, recipe.data.sources[0].path, recipe.stages[0].steps) == (9, "a=b", 7)
+    assert recipe.stages[0].data == {"crop": False}
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ class Watcher(toy.Watcher):
 
 def trained(output: Path) -> MiniGPT4ForConditionalGeneration:
     """Train, or go on."""
-    recipe = toy.longer(output, "language", len(LOSSES))
+    recipe = toy.longer(output, len(LOSSES))
     recipe = recipe.model_copy(update={"checkpoint_steps": 1, "keep_checkpoints": 1})
     make_folder(output)
     model = toy.model()

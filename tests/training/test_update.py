@@ -35,7 +35,7 @@ def gradients(
     batches: list[dict[str, Any]], folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any
 ) -> tuple[dict[str, Tensor], Figures]:
     monkeypatch.setattr(toy, "DROPOUT", 0.0)
-    stage = toy.longer(folder, "language", 1).stages[0].model_copy(update={"clip_norm": None, **changes})
+    stage = toy.longer(folder, 1).stages[0].model_copy(update={"clip_norm": None, **changes})
     step = TrainingStep(toy.model())
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     figures = Updater(step, make_optimizer(step, stage), scaler, stage, None, processes())(batches, 1e-3, stop=False)
@@ -45,7 +45,7 @@ def gradients(
 def test_batches_of_unlike_many_targets_add_up_to_the_one_they_are_parts_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = toy.ToyBatches(0, toy.longer(tmp_path, "language", 1).stages[0])[0]
+    whole = toy.ToyBatches(0, toy.longer(tmp_path, 1).stages[0])[0]
     few, many = rows(whole, slice(0, 1), 1), rows(whole, slice(1, 4), 2)
 
     apart, figures = gradients([few, many], tmp_path, monkeypatch)

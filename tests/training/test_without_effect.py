@@ -8,7 +8,6 @@ import pytest
 from minigpt4.errors import ConfigError
 from minigpt4.training.recipe import Recipe, make_recipe
 
-NANO = {"photos": "photos"}
 PICTURES: dict[str, Any] = {"sources": [{"path": "pics"}]}
 ORIGINAL = {"layout": "original", "bucket_batches": 1}
 
@@ -16,27 +15,6 @@ ORIGINAL = {"layout": "original", "bucket_batches": 1}
 def made(data: dict[str, Any], stage: dict[str, Any] | None = None, **changes: Any) -> Recipe:
     whole = {"name": "one", "steps": 5, "batch_size": 2, "learning_rate": 0.001, **(stage or {})}
     return make_recipe({"output": "out", "data": data, "stages": [whole], **changes}, Path("made up"))
-
-
-@pytest.mark.parametrize(
-    "stage",
-    [
-        {"layout": "original"},
-        {"max_text_tokens": 20},
-        {"prompt_for": "batch"},
-        {"mix": "batches", "bucket_batches": 1},
-        {"keep_end": False},
-        {"bucket_batches": 8},
-        {"end_symbol": "#"},
-        {"prompt_template": "{}"},
-    ],
-    ids=str,
-)
-def test_what_is_not_read_of_a_stage_over_nanos_own_data_is_refused(stage: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=rf"^made up: stages\.0\.{next(iter(stage))} changes nothing: ") as told:
-        made(NANO, stage)
-
-    assert told.value.hint == "remove it"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +64,7 @@ def test_a_source_of_one_stage_is_looked_at_too() -> None:
 
 
 def test_what_stands_on_the_command_line_is_told_as_such() -> None:
-    content = {"output": "out", "data": NANO, "lora": {"rank": 4}}
+    content = {"output": "out", "data": PICTURES, "lora": {"rank": 4}}
     stage = {"name": "one", "steps": 5, "batch_size": 2, "learning_rate": 0.001}
     with pytest.raises(ConfigError, match=r"^--set: lora\.rank changes nothing"):
         make_recipe({**content, "stages": [stage]}, Path("made up"), ["lora.rank"])
@@ -95,9 +73,7 @@ def test_what_stands_on_the_command_line_is_told_as_such() -> None:
 @pytest.mark.parametrize(
     ("data", "stage", "changes"),
     [
-        (NANO, {"steps_per_epoch": 5}, {"compat": "original"}),
-        (NANO, {"layout": "template", "mix": "samples", "keep_end": True, "decay_rate": None}, {}),
-        (NANO, {"max_text_tokens": 20}, {"validation": PICTURES}),  # validation reads it
+        (PICTURES, {"layout": "template", "mix": "samples", "keep_end": True, "decay_rate": None}, {}),
         (PICTURES, {"steps_per_epoch": 5, "layout": "template"}, {"compat": "original"}),
         (PICTURES, {"end_symbol": "\n", "prompt_template": "{}", "keep_end": False, **ORIGINAL}, {}),
         (PICTURES, {"max_text_tokens": 20, "turns": 2, "prompt_for": "batch"}, {}),
@@ -113,7 +89,7 @@ def test_what_is_read_or_says_what_happens_anyway_or_comes_from_compat_is_taken(
 
 
 def test_a_recipe_with_compat_is_read_again_as_it_was_printed() -> None:
-    recipe = made(NANO, {"steps_per_epoch": 5}, compat="original")
+    recipe = made(PICTURES, {"steps_per_epoch": 5}, compat="original")
     printed = recipe.model_dump(mode="json", exclude_unset=True)
 
     assert make_recipe(printed, Path("printed")) == recipe

@@ -46,20 +46,12 @@ class ToyBatches(Dataset[dict[str, Any]]):
         order = torch.randperm(NUM_EXAMPLES, generator=torch.Generator().manual_seed(100 * self.number + step))
         outputs = EfficientNetLiteOutput(last_hidden_state=tokens[order], concept_embeds=concepts[order])
         words = torch.arange(10, 10 + NUM_EXAMPLES * NUM_WORDS).view(NUM_EXAMPLES, NUM_WORDS)[order]
-        if self.stage.objective == "words":
-            words = words.clone()
-            words[0, -1] = -100  # a shorter caption
-            return {
-                "vision_outputs": outputs,
-                "word_ids": words,
-                "distractor_ids": torch.arange(40, 60),
-                "keys": [f"picture {number}" for number in order.tolist()],
-            }
         prompt = torch.tensor([1, *[tiny.IMAGE_TOKEN_ID] * tiny.NUM_IMAGE_TOKENS, 7]).expand(NUM_EXAMPLES, -1)
         ids = torch.cat([prompt, words], dim=1)
         labels = torch.cat([torch.full_like(prompt, -100), words], dim=1)
         mask = torch.ones_like(ids)
-        return {"vision_outputs": outputs, "input_ids": ids, "attention_mask": mask, "labels": labels}
+        keys = [f"picture {number}" for number in order.tolist()]
+        return {"vision_outputs": outputs, "input_ids": ids, "attention_mask": mask, "labels": labels, "keys": keys}
 
 
 class Watcher:
@@ -92,14 +84,20 @@ class PowerFailureError(Exception):
 
 
 def recipe(output: Path, **changes: Any) -> Recipe:
-    """Three steps of words, three of language."""
+    """Two stages of three steps."""
     stage = {"batch_size": NUM_EXAMPLES, "learning_rate": 0.01, "warmup_steps": 1, "threads": 1, "steps": 3}
-    stages = [{"name": "first", "objective": "words", **stage}, {"name": "second", "objective": "language", **stage}]
-    values = {"model": "nano", "output": output, "data": {"photos": "none"}, "stages": stages, "workers": 0}
+    stages = [{"name": "first", **stage}, {"name": "second", **stage}]
+    values = {
+        "model": "nano",
+        "output": output,
+        "data": {"sources": [{"path": "none"}]},
+        "stages": stages,
+        "workers": 0,
+    }
     return Recipe.model_validate({**values, **changes})
 
 
-def longer(output: Path, objective: str, steps: int) -> Recipe:
+def longer(output: Path, steps: int) -> Recipe:
     """One stage, long enough to learn by heart."""
-    stage = {"name": "only", "objective": objective, "batch_size": NUM_EXAMPLES, "learning_rate": 0.01, "threads": 1}
+    stage = {"name": "only", "batch_size": NUM_EXAMPLES, "learning_rate": 0.01, "threads": 1}
     return recipe(output, stages=[{**stage, "steps": steps, "warmup_steps": 2}])

@@ -37,7 +37,7 @@ class Part(Dataset[dict[str, Any]]):
         batch = self.whole[item]
         seen = batch["vision_outputs"]
         batch["vision_outputs"] = type(seen)(**{key: value[self.rows] for key, value in seen.items()})
-        for key in ("word_ids", "input_ids", "attention_mask", "labels", "keys"):
+        for key in ("input_ids", "attention_mask", "labels", "keys"):
             if key in batch:
                 batch[key] = batch[key][self.rows]
         return batch
@@ -45,9 +45,9 @@ class Part(Dataset[dict[str, Any]]):
 
 def recipe(arguments: argparse.Namespace) -> Recipe:
     stages = [
-        {"name": name, "objective": kind, "batch_size": 4, "learning_rate": 0.01, "steps": arguments.steps,
+        {"name": name, "batch_size": 4, "learning_rate": 0.01, "steps": arguments.steps,
          "warmup_steps": 1, "threads": 1, "accumulation": arguments.accumulation}
-        for name, kind in (("first", "words"), ("second", "language"))[arguments.language_only :]
+        for name in ("first", "second")
     ]  # fmt: skip
     changes = {
         "checkpoint_steps": arguments.checkpoint_steps,
@@ -103,7 +103,6 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--dropout", type=float, default=0.05)
-    parser.add_argument("--language-only", action="store_true")
     parser.add_argument("--kill-after", type=int, default=0)
     parser.add_argument("--die-rank", type=int, default=-1)
     return parser.parse_args(words)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests.data.test_shards import shard
+from tests.nano.test_shards import shard
 
 
 @cache

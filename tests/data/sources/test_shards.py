@@ -29,7 +29,7 @@ from minigpt4.data.sources.shards import ShardSource, expand_braces, index_folde
 from minigpt4.errors import DataError
 from minigpt4.processing.pictures import DEFAULT_LIMITS
 from tests.data.sources.source_files import picture, sample, samples, shard, special_member, write
-from tests.data.test_shards import rewrite_header
+from tests.nano.test_shards import rewrite_header
 
 SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from minigpt4.data.sources.tar_members import BLOCK, FILE, MAX_EXTENDED_HEADERS, Member, members, read_member
 from minigpt4.errors import DataError
 from tests.data.sources.source_files import shard, special_member
-from tests.data.test_shards import rewrite_header
+from tests.nano.test_shards import rewrite_header
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 LONG = "folder/" * 20 + "name.jpg"

@@ -1,6 +1,6 @@
 """Drawn scenes with exact ground truth: a picture and the record of what is in it, from one random generator.
 
-How a scene is spoken about lives in `scene_text`, whose functions are offered here too.
+What is said about a scene is made by `nano.scenes.text`, whose functions are offered here too.
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from minigpt4.data.build.scene_backgrounds import paint_background
-from minigpt4.data.build.scene_colours import RGB, sample_colour, to_lab
-from minigpt4.data.build.scene_plan import Plan, absent_kinds, plan_scene
-from minigpt4.data.build.scene_questions import questions
-from minigpt4.data.build.scene_record import Box, Scene, SceneObject, overlap, reading_order
-from minigpt4.data.build.scene_shapes import ShapeStyle, paint_shape, sample_style
-from minigpt4.data.build.scene_text import caption, dialogue
-from minigpt4.data.build.sprites import Sprites
+from nano.scenes.backgrounds import paint_background
+from nano.scenes.colours import RGB, sample_colour, to_lab
+from nano.scenes.plan import Plan, absent_kinds, plan_scene
+from nano.scenes.questions import questions
+from nano.scenes.record import Box, Scene, SceneObject, overlap, reading_order
+from nano.scenes.shapes import ShapeStyle, paint_shape, sample_style
+from nano.scenes.text import caption, dialogue
+from nano.sprites import Sprites
 
 __all__ = ["Scene", "SceneObject", "caption", "dialogue", "draw_scene", "questions"]
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minigpt4.data.build.scene_colours import COLOURS
-from minigpt4.data.build.scene_record import SHAPE
-from minigpt4.data.build.scene_shapes import LOOKALIKES, SHAPES
-from minigpt4.data.build.sprite_names import NEAR_NAMES
-from minigpt4.data.build.sprites import Concept, Drawing, Sprites
+from nano.scenes.colours import COLOURS
+from nano.scenes.record import SHAPE
+from nano.scenes.shapes import LOOKALIKES, SHAPES
+from nano.sprite_names import NEAR_NAMES
+from nano.sprites import Concept, Drawing, Sprites
 
 _COUNT_SHARES = (0.29, 0.27, 0.24, 0.11, 0.05, 0.04)
 _MODES = {"alike": 0.50, "colours": 0.15, "kinds": 0.35}

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from minigpt4.data.build.scene_colours import dominant_colour
-from minigpt4.data.build.sprite_names import ALWAYS_TRAINED, SPRITE_NAMES
 from minigpt4.errors import DataError
+from nano.scenes.colours import dominant_colour
+from nano.sprite_names import ALWAYS_TRAINED, SPRITE_NAMES
 
 INDEX = "sprites.json"
 

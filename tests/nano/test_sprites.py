@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from minigpt4.data.build.scenes import caption, draw_scene, questions
-from minigpt4.data.build.sprite_names import ALWAYS_TRAINED, NEAR_NAMES, SPRITE_NAMES, regular_plural
-from minigpt4.data.build.sprites import Sprites, build_sprites, is_held_out
 from minigpt4.errors import DataError
-from tests.data.scene_checker import check, check_caption
+from nano.scenes.drawing import caption, draw_scene, questions
+from nano.sprite_names import ALWAYS_TRAINED, NEAR_NAMES, SPRITE_NAMES, regular_plural
+from nano.sprites import Sprites, build_sprites, is_held_out
+from tests.nano.scene_checker import check, check_caption
 
 pytest.importorskip("resvg_py", reason="vector drawings are rendered by resvg-py")
 

@@ -9,13 +9,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from minigpt4.data.build.scene_colours import COLOUR_RANGES, COLOURS, PURE_COLOURS, name_pixels, sample_colour
-from minigpt4.data.build.scene_plan import confusable
-from minigpt4.data.build.scene_record import Box, Scene, SceneObject, overlap
-from minigpt4.data.build.scene_shapes import SHAPES
-from minigpt4.data.build.scene_words import WORDINGS
-from minigpt4.data.build.scenes import caption, dialogue, draw_scene, questions
-from tests.data.scene_checker import check, check_caption
+from nano.scenes.colours import COLOUR_RANGES, COLOURS, PURE_COLOURS, name_pixels, sample_colour
+from nano.scenes.drawing import caption, dialogue, draw_scene, questions
+from nano.scenes.plan import confusable
+from nano.scenes.record import Box, Scene, SceneObject, overlap
+from nano.scenes.shapes import SHAPES
+from nano.scenes.words import WORDINGS
+from tests.nano.scene_checker import check, check_caption
 
 SEEDS = range(300)
 Drawn = tuple[Image.Image, Scene]

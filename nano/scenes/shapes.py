@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from minigpt4.data.build.scene_colours import RGB, sample_colour
+from nano.scenes.colours import RGB, sample_colour
 
 Outline = NDArray[np.float64]
 _SUPERSAMPLE = 3

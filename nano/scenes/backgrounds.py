@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from minigpt4.data.build.scene_colours import COLOURS, sample_colour
+from nano.scenes.colours import COLOURS, sample_colour
 
 Pixels = NDArray[np.uint8]
 _SHARES = {"white": 0.40, "plain": 0.22, "tint": 0.06, "gradient": 0.09, "noise": 0.08, "horizon": 0.03, "photo": 0.12}

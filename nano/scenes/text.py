@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minigpt4.data.build.scene_colours import COLOURS
-from minigpt4.data.build.scene_phrases import by_kind, counted, phrase_groups, pick, spelling, there_are
-from minigpt4.data.build.scene_questions import Item, questions
-from minigpt4.data.build.scene_record import Scene
-from minigpt4.data.build.scene_words import NUMBERS, article, listing
+from nano.scenes.colours import COLOURS
+from nano.scenes.phrases import by_kind, counted, phrase_groups, pick, spelling, there_are
+from nano.scenes.questions import Item, questions
+from nano.scenes.record import Scene
+from nano.scenes.words import NUMBERS, article, listing
 
 _PRONOUN_SHARE = 0.8
 _OPEN_SHARE = 0.7

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from minigpt4.data.build.scenes import caption, dialogue, draw_scene
-from minigpt4.data.build.sprites import Sprites
-from minigpt4.data.shards import Sample, index_shards
+from nano.scenes.drawing import caption, dialogue, draw_scene
+from nano.shards import Sample, index_shards
+from nano.sprites import Sprites
 
 Turns = list[tuple[str, str]]
 
@@ -135,7 +135,7 @@ class NanoMixture:
     Args:
         photos: A folder of shards whose records have a `caption`.
         backgrounds: A folder of shards of pictures with no clear subject; may be None.
-        sprites: A folder of cut-out drawings (`minigpt4.data.build.sprites`); may be None: shapes only.
+        sprites: A folder of cut-out drawings (`nano.sprites`); may be None: shapes only.
         words: The vision encoder's class names.
         seed: Of everything drawn.
         share_photos: Of the examples, how many are photographs; the rest are drawn scenes.

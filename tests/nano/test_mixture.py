@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt4.data.collate import Batches
-from minigpt4.data.nano_mixture import WHAT_IS_NEXT, Example, NanoMixture, phrase, with_article
+from nano.batches import NanoBatches
+from nano.mixture import WHAT_IS_NEXT, Example, NanoMixture, phrase, with_article
 from tests import tiny_chat
-from tests.data.test_shards import shard
+from tests.nano.test_shards import shard
 
 WORDS = ["cat", "owl", "bus", "jeans", "red fox", "apple", "lamp"]
 
@@ -131,8 +131,8 @@ def test_batch_of_a_step_is_what_the_objective_reads(objective: str, photos: Pat
     words = tiny_chat.tokenizer()
     image_token_id = model.config.image_token_id
 
-    def batches() -> Batches:
-        return Batches(
+    def batches() -> NanoBatches:
+        return NanoBatches(
             mixture=mixture(photos),
             vision_model=model.model.vision_model,
             tokenizer=words,
@@ -150,8 +150,8 @@ def test_batch_of_a_step_is_what_the_objective_reads(objective: str, photos: Pat
 
     assert torch.equal(batch["vision_outputs"].last_hidden_state, again["vision_outputs"].last_hidden_state)
     if objective == "words":
-        assert torch.equal(batch["word_ids"], again["word_ids"])
-        assert batch["word_ids"].shape[1] == 2
+        assert torch.equal(batch["labels"], again["labels"])
+        assert batch["labels"].shape[1] == 3
         assert image_token_id not in batch["distractor_ids"]
         return
     ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
@@ -221,9 +221,9 @@ def test_second_pictures_come_in_their_share_and_leave_the_other_examples_alone(
             assert same(example, plain._drawn(np.random.default_rng([1, 0, step, 0]), 2))
 
 
-def second_pictures(photos: Path, objective: str) -> Batches:
+def second_pictures(photos: Path, objective: str) -> NanoBatches:
     model = tiny_chat.model(vision="efficientnet_lite")
-    return Batches(
+    return NanoBatches(
         mixture=mixture(photos, share_photos=1.0, share_second=1.0),
         vision_model=model.model.vision_model,
         tokenizer=tiny_chat.tokenizer(),
@@ -262,4 +262,4 @@ def test_pictures_of_a_conversation_stand_before_their_questions(photos: Path) -
 def test_words_are_taught_of_second_pictures_too(photos: Path) -> None:
     batch = second_pictures(photos, "words")[0]
 
-    assert len(batch["word_ids"]) == len(batch["vision_outputs"].last_hidden_state) == 6
+    assert len(batch["labels"]) == len(batch["vision_outputs"].last_hidden_state) == 6

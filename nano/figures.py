@@ -1,6 +1,6 @@
 """What nano knows: naming photographs, colours, counting, second questions and pictures; each beside a blind figure.
 
-    python benchmarks/nano_figures.py --photos DIR --imagenet DIR --sprites DIR --json figures.json
+    python -m nano.figures --photos DIR --imagenet DIR --sprites DIR --json figures.json
 
 `--photos` is a folder of tar shards whose records have `label` (and `held_out`), `--imagenet` one picture for each of
 the thousand classes, `nXXXXXXXX_name.JPEG` sorted in the order of the classes. Neither is needed by the package.
@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from minigpt4.data.build.scene_record import Scene
-from minigpt4.data.build.scene_text import caption
-from minigpt4.data.build.scenes import draw_scene
-from minigpt4.data.build.sprites import Sprites
-from minigpt4.data.nano_mixture import with_article
-from minigpt4.data.shards import index_shards
 from minigpt4.inference.chat import ChatSession
 from minigpt4.weights import load
 from minigpt4.weights.nano import class_words
+from nano.mixture import with_article
+from nano.scenes.drawing import draw_scene
+from nano.scenes.record import Scene
+from nano.scenes.text import caption
+from nano.shards import index_shards
+from nano.sprites import Sprites
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 WHAT = "What is in this picture?"

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minigpt4.data.build.scene_record import SHAPE, Scene, SceneObject
-from minigpt4.data.build.scene_words import NUMBERS, WORDINGS, article, listing
+from nano.scenes.record import SHAPE, Scene, SceneObject
+from nano.scenes.words import NUMBERS, WORDINGS, article, listing
 
 _CLEAR_GAP = 0.15
 _CATEGORY_NOUNS = {SHAPE: ("shape", "shapes"), "animal": ("animal", "animals"), "fruit": ("fruit", "fruits")}

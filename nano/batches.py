@@ -1,6 +1,6 @@
 """Turning examples into the tensors that an objective reads; the frozen vision encoder runs here.
 
-A `Batches` is a data set of whole batches, one a step, made in a loader's worker: the worker draws, encodes and
+A `NanoBatches` is a data set of whole batches, one a step, made in a loader's worker: the worker draws, encodes and
 tokenizes step `n + 1` while the trainer learns from step `n`, and the batch of a step never depends on which worker
 made it.
 """
@@ -11,21 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from minigpt4.data.nano_mixture import Example, NanoMixture
 from minigpt4.errors import DataError
 from minigpt4.model import EfficientNetLiteModel
 from minigpt4.model.vision_efficientnet_lite import EfficientNetLiteOutput
 from minigpt4.processing.prompts import TEMPLATES
+from nano.mixture import Example, NanoMixture
 
 IGNORED = -100
 
 
 @dataclass
-class Batches(Dataset[dict[str, Any]]):
+class NanoBatches(Dataset[dict[str, Any]]):
     """The batches of one stage, by step.
 
     Args:
@@ -93,7 +93,7 @@ class Batches(Dataset[dict[str, Any]]):
         for row, example in zip(ids, examples, strict=True):
             pieces = self.tokenizer(f" {example.caption}.", add_special_tokens=False).input_ids[: len(row)]
             row[: len(pieces)] = torch.tensor(pieces)
-        return {"word_ids": ids, "distractor_ids": self._distractors()}
+        return {"labels": nn.functional.pad(ids, (1, 0), value=IGNORED), "distractor_ids": self._distractors()}
 
     def _distractors(self) -> Tensor:
         names = [f" {word}" for word in self.mixture.words]

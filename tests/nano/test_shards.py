@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from minigpt4.data.shards import index_shard, index_shards
 from minigpt4.data.sources.tar_members import BLOCK
 from minigpt4.errors import DataError
+from nano.shards import index_shard, index_shards
 
 
 def shard(path: Path, members: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> Path:

@@ -2,7 +2,7 @@
 
 import re
 
-from minigpt4.data.build.scene_record import Scene, SceneObject
+from nano.scenes.record import Scene, SceneObject
 
 NUMBERS = {"no": 0, "a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minigpt4.data.build.scene_colours import COLOURS
-from minigpt4.data.build.scene_phrases import (
+from nano.scenes.colours import COLOURS
+from nano.scenes.phrases import (
     ask,
     by_kind,
     clearly_before,
@@ -22,10 +22,10 @@ from minigpt4.data.build.scene_phrases import (
     there_are,
     verb_forms,
 )
-from minigpt4.data.build.scene_plan import confusable
-from minigpt4.data.build.scene_record import SHAPE, Scene, SceneObject
-from minigpt4.data.build.scene_shapes import SHAPES
-from minigpt4.data.build.scene_words import NUMBERS, article, listing
+from nano.scenes.plan import confusable
+from nano.scenes.record import SHAPE, Scene, SceneObject
+from nano.scenes.shapes import SHAPES
+from nano.scenes.words import NUMBERS, article, listing
 
 Item = tuple[str, str, str]
 _BIGGER = 1.7
