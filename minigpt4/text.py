@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,41 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 LONGEST_QUOTE = 200
 """Characters of another program's message that are repeated in ours."""
+
+EXPECTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "a text",
+    "path_type": "a path",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "too_short": "a list of at least {min_length:,}",
+    "too_long": "a list of at most {max_length:,}",
+    "model_type": "keys with values",
+    "model_attributes_type": "keys with values",
+    "dict_type": "keys with values",
+    "greater_than": "more than {gt:,.10g}",
+    "greater_than_equal": "at least {ge:,.10g}",
+    "less_than": "less than {lt:,.10g}",
+    "less_than_equal": "at most {le:,.10g}",
+    "literal_error": "{expected}",
+}
+"""What was expected, by pydantic's names of what is wrong; its own sentences are a programmer's."""
+
+
+def expected(error: Mapping[str, Any], words: Mapping[str, str] = EXPECTED) -> str:
+    """Return what was expected instead of a value; `error` is one of pydantic's `ValidationError.errors()`."""
+    if error["type"] in words:
+        return "expected " + words[error["type"]].format_map(error.get("ctx", {}))
+    reason = str(error["msg"]).removeprefix("Value error, ")
+    return reason[:1].lower() + reason[1:]
 
 
 def counted(number: int, what: str) -> str:

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from minigpt4.errors import ContextOverflowError, MiniGPT4Error, ServerBusyError
+from minigpt4.text import EXPECTED
 
 logger = logging.getLogger(__name__)
 
@@ -40,24 +41,15 @@ _CODES = {
 }
 
 # By pydantic's names of errors, or by a field's name where that says more.
-_EXPECTED = {
+_EXPECTED = EXPECTED | {
     "string_type": "a string",
-    "list_type": "a list",
     "model_type": "an object",
     "model_attributes_type": "an object",
     "dict_type": "an object",
-    "bool_type": "true or false",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
     "greater_than_equal": "at least {ge}",
     "less_than_equal": "at most {le}",
     "string_too_short": "at least {min_length} character",
     "string_too_long": "at most {max_length} characters",
-    "too_short": "a list of at least {min_length}",
-    "too_long": "a list of at most {max_length}",
-    "literal_error": "{expected}",
     "content": "a string or a list of parts",
     "stop": "a string or a list of up to 4",
     "type": "'text' or 'image_url'",

@@ -3,15 +3,18 @@
 `compat: original` puts the original's choices in the place of ours; each of them is also a key of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, overload
+from typing import Annotated, Any, Literal, TypeVar, get_args, overload
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -19,22 +22,13 @@ from pydantic import (
 )
 
 from minigpt4.errors import ConfigError
-from minigpt4.training.recipe_complaints import complaint, named
-from minigpt4.training.recipe_fields import (
-    LARGEST,
-    LARGEST_SEED,
-    Batch,
-    Count,
-    Decay,
-    Name,
-    Number,
-    Place,
-    Template,
-    different,
-    kinds_of,
-)
-from minigpt4.training.recipe_yaml import is_of_the_original, read_yaml, set_value
-from minigpt4.training.without_effect import without_effect
+from minigpt4.training.recipe_yaml import complaint, is_of_the_original, named, read_yaml, set_value
+
+LARGEST = 10**9
+"""No count is larger."""
+
+LARGEST_SEED = 2**63 - 1
+"""What the library's generators take."""
 
 ORIGINAL: dict[str, Any] = {
     "schedule": "linear_warmup_cosine_lr",
@@ -50,6 +44,39 @@ ORIGINAL: dict[str, Any] = {
 """What `compat: original` sets in every stage that says nothing else."""
 
 
+def is_prompt_template(text: str) -> bool:
+    """Return whether a text has one `{}`, for a prompt, and no other brace."""
+    return text.count("{}") == 1 and not set(text.replace("{}", "")) & set("{}")
+
+
+def _with_one_place(text: str) -> str:
+    if not is_prompt_template(text):
+        raise ValueError("expected one {} for the prompt, and no other brace")
+    return text
+
+
+def _not_empty(value: Any) -> Any:  # noqa: ANN401  (not validated yet)
+    """Refuse an empty name: an empty path would be the working directory."""
+    if isinstance(value, str) and (not value.strip() or "\0" in value):
+        raise ValueError("expected a name")
+    return value
+
+
+def _different(values: list[str]) -> list[str]:
+    if twice := [value for value in values if values.count(value) > 1]:
+        raise ValueError(f"{twice[0]} stands there twice")
+    return values
+
+
+Count = Annotated[int, Field(gt=0, le=LARGEST)]
+Number = Annotated[int, Field(ge=0, le=LARGEST)]
+Batch = Annotated[int, Field(gt=0, le=10**6)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, BeforeValidator(_not_empty)]
+Place = Annotated[Path, BeforeValidator(_not_empty)]
+Template = Annotated[str, AfterValidator(_with_one_place)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -57,7 +84,8 @@ class _Section(BaseModel):
     @classmethod
     def _a_number_is_no_truth(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401  (not validated yet)
         """Refuse `yes` for a number, which the library takes for 1."""
-        kinds = kinds_of(cls.model_fields[info.field_name or ""].annotation)
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        kinds = {annotation, *get_args(annotation)}
         if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
             raise ValueError("expected a number")
         return value
@@ -80,6 +108,13 @@ class SourceRecipe(_Section):
     texts_per_picture: int = Field(
         1, gt=0, le=64, description="So many texts of a list about the same picture are read side by side, at most."
     )
+
+    @model_validator(mode="after")
+    def _read_how_they_are_cleaned(self) -> "SourceRecipe":
+        for key in ("max_words", "caption_prompt"):
+            if self.captions != "blip" and getattr(self, key) is not None:
+                raise ValueError(f"{key} changes nothing: only captions: blip reads it")
+        return self
 
 
 class SourcesData(_Section):
@@ -128,7 +163,7 @@ class LoraRecipe(_Section):
     rank: int = Field(16, gt=0, le=10_000)
     alpha: float = Field(32, gt=0)
     dropout: float = Field(0.05, ge=0, lt=1)
-    target_modules: Annotated[list[Name], Field(min_length=1), AfterValidator(different)] | None = Field(
+    target_modules: Annotated[list[Name], Field(min_length=1), AfterValidator(_different)] | None = Field(
         None, description="Left out: the library's choice for the model."
     )
 
@@ -194,7 +229,7 @@ class StageRecipe(_Section):
     bucket_batches: Batch = 8
     turns: Count = 4
     threads: int | None = Field(None, gt=0, le=1024)
-    data: dict[str, Any] = Field(default_factory=dict)
+    data: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _fit_together(self) -> "StageRecipe":
@@ -241,11 +276,14 @@ class Recipe(_Section):
         max_skipped_steps: So many updates in a row may be left out because of a loss or gradient that is no number.
     """
 
-    model: Name | PartsRecipe = "nano"
+    model: Annotated[
+        Annotated[Name, Tag("(name)")] | Annotated[PartsRecipe, Tag("(parts)")],
+        Discriminator(lambda value: "(parts)" if isinstance(value, dict | PartsRecipe) else "(name)"),
+    ] = "nano"
     joining_parts: Literal["trained", "new"] = "trained"
     output: Place
     seed: int = Field(1, ge=0, le=LARGEST_SEED)
-    trainable: Annotated[list[Trainable], Field(min_length=1), AfterValidator(different)] | None = None
+    trainable: Annotated[list[Trainable], Field(min_length=1), AfterValidator(_different)] | None = None
     lora: LoraRecipe = LoraRecipe()
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     quantize: Literal["none", "int8", "nf4"] = "none"
@@ -253,7 +291,9 @@ class Recipe(_Section):
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     features: Literal["compute", "cache"] = "compute"
     compat: Literal["none", "original"] = "none"
-    report_to: Annotated[list[Literal["tensorboard", "wandb"]], AfterValidator(different)] = Field(default_factory=list)
+    report_to: Annotated[list[Literal["tensorboard", "wandb"]], AfterValidator(_different)] = Field(
+        default_factory=list
+    )
     data: SourcesData | None = None
     validation: ValidationRecipe | None = None
     stages: list[StageRecipe] = Field(min_length=1)
@@ -266,11 +306,9 @@ class Recipe(_Section):
     @model_validator(mode="before")
     @classmethod
     def _choose_as_the_original(cls, content: Any) -> Any:  # noqa: ANN401  (not validated yet)
-        if not isinstance(content, dict):
-            return content
-        content = dict(content)
-        if content.get("compat") == "original" and isinstance(content.get("stages"), list):
-            content["stages"] = [{**ORIGINAL, **s} if isinstance(s, dict) else s for s in content["stages"]]
+        stages = content.get("stages") if isinstance(content, dict) and content.get("compat") == "original" else None
+        if isinstance(stages, list):
+            return {**content, "stages": [{**ORIGINAL, **s} if isinstance(s, dict) else s for s in stages]}
         return content
 
     @model_validator(mode="after")
@@ -342,14 +380,6 @@ def make_recipe(
     """
     place = ""
     try:
-        # Where a value may be of several kinds, the complaint is about the one that is meant.
-        if isinstance(content.get("model"), dict):
-            place = "model."
-            PartsRecipe.model_validate(content["model"])
-        if isinstance(content.get("data"), dict):
-            place = "data."
-            SourcesData.model_validate(content["data"])
-        place = ""
         recipe = kind.model_validate(content)
         for number, stage in enumerate(recipe.stages):
             place = f"stages.{number}.data."
@@ -358,10 +388,40 @@ def make_recipe(
         raise complaint(error, place, origin, overridden, (("", kind), *_SECTIONS)) from error
     if kind is Recipe and recipe.data is None:
         raise ConfigError(f"{origin}: data is missing", hint="add that key; the files in recipes/ have it")
-    compat = ORIGINAL if recipe.compat == "original" else {}
-    for place, reason in without_effect(recipe, compat):
+    for place, reason in _unused_options(recipe):
         raise ConfigError(f"{named(origin, overridden, place)}: {place} changes nothing: {reason}", hint="remove it")
     return recipe
+
+
+_UNREAD: dict[str, dict[str, Any]] = {
+    "layout: template": {"prompt_template": None, "end_symbol": None, "keep_end": True},
+    "layout: original": {"turns": 1},
+    "schedule: cosine": {"steps_per_epoch": None, "decay_rate": None},
+    "schedule: linear_warmup_cosine_lr": {"decay_rate": None},
+}
+"""What is not read of a stage with a setting, each with the value that says what happens anyway."""
+
+
+def _unused_options(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield each key that a person set and that changes nothing, and why; not what `compat` set."""
+    if recipe.lora.model_fields_set and "lora" not in (recipe.trainable or []):
+        yield f"lora.{min(recipe.lora.model_fields_set)}", "there are no adapters where trainable does not name lora"
+    if not isinstance(recipe.model, str) and _is_set(recipe, "joining_parts", "new"):
+        yield "joining_parts", "a model that is put together has new ones"
+    if recipe.validation and not recipe.validation.pictures and _is_set(recipe.validation, "question", None):
+        yield "validation.question", "with pictures: 0 nobody is asked"
+    for number, stage in enumerate(recipe.stages):
+        for setting in (f"layout: {stage.layout}", f"schedule: {stage.schedule}"):
+            for key, happens in _UNREAD.get(setting, {}).items():
+                is_compat = recipe.compat == "original" and getattr(stage, key) == ORIGINAL.get(key, stage)
+                if _is_set(stage, key, happens) and not is_compat:
+                    yield f"stages.{number}.{key}", f"it is not read with {setting}"
+
+
+def _is_set(section: BaseModel, key: str, happens: object) -> bool:
+    """Return whether a person gave a key a value, other than the one that says what happens anyway."""
+    value = getattr(section, key)
+    return key in section.model_fields_set and value is not None and value != happens
 
 
 _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (

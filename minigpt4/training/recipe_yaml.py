@@ -1,12 +1,17 @@
-"""A recipe's YAML file as keys and values, and single values put in by `--set`. Does not know what a key means."""
+"""A recipe's YAML file as keys and values, values put in by `--set`, and what is wrong with them in a sentence.
 
-from collections.abc import Hashable
+Does not know what a key means.
+"""
+
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from minigpt4.errors import ConfigError
+from minigpt4.text import did_you_mean, expected
 
 
 class _Loader(yaml.SafeLoader):
@@ -100,3 +105,53 @@ def _what_is_there(walked: list[str], place: object) -> str:
         last = f" to {where}.{len(place) - 1}" if len(place) > 1 else " alone"
         return f"{counted}: {where}.0{last}" if place else counted
     return f"{where} is {place!r}, which has no keys: set {where} itself, to {{key: value, ...}}"[:200]
+
+
+def named(path: Path, overridden: Sequence[str], place: str) -> str:
+    """Return where a key comes from: the file, or the command line."""
+    return "--set" if any(f"{place}.".startswith(f"{key}.") for key in overridden) else str(path)
+
+
+def complaint(
+    error: ValidationError,
+    where: str,
+    path: Path,
+    overridden: Sequence[str],
+    sections: Sequence[tuple[str, type[BaseModel]]],
+) -> ConfigError:
+    """Turn pydantic's complaint about a recipe into one sentence and a hint.
+
+    Args:
+        error: Pydantic's.
+        where: The place of what was validated, with a dot behind; empty for the whole.
+        path: The recipe's file.
+        overridden: Keys that come from the command line, by their places.
+        sections: Where keys may stand, and which.
+    """
+    # A misspelt key is often also a missing one; the misspelling is the cause.
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    kind, found = first["type"], first["input"]
+    known = sorted({name for _, section in sections for name in section.model_fields})
+    *parents, last = first["loc"] or ("",)
+    # Where a value may be of several kinds, the kind's name stands among the keys.
+    keys = [part for part in parents if isinstance(part, int) or part in known]
+    if isinstance(last, int) or last in known or kind == "extra_forbidden":
+        keys.append(last)
+    place = (where + ".".join(map(str, keys))).rstrip(".")
+    origin = named(path, overridden, place)
+    if kind == "extra_forbidden":
+        elsewhere = dict.fromkeys(f"{p}.{last}".lstrip(".") for p, section in sections if last in section.model_fields)
+        hint = f"that key is {' or '.join(elsewhere)}" if elsewhere else ""
+        hint = hint or did_you_mean(str(last), known, f"the keys are {', '.join(known)}")
+        return ConfigError(f"{origin}: unknown key {place}", hint=hint)
+    if kind == "missing" and not isinstance(last, int):
+        return ConfigError(f"{origin}: {place} is missing", hint="add that key; the files in recipes/ have it")
+    reason = expected(first)
+    if kind == "missing":  # of a list of a certain length
+        place, reason = place.rpartition(".")[0], f"expected a list of more than {len(found):,}"
+    if kind != "value_error" or not isinstance(found, dict | BaseModel):  # else its keys do not go together
+        shown = "null" if found is None else str(found).lower() if isinstance(found, bool) else repr(found)
+        reason = f"{reason}, but it is {shown[:180]}"
+    in_brackets = kind in ("list_type", "tuple_type")
+    hint = "put it in brackets: [...]" if in_brackets else "mend that value; the files in recipes/ have examples"
+    return ConfigError(": ".join(part for part in (origin, place, reason) if part), hint=hint)
