@@ -49,70 +49,44 @@ _HOMES = {
 def __getattr__(name: str) -> Any:  # noqa: ANN401  (whatever the name stands for)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    if "transformers" in sys.modules:
-        _register()
-    return found
-
-
-def _register(finished: str = "") -> None:
-    """Make transformers' Auto classes and pipelines know this package's classes; importing does it.
-
-    While a module of this package loads, other than the one that just `finished`, the rest has to wait for it.
-    """
-    ours = [name for name in sys.modules if name.startswith(f"{__name__}.") and name != finished]
-    if not any(_is_loading(sys.modules[name]) for name in ours):
-        import_module(f"{__name__}.weights.folder")
-
-
-def _is_loading(module: ModuleType) -> bool:
-    return bool(getattr(module.__spec__, "_initializing", False))  # importlib's own mark
-
-
-class _TransformersFinder(MetaPathFinder):
-    """Calls `_register` right after transformers is imported, so that importing this package need not do it."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != "transformers":
-            return None
-        sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_register(module: ModuleType) -> None:
-                execute(module)
-                _register()
-
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
-
-
-class _OwnFinder(MetaPathFinder):
-    """Calls `_register` after a module of this package that brought transformers with it: it had to wait for it."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if not name.startswith(f"{__name__}."):
-            return None
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_register(module: ModuleType) -> None:
-                execute(module)
-                if "transformers" in sys.modules and f"{__name__}.weights.folder" not in sys.modules:
-                    _register(finished=name)
-
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
-
-
-sys.meta_path.insert(0, _OwnFinder())
-if "transformers" in sys.modules:
-    _register()
-else:
-    sys.meta_path.insert(0, _TransformersFinder())
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Registering(MetaPathFinder):
+    """Finder that registers our classes with transformers' Auto classes once both packages are imported.
+
+    That happens when the outermost import of transformers or of a module of this package ends: within it some of our
+    modules are not complete. So transformers need not be loaded here.
+    """
+
+    depth = 0
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "transformers" and not name.startswith(f"{__name__}."):
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                self.depth += 1
+                try:
+                    execute(module)
+                finally:
+                    self.depth -= 1
+                if self.depth == 0 and "transformers" in sys.modules and self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                    import_module(f"{__name__}.weights.folder")  # which registers them
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "transformers" in sys.modules:
+    import_module(f"{__name__}.weights.folder")
+else:
+    sys.meta_path.insert(0, _Registering())

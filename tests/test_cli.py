@@ -275,7 +275,7 @@ def test_our_own_mistake_is_one_sentence_and_status_1(
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr("minigpt4.weights.inventory.list_models", fail)
+    monkeypatch.setattr("minigpt4.weights.checking.models.list_models", fail)
     result = run("models")
     assert (result.status, result.out) == (1, "")
     assert result.err == f"error: unexpected {told}\nhint: --debug shows where\n"

@@ -13,7 +13,7 @@ from minigpt4.errors import UsageError
 from minigpt4.text import counted
 
 if TYPE_CHECKING:
-    from minigpt4.weights.checking.checkup import CheckUp
+    from minigpt4.weights.checking.doctor import CheckUp
     from minigpt4.weights.checking.inspection_kinds import Inspection
 
 GIGABYTE = 1e9
@@ -38,7 +38,7 @@ WantedModel = Annotated[
 @app.command(epilog=examples("minigpt4 models", "minigpt4 models --json"))
 def models(as_json: AsJson = False) -> None:
     """List the models, their parts and needs."""
-    from minigpt4.weights.inventory import list_models
+    from minigpt4.weights.checking.models import list_models
 
     rows = list_models()
     if as_json:
@@ -132,7 +132,7 @@ def doctor(
     if not model.strip():
         raise UsageError("the model's name is empty", "name nano, or a folder")
     quiet()
-    from minigpt4.weights.checking.checkup import check_up
+    from minigpt4.weights.checking.doctor import check_up
 
     found = check_up(
         model,

@@ -51,7 +51,7 @@ def check_context(model: str, max_new_tokens: int) -> None:
     Raises:
         UsageError: There would be no room for a question.
     """
-    from minigpt4.weights.inventory import context_of
+    from minigpt4.weights.checking.models import context_of
 
     context = context_of(model)
     if context is not None and max_new_tokens >= context:

@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import save_file
 
 from minigpt4.text import size_text
-from minigpt4.weights.checking import checkup
-from minigpt4.weights.checking.machine import Device, Library
+from minigpt4.weights.checking import doctor
+from minigpt4.weights.checking.doctor import Device, Library
 from tests.commands import Result, Run, runner
 from tests.weights.original import original_files
 
@@ -87,7 +87,7 @@ def test_doctor_prints_what_the_model_needs_against_what_is_free(run: Run) -> No
 def test_doctor_ends_with_two_and_the_cure_when_the_model_will_not_run(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkup, "devices", lambda: [Device("cpu", "a CPU", 1_400_000_000, 2_000_000_000)])
+    monkeypatch.setattr(doctor, "devices", lambda: [Device("cpu", "a CPU", 1_400_000_000, 2_000_000_000)])
     result = run("doctor", "--num-beams", "4")
     refused(result, "nano needs 2.1 GB", "--num-beams")
     assert "together" in result.out
@@ -97,12 +97,11 @@ def test_doctor_ends_with_two_and_the_cure_when_the_model_will_not_run(
     refused(result, "nano needs 2.1 GB")
     found = json.loads(result.out)
     assert found["problems"][0]["message"] in result.err
-    assert found["nearest"]["num_beams"] < 4
 
 
 def test_doctor_says_further_problems_beside_the_first(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkup, "devices", lambda: [Device("cpu", "a CPU", 1_000_000, 2_000_000_000)])
-    monkeypatch.setattr(checkup, "libraries", lambda: [Library("torch", "1.0", ">=2.5", False)])
+    monkeypatch.setattr(doctor, "devices", lambda: [Device("cpu", "a CPU", 1_000_000, 2_000_000_000)])
+    monkeypatch.setattr(doctor, "libraries", lambda: [Library("torch", "1.0", ">=2.5", False)])
     result = run("doctor", "--no-check-weights")
     refused(result, "torch is version 1.0")
     assert "  also          nano needs" in result.out

@@ -1,9 +1,8 @@
-"""Whether the weights of a language model are those of a language model that was trained.
+"""Whether the weights of a language model are those of one that was trained.
 
-Catches what loads without a complaint and then babbles: a delta that was never added to its base, a merge that went
-wrong, a table with a row too few, random or broken numbers. The model runs layer after layer over one fixed sentence,
-each tensor read when its layer comes and dropped after it, so that a model of any size needs the memory of its largest
-tensor. Knows what is plausible, not which model it is.
+Finds what loads without an error and then babbles: a delta that was not merged, a broken merge, a table with a row too
+few, random or broken numbers. The model runs layer after layer over one fixed sentence, each tensor read when its layer
+runs, so that a model of any size needs the memory of its largest tensor.
 """
 
 import math
@@ -19,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from minigpt4.errors import WeightsError
 from minigpt4.model import MiniGPT4Config
+from minigpt4.text import first_line
 from minigpt4.weights.files.tensors import TensorFiles, open_tensors
 from minigpt4.weights.llama.tokenizer import load_llama_tokenizer
 from minigpt4.weights.llama.version import LARGEST_NORM_OF_A_DELTA, LAST_NORM
@@ -109,7 +109,7 @@ def _configuration(folder: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(
-            f"{folder} is not a model folder: {' '.join(str(error).split())[:200]}",
+            f"{folder} is not a model folder: {first_line(error)}",
             hint="give the folder that has the model's config.json and its weights",
         ) from error
 
@@ -121,7 +121,7 @@ def _tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase, list[str]]:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(
-            f"the tokenizer of {folder} cannot be read: {' '.join(str(error).split())[:200]}",
+            f"the tokenizer of {folder} cannot be read: {first_line(error)}",
             "copy the tokenizer's files there from where the model was published",
         ) from error
     return tokenizer, []

@@ -7,24 +7,29 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import torch
+from transformers import LlamaConfig
 
-from minigpt4.weights.checking.needs import (
+from minigpt4.errors import WeightsError
+from minigpt4.model import MiniGPT4Config
+from minigpt4.weights.checking.memory import (
     CACHE,
     DEFAULT_CONTEXT,
     LANGUAGE,
     LIBRARIES,
     MARGIN,
+    PROJECTION,
     RESAMPLER,
     VISION,
     WORKING,
     ModelSize,
     Placement,
-    fits,
-    nearest_fit,
+    describe,
     need,
+    size_of,
+    size_of_language_model,
 )
+from tests.model import tiny
 
 SEVEN = ModelSize(
     parameters={VISION: 985_952_256, RESAMPLER: 105_162_240, "projection": 3_149_824, LANGUAGE: 6_738_415_616},
@@ -98,71 +103,62 @@ def test_model_that_is_moved_to_a_gpu_passes_through_the_computers_memory() -> N
     assert need(SEVEN, GPU).loading > 15e9
     assert need(SEVEN, replace(GPU, quantize="int8")).loading < 1e9
     assert need(SEVEN, Placement()).loading == 0
-    assert not fits(SEVEN, GPU, {"cpu": 8_000_000_000, "cuda:0": 40_000_000_000})
 
 
-def test_quantization_is_not_proposed_where_it_saves_little_or_does_not_run() -> None:
-    placement = Placement(dtype="bfloat16")
-    assert need(SEVEN, replace(placement, quantize="int8")).total == need(SEVEN, placement).total
-    near = nearest_fit(SEVEN, Placement(), {"cpu": 20_000_000_000})
-    assert near is not None
-    assert (near.quantize, near.dtype) == ("none", "bfloat16")
-    # On Apple's graphics it does not run at all.
-    assert nearest_fit(SEVEN, Placement("mps", "float16"), {"cpu": 12_000_000_000, "mps": 12_000_000_000}) is None
+def test_published_7b_model_has_the_published_counts() -> None:
+    size = size_of(MiniGPT4Config())
+    assert size.parameters == {
+        VISION: 985_894_528 + 39 * 1408 + 2_816,  # the original's, its key biases that are zero, the norm after it
+        RESAMPLER: 105_137_664 + 32 * 768,
+        PROJECTION: 768 * 4096 + 4096,
+        LANGUAGE: 6_738_415_616,
+    }
+    assert size.cached_width * size.num_layers * 2 == 524_288  # bytes for a token in 16 bits
+    assert size.packable == 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    assert (size.image_tokens, size.image_size, size.max_context) == (32, 224, 2048)
 
 
-@pytest.mark.parametrize(
-    ("gigabytes", "expected"),
-    [
-        (24, "--num-beams 5"),  # 17.5 with one beam, 1.3 more for each
-        (20, "--num-beams 2"),
-        (18, "--num-beams 1"),
-        (12, "--quantize nf4 --num-beams 2"),
-        (9, "--quantize nf4 --num-beams 1"),
-    ],
-)
-def test_nearest_fit_gives_up_the_least(gigabytes: float, expected: str) -> None:
-    wanted = replace(GPU, num_beams=10)
-    near = nearest_fit(SEVEN, wanted, {"cpu": 0, "cuda:0": int(gigabytes * 1e9)})
-    assert near is None  # the computer's own memory is needed to load it
-    near = nearest_fit(SEVEN, wanted, {"cpu": 20_000_000_000, "cuda:0": int(gigabytes * 1e9)})
-    assert near is not None
-    assert near.as_options(wanted) == expected
+def test_nano_is_sized_before_its_parts_are_fetched(home: Path) -> None:
+    described = describe("nano")
+    assert described.kind == "nano"
+    assert described.size.parameters[LANGUAGE] == 134_515_008
+    assert list(home.iterdir()) == []
 
 
-def test_other_device_is_taken_when_nothing_else_helps() -> None:
-    near = nearest_fit(SEVEN, GPU, {"cpu": 64_000_000_000, "cuda:0": 2_000_000_000, "cuda:1": 40_000_000_000})
-    assert near == replace(GPU, device="cuda:1")
-    assert nearest_fit(SEVEN, GPU, {"cpu": 2_000_000_000, "cuda:0": 2_000_000_000}) is None
+@pytest.mark.parametrize("text", list(tiny.TEXT))
+def test_sizes_are_those_of_the_model_itself(text: str, tmp_path: Path) -> None:
+    model = tiny.model(text=text)
+    model.config.save_pretrained(tmp_path)
+    described = describe(str(tmp_path))
+    assert described.kind == "full"
+    assert sum(described.size.parameters.values()) == model.num_parameters()
+    cache = model(input_ids=torch.arange(10, 15)[None]).past_key_values
+    keys, values = cache.layers[0].keys, cache.layers[0].values
+    assert described.size.cached_width * 5 == keys.numel() + values.numel()
+    assert described.size.num_layers == len(cache.layers)
 
 
-@given(st.integers(1, 12), st.integers(32, 4096), st.integers(1, 80), st.integers(1, 80))
-def test_nearest_fit_always_fits_and_is_what_was_wanted_where_that_fits(
-    beams: int, context: int, own: int, gpu: int
-) -> None:
-    wanted = Placement("cuda:0", "float32", "none", beams, context)
-    free = {"cpu": own * 10**9, "cuda:0": gpu * 10**9}
-    near = nearest_fit(SEVEN, wanted, free)
-    if fits(SEVEN, wanted, free):
-        assert near == wanted
-    if near is not None:
-        assert fits(SEVEN, near, free)
-        assert near.num_beams <= beams
-        assert near.context <= context
+def test_language_model_alone_has_no_other_part() -> None:
+    config = LlamaConfig(**{k: v for k, v in tiny.TEXT["llama"].items() if k != "model_type"})
+    size = size_of_language_model(config)
+    assert list(size.parameters) == [LANGUAGE]
+    assert (size.image_tokens, size.image_size) == (0, 0)
 
 
-def test_nothing_heavy_loads_for_the_arithmetic() -> None:
-    code = "import sys, minigpt4.weights.checking.needs; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+def test_what_is_no_model_is_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="no model 'nonesuch'"):
+        describe("nonesuch")
+    with pytest.raises(WeightsError, match="neither config"):
+        describe(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
+    with pytest.raises(WeightsError, match="describes no model"):
+        describe(str(tmp_path))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("dtype", "words"), [("float32", 20), ("float32", 900), ("bfloat16", 20)])
 def test_estimate_is_what_a_process_really_takes(dtype: str, words: int, medium_model: Path) -> None:
-    from minigpt4.weights.checking.model_size import describe
-
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CHILD, str(medium_model), dtype, str(words)],
         capture_output=True,

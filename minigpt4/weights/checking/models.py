@@ -1,20 +1,32 @@
-"""What models are here, what each needs and reads, and what is missing; opens no tensor file and needs no torch."""
+"""The models that are here, what each needs and reads, and what is missing; opens no tensor file, needs no torch."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from minigpt4.weights.checking.needs import FLOAT32_PER_STORED_BYTE, LIBRARIES_BYTES, NANO_CONTEXT, NANO_PEAK_BYTES
+from minigpt4.errors import WeightsError
+from minigpt4.text import read_json_object
 from minigpt4.weights.files.disk import storing
 from minigpt4.weights.parts import EFFICIENTNET_LITE0, SMOLLM2, WheelFile, home, part_path
 
+LIBRARIES_BYTES = 400_000_000
+"""Measured: a process with torch and transformers loaded and no weights, rounded up."""
+
+NANO_PEAK_BYTES = 1_300_000_000
+"""Measured: the peak of `minigpt4 ask` with nano on a CPU in float32."""
+
+NANO_CONTEXT = 8192
+"""Tokens that nano's language model reads."""
+
+FLOAT32_PER_STORED_BYTE = 2
+"""A CPU runs in float32 what is stored in 16 bits, the common case; stored float32 needs half of this."""
+
+ALIGNMENT_DIR = Path(__file__).parents[1] / "nano_alignment"
 _KEPT = re.compile(r"\.|nano-[0-9a-f]{16}$")  # scratch, and nano or an alignment over it as `load` joined it
-ALIGNMENT_DIR = Path(__file__).with_name("nano_alignment")
 
 
 def list_models() -> list[dict[str, Any]]:
-    """Describe the models that can be named and those in `home()/models`, one dictionary each, ready for JSON.
+    """Describe nano and the model folders in `home()/models`, one dictionary each, ready for JSON.
 
     Returns:
         For each: `name` (what `--model` takes), `description`, `parts` (each with `role`, `name`, `licence`,
@@ -23,11 +35,15 @@ def list_models() -> list[dict[str, Any]]:
     Raises:
         StorageError: The folder of the models cannot be read.
     """
-    return [_nano(), *_built()]
+    folder = home() / "models"
+    with storing(folder, doing="read"):
+        candidates = sorted(path for path in folder.iterdir() if not _KEPT.match(path.name)) if folder.is_dir() else []
+        described = [_folder(path) for path in candidates if path.is_dir()]
+    return [_nano(), *(row for row in described if row is not None)]
 
 
 def context_of(name: str) -> int | None:
-    """Return how many tokens a model's language model reads; None where only loading it tells.
+    """Return how many tokens the language model of a model reads; None where only loading it tells.
 
     Args:
         name: What `--model` takes.
@@ -37,10 +53,10 @@ def context_of(name: str) -> int | None:
     path = Path(name)
     try:
         if (path / "alignment.json").is_file():
-            return NANO_CONTEXT if _read(path / "alignment.json")["frozen_parts"] == "nano" else None
+            return NANO_CONTEXT if _read(path / "alignment.json").get("frozen_parts") == "nano" else None
         return int(_read(path / "config.json")["text_config"]["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None  # what is wrong with a folder is told by loading it
+    except (WeightsError, OSError, ValueError, KeyError, TypeError):
+        return None  # loading the folder tells what is wrong with it
 
 
 def _nano() -> dict[str, Any]:
@@ -55,7 +71,7 @@ def _nano() -> dict[str, Any]:
         "name": "nano",
         "description": "the small default: EfficientNet-Lite0, a Q-Former of 32 queries, SmolLM2-135M-Instruct",
         "parts": [_part("language model", SMOLLM2), _part("vision encoder", EFFICIENTNET_LITE0), alignment],
-        "memory_gigabytes": _gigabytes(NANO_PEAK_BYTES),
+        "memory_gigabytes": round(NANO_PEAK_BYTES / 1e9, 1),
         "folder": str(home()),
     }
 
@@ -73,58 +89,39 @@ def _part(role: str, part: WheelFile) -> dict[str, Any]:
     }
 
 
-def _built() -> list[dict[str, Any]]:
-    """Describe the model folders in `home()/models`; neither frozen parts, nor what loading joined of them."""
-    folder = home() / "models"
-    with storing(folder, doing="read"):
-        candidates = sorted(path for path in folder.iterdir() if not _KEPT.match(path.name)) if folder.is_dir() else []
-        described = [_folder(path) for path in candidates if path.is_dir()]
-    return [row for row in described if row is not None]
-
-
 def _folder(path: Path) -> dict[str, Any] | None:
     """Describe a model folder; None for anything else."""
     megabytes = _megabytes(path)
     if (path / "alignment.json").is_file():
-        kind, weights = "alignment", "alignment.safetensors"
-        memory = NANO_PEAK_BYTES
-    elif _model_type(path) == "minigpt4":
-        kind, weights = "full", "*.safetensors"
+        role, weights, memory = "alignment folder", "alignment.safetensors", NANO_PEAK_BYTES
+        description = "an alignment over nano's frozen parts"
+    elif _is_full(path):
+        role, weights = "full folder", "*.safetensors"
         memory = LIBRARIES_BYTES + FLOAT32_PER_STORED_BYTE * round(megabytes * 1e6)
+        description = "a model with all its parts"
     else:
         return None
-    part = {
-        "role": f"{kind} folder",
-        "name": path.name,
-        "licence": None,
-        "megabytes": megabytes,
-        "state": "here" if any(path.glob(weights)) else "incomplete: no weights",
-    }
+    state = "here" if any(path.glob(weights)) else "incomplete: no weights"
+    part = {"role": role, "name": path.name, "licence": None, "megabytes": megabytes, "state": state}
     return {
         "name": str(path),
-        "description": "an alignment over nano's frozen parts" if kind == "alignment" else "a model with all its parts",
+        "description": description,
         "parts": [part],
-        "memory_gigabytes": _gigabytes(memory),
+        "memory_gigabytes": round(memory / 1e9, 1),
         "folder": str(path),
     }
 
 
-def _model_type(path: Path) -> str | None:
-    """Return what kind of model a folder's configuration names; None where there is no readable one."""
+def _is_full(path: Path) -> bool:
     try:
-        config = _read(path / "config.json")
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    return config.get("model_type") if isinstance(config, dict) else None
+        return bool(_read(path / "config.json").get("model_type") == "minigpt4")
+    except WeightsError:
+        return False
 
 
-def _read(path: Path) -> Any:  # noqa: ANN401  (what JSON can hold)
-    return json.loads(path.read_text(encoding="utf-8"))
+def _read(path: Path) -> dict[str, Any]:
+    return read_json_object(path, WeightsError, "")
 
 
 def _megabytes(folder: Path) -> float:
     return round(sum(file.stat().st_size for file in folder.glob("*") if file.is_file()) / 1e6, 3)
-
-
-def _gigabytes(number: int) -> float:
-    return round(number / 1e9, 1)
