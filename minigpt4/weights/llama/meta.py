@@ -1,12 +1,10 @@
 """Meta's own LLaMA files to a folder in transformers' format.
 
-Meta's `consolidated.00.pth`, `.01.pth`, ... each hold a part of every tensor: a slice of a matrix along one of its
-sides. `params.json` says the rest. Two things change: the slices are put together, and the rows of the query and key
-matrices are reordered, because Meta turns neighbouring pairs of numbers by their position and transformers turns
-halves.
+Meta's `consolidated.00.pth`, `.01.pth`, ... each hold a slice of every matrix along one side; `params.json` says the
+rest. The slices are joined, and the rows of the query and key matrices are reordered: Meta rotates neighbouring
+pairs of numbers by their position, transformers rotates halves.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minigpt4.errors import UsageError, WeightsError
+from minigpt4.text import read_json_object
 from minigpt4.weights.files.atomic import refuse_existing
 from minigpt4.weights.files.disk import storing
 from minigpt4.weights.files.model_writer import SHARD_BYTES, Format, Report, json_bytes, kept_note, write_model
@@ -25,12 +24,10 @@ from minigpt4.weights.files.tensors import TensorFiles, open_tensors
 from minigpt4.weights.llama.tokenizer import VOCABULARY_FILE, mended_tokenizer
 
 PARAMS_FILE = "params.json"
-IGNORED = ("rope.freqs",)
 DTYPE = torch.float16
 """What converters write, and what deltas were made from."""
 
 _LLAMA_2_EPSILON = 1e-5
-_CONTEXT = {False: 2048, True: 4096}  # by whether it is a Llama-2; Meta's files do not say
 
 _ROWS, _COLUMNS, _WHOLE = 0, 1, None
 # Meta's name, our name, and the side along which the parts lie.
@@ -69,18 +66,15 @@ def from_meta(
     shard_bytes: int = SHARD_BYTES,
     report: Report | None = None,
 ) -> list[str]:
-    """Convert Meta's files.
+    """Convert Meta's files; return sentences for the user.
 
     Args:
         source: The folder with `consolidated.*.pth` and `params.json`.
         target: The folder to appear, whole or not at all.
-        tokenizer: `tokenizer.model`; None looks for it in `source` and in the folder that holds `source`.
+        tokenizer: `tokenizer.model`; None looks for it in `source` and in the folder above.
         file_format: `safetensors` or `bin`.
         shard_bytes: Size of a weight file.
-        report: Told how far the writing is.
-
-    Returns:
-        Sentences for the user.
+        report: Called with the progress of the writing.
 
     Raises:
         UsageError: A path that cannot be meant.
@@ -118,19 +112,15 @@ def from_meta(
 
 def _params(source: Path) -> dict[str, Any]:
     path = source / PARAMS_FILE
-    try:
-        with storing(path, doing="read"):
-            if not path.is_file():
-                raise WeightsError(f"{path} is missing", "copy it there: it comes with Meta's files of this size")
-            params = json.loads(path.read_bytes()[: 2**20])
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} cannot be read as JSON", "copy it again") from error
-    for key in ("dim", "n_heads", "n_layers", "norm_eps"):
-        value = params.get(key) if isinstance(params, dict) else None
-        sound = isinstance(value, float if key == "norm_eps" else int) and not isinstance(value, bool)
-        if not sound or value is None or value <= 0:
+    with storing(path, doing="read"):
+        if not path.is_file():
+            raise WeightsError(f"{path} is missing", "copy it there: it comes with Meta's files of this size")
+    params = read_json_object(path, WeightsError, "copy it again")
+    for key, kind in (("dim", int), ("n_heads", int), ("n_layers", int), ("norm_eps", float)):
+        value = params.get(key)
+        if type(value) is not kind or value <= 0:
             raise WeightsError(f"{path} has no {key}, or none that makes sense", "copy it again")
-    return dict(params)
+    return params
 
 
 def _open_parts(source: Path) -> list[TensorFiles]:
@@ -174,7 +164,7 @@ def _plan(source: Path, parts: Sequence[TensorFiles], heads: tuple[int, int]) ->
     """Say what every tensor becomes; a name that is not known is an error."""
     entries, origins = [], {}
     for name in parts[0]:
-        if name.endswith(IGNORED):
+        if name.endswith("rope.freqs"):
             continue
         match = _LAYER.fullmatch(name)
         known = _NAMES.get(match[2] if match else name)
@@ -255,7 +245,7 @@ def _config(
         what = missing[0] if missing else f"{params['n_layers'] - len(layers)} of {params['n_layers']} layers"
         raise WeightsError(f"Meta's files lack {what}", "copy them again")
     is_llama_2 = params["norm_eps"] == _LLAMA_2_EPSILON
-    context = _CONTEXT[is_llama_2]
+    context = 4096 if is_llama_2 else 2048  # Meta's files do not say
     config = {
         "architectures": ["LlamaForCausalLM"],
         "bos_token_id": 1,

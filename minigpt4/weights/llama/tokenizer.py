@@ -1,9 +1,9 @@
 """The tokenizer files of LLaMA and Vicuna folders, mended where old converters left them broken.
 
-The vocabulary itself (`tokenizer.model`, a SentencePiece file) never needs mending; what lies around it often does:
-the class name `LLaMATokenizer` of a pre-release, a `special_tokens_map.json` that is missing or empty, special tokens
-that are empty strings, and the ids 0 and 1 for the beginning and end of a text, which are 1 and 2. Every mend is one
-sentence for the user. This module knows no tensors and no model.
+The vocabulary itself (`tokenizer.model`, a SentencePiece file) is never mended; what is around it often must be: the
+class name `LLaMATokenizer` of a pre-release, a `special_tokens_map.json` that is missing or empty, special tokens that
+are empty strings, and the ids 0 and 1 for the beginning and end of a text, which are 1 and 2. Every mend is one
+sentence for the user.
 """
 
 import json
@@ -17,6 +17,7 @@ import sentencepiece
 
 from minigpt4.errors import WeightsError
 from minigpt4.processing.text_encoding import TextEncoder
+from minigpt4.text import first_line, read_json_object
 from minigpt4.weights.files.disk import storing
 
 if TYPE_CHECKING:  # loaded where a tokenizer is built: mending the files of a 13 GB model needs no 100 MB library
@@ -139,7 +140,7 @@ def load_llama_tokenizer(folder: Path) -> tuple["PreTrainedTokenizerBase", list[
             tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(scratch, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise WeightsError(
-                f"the tokenizer of {folder} cannot be read: {' '.join(str(error).split())[:200]}",
+                f"the tokenizer of {folder} cannot be read: {first_line(error)}",
                 "copy the tokenizer files of the same language model from where it was published",
             ) from error
     says_how = FAST_FILE in mended.files or getattr(tokenizer, "add_prefix_space", None) is False
@@ -189,31 +190,24 @@ def special_pieces(path: Path, content: bytes) -> dict[str, str]:
 
 
 def _fields(content: bytes) -> set[int]:
-    """List the fields of a protocol buffer that the library has read: a tag, a length and so many bytes each."""
+    """List the fields of a protocol buffer that the library has read: a tag, a length and as many bytes each."""
     fields, place = set(), 0
     while place < len(content):
-        tag, place = _number(content, place)
-        length, place = _number(content, place)
-        fields.add(tag >> 3)
-        place += length
+        numbers: list[int] = []
+        while len(numbers) < 2 and place < len(content):  # seven bits a byte, the highest bit of the last is 0
+            longest = min(place + 10, len(content))
+            end = next((end for end in range(place, longest) if content[end] < 0x80), longest - 1)
+            numbers.append(sum((content[at] & 0x7F) << 7 * (at - place) for at in range(place, end + 1)))
+            place = end + 1
+        fields.add(numbers[0] >> 3)
+        place += numbers[-1]
     return fields
-
-
-def _number(content: bytes, place: int) -> tuple[int, int]:
-    """Read a number, seven bits a byte; return it and the place behind it."""
-    value = shift = 0
-    while place < len(content):
-        value |= (content[place] & 0x7F) << shift
-        place, shift = place + 1, shift + 7
-        if content[place - 1] < 0x80:
-            break
-    return value, place
 
 
 def _mended(folder: Path, files: dict[str, bytes], pieces: dict[str, str]) -> MendedTokenizer:
     notes: list[str] = []
-    config = _read_json(folder / CONFIG_FILE, files.get(CONFIG_FILE))
-    special = _read_json(folder / SPECIAL_TOKENS_FILE, files.get(SPECIAL_TOKENS_FILE))
+    config = _read_json(folder / CONFIG_FILE, files)
+    special = _read_json(folder / SPECIAL_TOKENS_FILE, files)
     if CONFIG_FILE not in files:
         config = {"add_bos_token": True, "add_eos_token": False, "tokenizer_class": "LlamaTokenizer"}
         notes.append(f"{CONFIG_FILE} was missing and was written")
@@ -255,16 +249,12 @@ def _content(token: object) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _read_json(path: Path, content: bytes | None) -> dict[str, Any]:
-    if content is None:
-        return {}
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is not JSON", "copy it again from where the model was published") from error
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path} holds no keys", "copy it again from where the model was published")
-    return value
+def _read_json(path: Path, files: Mapping[str, bytes]) -> dict[str, Any]:
+    return (
+        read_json_object(path, WeightsError, "copy it again from where the model was published")
+        if path.name in files
+        else {}
+    )
 
 
 def _json(content: dict[str, Any]) -> bytes:

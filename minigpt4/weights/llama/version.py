@@ -1,10 +1,9 @@
-"""Which language model a LLaMA or Vicuna folder holds: base, delta or merged, which version, and what goes with it.
+"""The version of a LLaMA or Vicuna folder: base, delta or merged, and what goes with it.
 
-Told from rows, configuration and tokenizer files, and from a handful of numbers: the last norm's weights, which are
-near 1 in a model and near 0 in a delta. What files cannot tell is said to be untold, or taken from a name and said so.
+Told from rows, configuration and tokenizer files, and from the last norm's weights, which are near 1 in a model and
+near 0 in a delta. What files cannot tell is taken from the folder's name and said so, or said to be unknown.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from typing import Any
 
 import sentencepiece
 
+from minigpt4.errors import WeightsError
+from minigpt4.text import read_json_object
 from minigpt4.weights.files.tensors import TensorFiles
 from minigpt4.weights.llama.tokenizer import VOCABULARY_FILE
 
@@ -159,7 +160,6 @@ def _pieces(folder: Path) -> int:
 def _json(path: Path) -> dict[str, Any]:
     """Read a small file of the tokenizer; what is missing or broken tells nothing."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json_object(path, WeightsError, "")
+    except WeightsError:
         return {}
-    return value if isinstance(value, dict) else {}

@@ -17,7 +17,7 @@ from torch import Tensor
 from minigpt4.errors import StorageError, WeightsError
 from minigpt4.weights.files.atomic import verify_folder
 from minigpt4.weights.files.tensors import open_tensors
-from minigpt4.weights.llama.delta import CHECKPOINTS, Result, apply_delta, make_delta
+from minigpt4.weights.llama.delta import Result, apply_delta, make_delta
 from tests.weights.llama.delta_files import (
     FREQUENCIES,
     GOLDEN,
@@ -120,12 +120,6 @@ def test_any_layout_of_shards_gives_the_naive_sum(seed: int, tmp_path: Path) -> 
     )
 
     assert_same(read(tmp_path / "out"), naive_sum(sides["base"], sides["delta"]))
-
-
-def test_checkpoints_are_those_the_import_knows() -> None:
-    from minigpt4.weights.original.sizes import KNOWN_PROJECTIONS
-
-    assert {made: name for (made, reads), (name, _) in KNOWN_PROJECTIONS.items() if reads == 768} == CHECKPOINTS
 
 
 def test_merging_loads_no_library_but_torch() -> None:

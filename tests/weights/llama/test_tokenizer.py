@@ -130,7 +130,7 @@ def test_padding_token_of_an_early_vicuna_is_kept(folder: Path) -> None:
             "is not a SentencePiece vocabulary",
             "again",
         ),
-        (lambda folder: (folder / CONFIG).write_text("{"), "tokenizer_config.json is not JSON", "again"),
+        (lambda folder: (folder / CONFIG).write_text("{"), "tokenizer_config.json cannot be read as JSON", "again"),
         (lambda folder: (folder / SPECIAL).write_text("[]"), "special_tokens_map.json holds no keys", "again"),
     ],
 )
