@@ -33,8 +33,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from minigpt4.training.features import cached_pictures
+from minigpt4.training.model_setup import Prepared, prepare_model
 from minigpt4.training.objectives import TrainingStep
-from minigpt4.training.preparing import Prepared, prepare_model
 from minigpt4.training.processes import processes
 from minigpt4.training.recipe import Recipe
 from minigpt4.training.stage_data import stage_data

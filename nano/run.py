@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch.utils.data import Dataset
 
 from minigpt4.training.loop import Batches
-from minigpt4.training.preparing import Prepared
+from minigpt4.training.model_setup import Prepared
 from minigpt4.training.recipe import Recipe, StageRecipe
 from minigpt4.training.run import Reports, run
 from minigpt4.training.schedule import batches_before

@@ -25,7 +25,7 @@ def features(
     """Compute what a recipe with `features: cache` reads, and print where it is kept."""
     quiet()
     from minigpt4.training.features import compute_features
-    from minigpt4.training.preparing import check_libraries, prepare_model
+    from minigpt4.training.model_setup import check_libraries, prepare_model
     from minigpt4.training.processes import joined
     from minigpt4.training.recipe import read_recipe
     from minigpt4.training.stage_data import RunSources, check_data

@@ -46,7 +46,7 @@ from minigpt4.training.feature_store import (
     remove_damaged,
 )
 from minigpt4.training.memory import memory_for
-from minigpt4.training.preparing import Prepared, seeing_on
+from minigpt4.training.model_setup import Prepared, seeing_on
 from minigpt4.training.processes import by_the_main_process, summed
 from minigpt4.training.readers import read_ahead, readers_alive
 from minigpt4.training.recipe import Recipe

@@ -18,8 +18,8 @@ from minigpt4.training.branches import check_branches
 from minigpt4.training.checkpoint import State, best_checkpoint, last_checkpoint, read_trained, whole
 from minigpt4.training.features import cached_pictures
 from minigpt4.training.loop import Batches, Progress, train
+from minigpt4.training.model_setup import Prepared, check_libraries, prepare_model
 from minigpt4.training.objectives import Objective, TrainingStep
-from minigpt4.training.preparing import Prepared, check_libraries, prepare_model
 from minigpt4.training.processes import by_the_main_process, gather_parameters, joined
 from minigpt4.training.recipe import Recipe, StageRecipe
 from minigpt4.training.reports import Trackers, check_trackers, describe_texts, plot_metrics
@@ -32,7 +32,7 @@ from minigpt4.training.run_folder import (
     place_of,
 )
 from minigpt4.training.schedule import cut_rise
-from minigpt4.training.stage_data import RunSources, check_data, has_branches, records_of, stage_data
+from minigpt4.training.stage_data import RunSources, check_data, is_packed, records_of, stage_data
 from minigpt4.training.validation import Validation
 from minigpt4.weights.alignment import ALIGNMENT_FILE, Origin, alignment_tensors, read_description, save_alignment
 from minigpt4.weights.folder import Report
@@ -186,7 +186,7 @@ def _prepare_and_train(
     """Load the model, and make the updates that are left."""
     torch.manual_seed(recipe.seed)
     prepared = prepare_model(recipe, here, told.parts)
-    if has_branches(recipe):
+    if is_packed(recipe):
         check_branches(prepared.model)
     kept = cached_pictures(recipe, prepared, here, told.features, sources) if recipe.features == "cache" else None
     batches = make_batches(prepared) if make_batches else stage_data(recipe, prepared, here, kept, sources)

@@ -18,7 +18,7 @@ from minigpt4.data.sources.shards import ShardSource
 from minigpt4.errors import ConfigError, DataError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing import MiniGPT4Processor
-from minigpt4.training.preparing import Prepared
+from minigpt4.training.model_setup import Prepared
 from minigpt4.training.recipe import Recipe, SourceRecipe, SourcesData, StageRecipe, ValidationRecipe
 from minigpt4.training.schedule import batches_before
 from minigpt4.weights.folder import Report
@@ -26,16 +26,15 @@ from minigpt4.weights.folder import Report
 VALIDATION_SEED = 0
 """Validation has the same examples every time, whatever the run's seed."""
 
-
 SAMPLE_ATTEMPTS = 10
-"""So many times as many records as there are sample answers are looked at, for pictures that can be opened."""
+"""Places of validation's order for each sample answer, among which pictures that can be opened are looked for."""
 
 
 class RunSources:
-    """Opens the sources of a run, each once: lists, and shards that have no index, are read whole for it.
+    """Opens the sources of a run, each once: lists, and shards without an index, are read whole for it.
 
     Args:
-        report: Told what takes long.
+        report: Called where that takes long.
     """
 
     def __init__(self, report: Report | None = None) -> None:
@@ -44,7 +43,7 @@ class RunSources:
         self._skipped: dict[str, dict[str, int]] = {}
 
     def passed_over(self) -> list[str]:
-        """Say what the sources that were opened pass over, a sentence each."""
+        """Return what the sources that were opened pass over, a sentence each."""
         return [
             f"{name} passes over {', '.join(f'{count:,} x {what}' for what, count in skipped.items())}"
             for name, skipped in self._skipped.items()
@@ -79,24 +78,28 @@ def check_data(recipe: Recipe, opened: RunSources) -> None:
         DataError: A source is not there, or cannot be read.
     """
     for stage in recipe.stages:
-        data = recipe.data_of(stage)
-        if data is None:
+        if (data := recipe.data_of(stage)) is None:
             continue
         prompts_of(stage, data)
         for source in opened.open(data.sources):
-            _refuse_barren(source)
-    if recipe.validation:
-        opened.open(recipe.validation.sources)
-    for stage in recipe.stages:
-        if stage.layout == "original" and has_branches(recipe):
+            # Who leaves such shards out without a word learns from less.
+            if isinstance(source, ShardSource) and (barren := source.barren()):
+                more = f", and {len(barren) - 1:,} more" if len(barren) > 1 else ""
+                raise DataError(
+                    f"{source.name}: no sample of {barren[0]} can be used{more}",
+                    hint=f"`minigpt4 data check {source.name}` says what is wrong; fetch it again, or take it away",
+                )
+        if stage.layout == "original" and is_packed(recipe):
             raise ConfigError(
                 f"stage {stage.name} has the layout original, which has no texts side by side",
                 hint="leave texts_per_picture out",
             )
+    if recipe.validation:
+        opened.open(recipe.validation.sources)
 
 
 def records_of(recipe: Recipe, opened: RunSources) -> dict[str, dict[str, Any]]:
-    """Say which records a run learns from: the `path`, the number of `records` and the `identity` of each source."""
+    """Return which records a run learns from: `path`, number of `records` and `identity` of each source."""
     sections = [("data", recipe.data)]
     sections += [(f"stages.{n}.data", recipe.data_of(stage)) for n, stage in enumerate(recipe.stages) if stage.data]
     return {
@@ -107,21 +110,10 @@ def records_of(recipe: Recipe, opened: RunSources) -> dict[str, dict[str, Any]]:
     }
 
 
-def _refuse_barren(source: Source) -> None:
-    """Refuse shards that are known to give nothing: whoever leaves them out without a word learns from less."""
-    if isinstance(source, ShardSource) and (barren := source.barren()):
-        more = f", and {len(barren) - 1:,} more" if len(barren) > 1 else ""
-        raise DataError(
-            f"{source.name}: no sample of {barren[0]} can be used{more}",
-            hint=f"`minigpt4 data check {source.name}` says what is wrong; fetch it again, or take it away",
-        )
-
-
-def has_branches(recipe: Recipe) -> bool:
+def is_packed(recipe: Recipe) -> bool:
     """Return whether rows of a run's examples have several texts."""
     sections = [recipe.data_of(stage) for stage in recipe.stages] + [recipe.validation]
-    sources = [s for section in sections if section for s in section.sources]
-    return any(source.texts_per_picture > 1 for source in sources)
+    return any(source.texts_per_picture > 1 for section in sections if section for source in section.sources)
 
 
 def stage_data(
@@ -131,15 +123,14 @@ def stage_data(
     kept: KeptPictures | None = None,
     sources: RunSources | None = None,
 ) -> Callable[[int, StageRecipe], Dataset[dict[str, Any]]]:
-    """Return what makes a stage's batches, for this process; `kept` gives the pictures where they are cached."""
+    """Return a function that makes a stage's batches for this process; `kept` has the pictures if they are cached."""
     opened = sources or RunSources()
 
     def of_stage(number: int, stage: StageRecipe) -> Dataset[dict[str, Any]]:
         data = recipe.data_of(stage)
         if data is None:
             raise ConfigError("the recipe has no data", hint="name data.sources, or give the run its batches")
-        process = Process(here.process_index, here.num_processes)
-        context = context_of(prepared.model)
+        process, context = Process(here.process_index, here.num_processes), context_of(prepared.model)
         return source_batches(recipe, prepared.processor, number, stage, data, process, kept, opened, context)
 
     return of_stage
@@ -156,18 +147,13 @@ def source_batches(
     opened: RunSources | None = None,
     context: int | None = None,
 ) -> SourceBatches:
-    """Return a process's batches of a stage over sources of examples."""
-    sources = (opened or RunSources()).open(data.sources)
-    order = Order(
-        sizes=tuple(len(source) for source in sources),
-        shares=tuple(source.share for source in data.sources),
+    """Return the batches that a stage learns from, for one process."""
+    return _batches(
+        (opened or RunSources()).open(data.sources),
+        data.sources,
         seed=recipe.seed,
-        stage=number,
+        number=number,
         unit=stage.batch_size * process.world_size if stage.mix == "batches" else 1,
-    )
-    return SourceBatches(
-        sources=sources,
-        order=order,
         layout=layout_of(stage, processor, context),
         prompts=prompts_of(stage, data),
         length=batches_before(stage, stage.steps),
@@ -175,14 +161,13 @@ def source_batches(
         process=process,
         crop=data.crop,
         prompt_for=stage.prompt_for,
-        blip_captions=[cleaning_of(source) for source in data.sources],
         bucket_batches=stage.bucket_batches,
         kept=kept,
     )
 
 
 def num_sample_places(settings: ValidationRecipe) -> int:
-    """Return in how many of validation's first places pictures for sample answers are looked for."""
+    """Return among how many of validation's first places pictures for sample answers are looked for."""
     return SAMPLE_ATTEMPTS * settings.pictures
 
 
@@ -200,17 +185,12 @@ def validation_batches(
 
     Texts are written and asked for as the stage's own are, so that the two losses can be compared.
     """
-    sources = opened.open(settings.sources)
     data = recipe.data_of(stage)
-    order = Order(
-        sizes=tuple(len(source) for source in sources),
-        shares=tuple(source.share for source in settings.sources),
+    return _batches(
+        opened.open(settings.sources),
+        settings.sources,
         seed=VALIDATION_SEED,
-        stage=0,
-    )
-    return SourceBatches(
-        sources=sources,
-        order=order,
+        number=0,
         layout=layout_of(stage, processor, context),
         prompts=list(DEFAULT_PROMPTS) if data is None else prompts_of(stage, data),
         length=settings.batches,
@@ -218,19 +198,27 @@ def validation_batches(
         process=process,
         crop=False,
         prompt_for=stage.prompt_for,
-        blip_captions=[cleaning_of(source) for source in settings.sources],
         kept=kept,
     )
 
 
+def _batches(
+    sources: Sequence[Source], named: Sequence[SourceRecipe], *, seed: int, number: int, unit: int = 1, **settings: Any
+) -> SourceBatches:
+    """Return batches over sources, mixed and cleaned as the recipe's sections say that name them."""
+    shares = tuple(source.share for source in named)
+    order = Order(tuple(len(source) for source in sources), shares, seed=seed, stage=number, unit=unit)
+    return SourceBatches(sources, order, blip_captions=[_cleaning_of(source) for source in named], **settings)
+
+
 def context_of(model: MiniGPT4ForConditionalGeneration) -> int | None:
-    """Return how many places a model's language model reads; None where its configuration does not say."""
-    places: int | None = getattr(model.config.text_config, "max_position_embeddings", None)
-    return places
+    """Return how many positions a model's language model reads; None where its configuration does not say."""
+    positions: int | None = getattr(model.config.text_config, "max_position_embeddings", None)
+    return positions
 
 
 def layout_of(stage: StageRecipe, processor: MiniGPT4Processor, context: int | None = None) -> Layout:
-    """Return how a stage writes its examples, for a language model that reads so many places."""
+    """Return how a stage writes its examples, for a language model that reads `context` positions."""
     return Layout(
         processor=processor,
         kind=stage.layout,
@@ -243,19 +231,16 @@ def layout_of(stage: StageRecipe, processor: MiniGPT4Processor, context: int | N
     )
 
 
-def cleaning_of(source: SourceRecipe) -> Cleaning | None:
-    """Return how a source's captions are cleaned; None leaves them as they are."""
-    if source.captions != "blip":
-        return None
-    return Cleaning(source.max_words or MAX_WORDS, source.caption_prompt or "")
+def _cleaning_of(source: SourceRecipe) -> Cleaning | None:
+    is_cleaned = source.captions == "blip"
+    return Cleaning(source.max_words or MAX_WORDS, source.caption_prompt or "") if is_cleaned else None
 
 
 def prompts_of(stage: StageRecipe, data: SourcesData) -> list[str]:
     """Return what asks for captions.
 
     Raises:
-        ConfigError: The file of prompts cannot be read, or has none; or one has several places for the picture where
-            each would be read.
+        ConfigError: The file of prompts cannot be read, or has none; or a prompt has several places for the picture.
     """
     if data.prompts is None:
         return [] if stage.layout == "original" else list(DEFAULT_PROMPTS)
@@ -270,11 +255,6 @@ def prompts_of(stage: StageRecipe, data: SourcesData) -> list[str]:
 
 
 def _read_prompts(path: Path) -> list[str]:
-    """Read prompts, one a line.
-
-    Raises:
-        ConfigError: The file cannot be read, or has none.
-    """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:

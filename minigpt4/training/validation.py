@@ -17,8 +17,8 @@ from minigpt4.inference.reading import never_said, stops
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing.pictures import PictureSource, open_image
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
+from minigpt4.training.model_setup import Prepared
 from minigpt4.training.objectives import TrainingStep, image_features, num_targets
-from minigpt4.training.preparing import Prepared
 from minigpt4.training.processes import by_the_main_process, gathered, is_spread, summed
 from minigpt4.training.recipe import Recipe, StageRecipe, ValidationRecipe
 from minigpt4.training.samples import add_round, make_round

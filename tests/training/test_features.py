@@ -24,8 +24,8 @@ from minigpt4.training import feature_store, features
 from minigpt4.training.feature_store import FeatureStore, Fingerprint, create_store
 from minigpt4.training.features import CachedPictures, cached_pictures, compute_features, run_fingerprint, store_folder
 from minigpt4.training.loop import train
+from minigpt4.training.model_setup import Prepared
 from minigpt4.training.objectives import TrainingStep
-from minigpt4.training.preparing import Prepared
 from minigpt4.training.processes import processes
 from minigpt4.training.recipe import Recipe, SourcesData
 from minigpt4.training.stage_data import RunSources, source_batches, stage_data

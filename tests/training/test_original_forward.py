@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from minigpt4.data.examples import padded
 from minigpt4.data.record import Record
+from minigpt4.training.model_setup import Prepared, prepare_model
 from minigpt4.training.objectives import TrainingStep, num_targets
-from minigpt4.training.preparing import Prepared, prepare_model
 from minigpt4.training.processes import processes
 from minigpt4.training.recipe import make_recipe
 from minigpt4.training.stage_data import layout_of

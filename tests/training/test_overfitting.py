@@ -23,8 +23,8 @@ from minigpt4.inference.chat import ChatSession
 from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from minigpt4.processing import MiniGPT4Processor
 from minigpt4.training.loop import train
+from minigpt4.training.model_setup import prepare_model
 from minigpt4.training.objectives import TrainingStep
-from minigpt4.training.preparing import prepare_model
 from minigpt4.training.recipe import Recipe, StageRecipe
 from minigpt4.training.schedule import learning_rate
 from minigpt4.training.stage_data import stage_data

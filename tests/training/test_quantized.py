@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import minigpt4
 from minigpt4.training import run as runs
-from minigpt4.training.preparing import Prepared, prepare_model
+from minigpt4.training.model_setup import Prepared, prepare_model
 from minigpt4.training.recipe import make_recipe
 from tests import tiny_chat
 

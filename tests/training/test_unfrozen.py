@@ -15,7 +15,7 @@ import minigpt4
 from minigpt4.errors import ConfigError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.training.loop import Progress
-from minigpt4.training.preparing import Prepared, prepare_model
+from minigpt4.training.model_setup import Prepared, prepare_model
 from minigpt4.training.processes import processes
 from minigpt4.training.recipe import Recipe, make_recipe
 from minigpt4.training.run import Reports, run
@@ -256,7 +256,7 @@ def test_encoder_with_batch_norms_is_refused(
         model.model.vision_model.extra = nn.BatchNorm1d(4)
         return model, tiny_chat.processor()
 
-    monkeypatch.setattr("minigpt4.training.preparing.load", with_batch_norm)
+    monkeypatch.setattr("minigpt4.training.model_setup.load", with_batch_norm)
     with pytest.raises(ConfigError, match="its extra is a batch norm, whose statistics no alignment holds"):
         prepare_model(recipe(model_folder, tmp_path, tmp_path / "run"), processes())
 

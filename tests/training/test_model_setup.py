@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from minigpt4.errors import ConfigError
-from minigpt4.training import preparing
-from minigpt4.training.preparing import prepare_model, seeing_on
+from minigpt4.training import model_setup
+from minigpt4.training.model_setup import prepare_model, seeing_on
 from minigpt4.training.recipe import Recipe
 from tests import tiny_chat
 from tests.model import tiny
@@ -52,8 +52,8 @@ def test_frozen_parts_have_the_bits_of_the_precision_and_what_learns_has_all(
 ) -> None:
     """Cast at every update instead, they would take the memory and the time of both."""
     made = tiny_chat.model()
-    monkeypatch.setattr(preparing.nano, "frozen_parts", lambda _: ())
-    monkeypatch.setattr(preparing.nano, "assemble", lambda: (made, tiny_chat.tokenizer()))
+    monkeypatch.setattr(model_setup.nano, "frozen_parts", lambda _: ())
+    monkeypatch.setattr(model_setup.nano, "assemble", lambda: (made, tiny_chat.tokenizer()))
     asked = (Path("nano"), {"joining_parts": "new"}) if named == "nano" else (model_folder, {})
     here = SimpleNamespace(device=torch.device("cpu"), num_processes=1, is_main_process=True)
 
@@ -77,7 +77,7 @@ def test_fewer_bits_are_made_on_the_device(
         places.append(device)
         raise EnoughError
 
-    monkeypatch.setattr(preparing, "load", load)
+    monkeypatch.setattr(model_setup, "load", load)
     with pytest.raises(EnoughError):
         prepare_model(recipe(model_folder, quantize=quantize), process_of(1))
 

@@ -1,15 +1,15 @@
-"""The model of a run: loaded or put together, where it is to be, and with the right parts learning."""
+"""The model of a run: loaded or put together, on its device, and with the right parts learning."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import PreTrainedModel
 
 from minigpt4.errors import ConfigError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
@@ -29,7 +29,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model that is ready to be trained, its processor, and what it began from."""
+    """A model that is ready to be trained, its processor, and the frozen parts it began from."""
 
     model: MiniGPT4ForConditionalGeneration
     processor: MiniGPT4Processor
@@ -48,44 +48,26 @@ def check_libraries(recipe: Recipe) -> None:
 
 
 def prepare_model(recipe: Recipe, here: PartialState, report: Report | None = None) -> Prepared:
-    """Load what a recipe names and let learn what it says.
+    """Load the model of a recipe, and let learn what the recipe says.
 
     Args:
-        recipe: The recipe.
+        recipe: The run's.
         here: The processes; the model goes to this one's device, or waits on the CPU for being spread.
-        report: Told of frozen parts being fetched and converted.
+        report: Called with the bytes of frozen parts that are fetched and converted.
 
     Raises:
         ConfigError: The parts do not fit each other or the recipe.
         WeightsError: A part is missing or damaged.
     """
-    dtype = DTYPES[chosen_precision(recipe, here.device)]
-    name, is_new = recipe.model, False
-    if isinstance(name, PartsRecipe):
-        name, is_new = _composed(name, recipe, here, report), True
-    if name == "nano" and recipe.joining_parts == "new":
-        model, tokenizer = nano.assemble(*nano.frozen_parts(report))
-        for parameter in model.parameters():  # as the library loads others: buffers keep their bits
-            parameter.data = parameter.data.to(getattr(torch, dtype))
-        processor, is_new = nano.make_processor(model.config, tokenizer), True
-    else:
-        # Fewer bits are made where the model is loaded, and it stays there.
-        device = "cpu" if recipe.quantize == "none" else str(here.device)
-        model, processor = load(name, device=device, dtype=dtype, quantize=recipe.quantize, report=report)
-        _keep_four_bits_as_loaded(model)
-    # Named from the alignment's folder, so that the run's can be moved.
-    origin_ = Origin(f"../{COMPOSED_FOLDER}") if isinstance(recipe.model, PartsRecipe) else origin(name)
-    if "lora" in (recipe.trainable or []) and origin_.lora:
-        _refuse_other_adapters(recipe, origin_.lora)
-    elif "lora" in (recipe.trainable or []):
-        origin_ = replace(origin_, lora=recipe.lora.model_dump())
-        add_lora(model, origin_.lora)
+    model, processor, origin_, is_new = _loaded(recipe, here, report)
+    if "lora" in (recipe.trainable or []):
+        origin_ = _with_adapters(model, recipe, origin_)
     _let_learn(model, recipe)
     if "vision_model" in model.config.trainable_parts:
         _freeze_unread(model, processor)
         _keep_key_biases(model)
     if recipe.joining_parts == "new" and not is_new:
-        _begin_anew(model)
+        _initialize_joining_parts(model)
     if recipe.gradient_checkpointing:
         # The library renamed it after 5.19.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -93,17 +75,6 @@ def prepare_model(recipe: Recipe, here: PartialState, report: Report | None = No
     if recipe.quantize == "none" and not waits_on_the_cpu(recipe.parallel, here):
         model.to(here.device)
     return Prepared(model, processor, origin_)
-
-
-def _keep_four_bits_as_loaded(model: nn.Module) -> None:
-    """Keep 4-bit layers from repacking themselves at their first forward without gradients.
-
-    On a CPU with AVX512-BF16 bitsandbytes packs them for a fused kernel then; gradients through packed layers are zero,
-    and their absolute maxima have lost bits.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 @contextmanager
@@ -126,29 +97,54 @@ def seeing_on(model: MiniGPT4ForConditionalGeneration, device: torch.device) -> 
             setattr(module, name, tensor)
 
 
-def _composed(parts: PartsRecipe, recipe: Recipe, here: PartialState, report: Report | None) -> str:
-    """Put the model together in the run's folder, once; the other processes wait."""
-    target = recipe.output / COMPOSED_FOLDER
+def _loaded(
+    recipe: Recipe, here: PartialState, report: Report | None
+) -> tuple[MiniGPT4ForConditionalGeneration, MiniGPT4Processor, Origin, bool]:
+    """Return model and processor, what names its frozen parts, and whether its joining parts are new."""
+    dtype = DTYPES[chosen_precision(recipe, here.device)]
+    name, origin_ = recipe.model, None
+    if isinstance(name, PartsRecipe):
+        parts, target = name, recipe.output / COMPOSED_FOLDER
+        by_the_main_process(lambda: _compose(target, parts, recipe.seed, report), here)
+        # Named from the alignment's folder, so that the run's can be moved.
+        name, origin_ = str(target), Origin(f"../{COMPOSED_FOLDER}")
+    if name == "nano" and recipe.joining_parts == "new":
+        model, tokenizer = nano.assemble(*nano.frozen_parts(report))
+        for parameter in model.parameters():  # as the library loads others: buffers keep their bits
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+        return model, nano.make_processor(model.config, tokenizer), origin(name), True
+    # Fewer bits are made where the model is loaded, and it stays there.
+    device = "cpu" if recipe.quantize == "none" else str(here.device)
+    model, processor = load(name, device=device, dtype=dtype, quantize=recipe.quantize, report=report)
+    for module in model.modules():
+        # On a CPU with AVX512-BF16 bitsandbytes packs 4-bit layers at their first forward without gradients; gradients
+        # through packed layers are zero, and their absolute maxima have lost bits.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (its type is that of tensors)
+    return model, processor, origin_ or origin(name), origin_ is not None
 
-    def put_together() -> None:
-        compose(target, **parts.model_dump(), seed=recipe.seed, report=report)
 
-    by_the_main_process(put_together, here)
-    return str(target)
+def _compose(target: Path, parts: PartsRecipe, seed: int, report: Report | None) -> None:
+    compose(target, **parts.model_dump(), seed=seed, report=report)
 
 
-def _refuse_other_adapters(recipe: Recipe, there: Mapping[str, Any]) -> None:
-    """Refuse what a recipe says of adapters where the model has others, with which it goes on."""
+def _with_adapters(model: MiniGPT4ForConditionalGeneration, recipe: Recipe, origin_: Origin) -> Origin:
+    """Add adapters, unless the model has some, which go on; refuses a recipe that says other things of those."""
+    if not origin_.lora:
+        origin_ = replace(origin_, lora=recipe.lora.model_dump())
+        add_lora(model, origin_.lora)
+        return origin_
     for key in sorted(recipe.lora.model_fields_set):
-        wanted = getattr(recipe.lora, key)
-        if wanted != there.get(key):
+        wanted, there = getattr(recipe.lora, key), origin_.lora.get(key)
+        if wanted != there:
             raise ConfigError(
-                f"lora.{key} is {wanted!r}, and {recipe.model} has adapters with {there.get(key)!r}, which go on",
+                f"lora.{key} is {wanted!r}, and {recipe.model} has adapters with {there!r}, which go on",
                 hint=f"remove lora.{key}, or begin with a model that has no adapters",
             )
+    return origin_
 
 
-def _begin_anew(model: MiniGPT4ForConditionalGeneration) -> None:
+def _initialize_joining_parts(model: MiniGPT4ForConditionalGeneration) -> None:
     """Give the joining parts that learn random weights, as a new model has them."""
     joining = model.model
     for part in (joining.language_projection, joining.qformer):
@@ -163,22 +159,15 @@ def _begin_anew(model: MiniGPT4ForConditionalGeneration) -> None:
 
 def _let_learn(model: MiniGPT4ForConditionalGeneration, recipe: Recipe) -> None:
     """Freeze everything but what the recipe names; what learns is kept in float32."""
+    vision_model = model.model.vision_model
     if recipe.trainable is not None:
-        _refuse_missing(model, recipe.trainable)
-        model.config.trainable_parts = tuple(part for part in recipe.trainable if part in PARTS)
-        model.freeze()
-        if "vision_layernorms" in recipe.trainable:
-            norms = [m for m in model.model.vision_model.modules() if isinstance(m, nn.LayerNorm)]
-            if not norms:
-                raise ConfigError(
-                    "the vision encoder has no LayerNorm that could learn", hint="leave vision_layernorms out"
-                )
-            for norm in norms:
-                norm.requires_grad_(True)
-        if "lora" in recipe.trainable:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(parameter.requires_grad or ".lora_" in name)
-    _refuse_batch_norms(model.model.vision_model)
+        _freeze_all_but(recipe.trainable, model)
+    counting = [name for name, module in vision_model.named_modules() if isinstance(module, _BatchNorm)]
+    if counting and any(p.requires_grad for p in vision_model.parameters()):
+        raise ConfigError(
+            f"the vision encoder cannot learn: its {counting[0]} is a batch norm, whose statistics no alignment holds",
+            hint="leave vision_model and vision_layernorms out of trainable",
+        )
     learning = [p for p in model.parameters() if p.requires_grad]
     if not learning:
         raise ConfigError("nothing learns in this model", hint="set trainable, for example to [language_projection]")
@@ -186,27 +175,29 @@ def _let_learn(model: MiniGPT4ForConditionalGeneration, recipe: Recipe) -> None:
         parameter.data = parameter.data.to(torch.float32)
 
 
-def _refuse_missing(model: MiniGPT4ForConditionalGeneration, trainable: Sequence[str]) -> None:
-    """Refuse parts that a model without a Q-Former has not."""
+def _freeze_all_but(trainable: Sequence[str], model: MiniGPT4ForConditionalGeneration) -> None:
     for part in trainable:
         if part in PARTS and getattr(model.model, part) is None:
             raise ConfigError(f"the model has no {part} that could learn", hint=f"leave {part} out of trainable")
-
-
-def _refuse_batch_norms(vision_model: PreTrainedModel) -> None:
-    """Refuse to teach an encoder that counts as well as learns: neither checkpoints nor alignments hold the counts."""
-    counting = [name for name, module in vision_model.named_modules() if isinstance(module, _BatchNorm)]
-    if counting and any(p.requires_grad for p in vision_model.parameters()):
-        raise ConfigError(
-            f"the vision encoder cannot learn: its {counting[0]} is a batch norm, whose statistics no alignment holds",
-            hint="leave vision_model and vision_layernorms out of trainable",
-        )
+    model.config.trainable_parts = tuple(part for part in trainable if part in PARTS)
+    model.freeze()
+    if "vision_layernorms" in trainable:
+        norms = [module for module in model.model.vision_model.modules() if isinstance(module, nn.LayerNorm)]
+        if not norms:
+            raise ConfigError(
+                "the vision encoder has no LayerNorm that could learn", hint="leave vision_layernorms out"
+            )
+        for norm in norms:
+            norm.requires_grad_(True)
+    if "lora" in trainable:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or ".lora_" in name)
 
 
 def _freeze_unread(model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor) -> None:
-    """Freeze what no word depends on, such as a pooler: `ddp` refuses a gradient that never comes.
+    """Freeze what no answer depends on, such as a pooler: `ddp` refuses a gradient that never comes.
 
-    An encoder without numbers (torch's device `meta`) tells, since gradients exist there, too.
+    Found with an encoder without numbers (torch's device `meta`), since gradients exist there, too.
     """
     vision_model, size = model.model.vision_model, processor.image_processor.size
     with torch.device("meta"):
@@ -229,12 +220,11 @@ class _KeyBiasKept(nn.Linear):
 
 
 def _keep_key_biases(model: MiniGPT4ForConditionalGeneration) -> None:
-    """Keep the key biases of EVA-ViT what they are: zero.
+    """Keep the key biases of EVA-ViT zero: the original has none.
 
-    The original has none: it joins a query bias, zeros and a value bias. A key bias moves all scores of a query alike
-    and changes no attention, so its gradient is nothing but rounding, of which Adam makes steps of full size; the
-    original would have no place for what comes of them. The gradient is cut off where the bias is read, since a hook on
-    the parameter is lost where `fsdp2` puts another in its place.
+    A key bias moves all scores of a query alike and changes no attention, so its gradient is nothing but rounding, of
+    which Adam makes steps of full size. The gradient is cut off where the bias is read, since a hook on the parameter
+    is lost where `fsdp2` puts another in its place.
     """
     if model.config.vision_config.model_type != "blip_2_vision_model":
         return
