@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minigpt4.errors import ConfigError, WeightsError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
-from minigpt4.text import read_json_object
+from minigpt4.text import first_line, read_json_object
 from minigpt4.weights.files.atomic import verify_folder, write_folder
 from minigpt4.weights.hub import is_hub_id
 
@@ -58,14 +58,11 @@ class Origin:
 
 
 def origin_of(name: str, folder: Path) -> Origin:
-    """Return the origin of a model that goes on from another.
+    """Return the origin of a model that continues another one.
 
     Args:
         name: What was loaded: `"nano"`, a folder, or a hub id.
         folder: Where its alignment is, or the full folder it is.
-
-    Raises:
-        WeightsError: It is an alignment folder that cannot be read.
     """
     if not (folder / ALIGNMENT_FILE).is_file():
         return Origin(str(folder.resolve()) if Path(name).exists() else name)
@@ -75,11 +72,7 @@ def origin_of(name: str, folder: Path) -> Origin:
 
 
 def holds_all_of_nano(folder: Path) -> bool:
-    """Tell whether an alignment is all that nano's frozen parts lack, and nothing else.
-
-    Raises:
-        WeightsError: It cannot be read.
-    """
+    """Return whether an alignment is all that nano's frozen parts lack, and nothing else."""
     description = read_description(folder)
     if description["frozen_parts"] != NANO or description.get("lora"):
         return False
@@ -91,11 +84,10 @@ def holds_all_of_nano(folder: Path) -> bool:
 def frozen_parts_of(folder: Path) -> str:
     """Return where an alignment's frozen parts come from.
 
-    A folder is looked for from the alignment's, and then where it was as the alignment was written: either may have
-    been moved alone.
+    A relative path is that from the alignment's folder, or else from where it was written: either may have been moved.
 
     Raises:
-        WeightsError: It cannot be read, or the folder is in neither place.
+        WeightsError: The folder is in neither place.
     """
     description = read_description(folder)
     named = str(description["frozen_parts"])
@@ -113,11 +105,9 @@ def frozen_parts_of(folder: Path) -> str:
 
 
 def fingerprint(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Describe a language model so that another one is told from it.
+    """Return a language model's sizes, a hash of its vocabulary and a sample of its embeddings.
 
-    Returns:
-        Its sizes, a hash of its vocabulary, and a sample of its embeddings, by which another copy of the same model
-        (in other bits, say) is recognised although its numbers differ a little.
+    By the sample another copy of the same model (in other bits, say) is recognised although its numbers differ a bit.
     """
     table: Tensor = language_model.get_input_embeddings().weight  # type: ignore[assignment]  # an embedding table
     rows = torch.linspace(0, len(table) - 1, SAMPLED_ROWS).long()
@@ -185,10 +175,9 @@ def save_alignment(
 
 
 def _kept_dtype(name: str, origin: Origin) -> torch.dtype:
-    """Choose what a tensor is kept in: as it was trained, float32.
+    """Return the type a tensor is kept in: float32, and for nano's many joining parts bfloat16, which is enough.
 
-    nano's joining parts are many and bfloat16 is enough for them. What was trained before, as its vision encoder was,
-    moves by less than bfloat16 can tell.
+    What was trained before, as its vision encoder was, changes by less than bfloat16 resolves.
     """
     of_nano = origin.frozen_parts == NANO and name.partition(".")[0] in JOINING_PARTS
     return torch.bfloat16 if of_nano else torch.float32
@@ -213,37 +202,27 @@ def apply_alignment(
     tensors = load_file(folder / TENSORS_FILE)
     parameters = dict(model.model.named_parameters())
     joining = {name for name, p in parameters.items() if p.requires_grad and ".lora_" not in name}
+    hint = "load it with the frozen parts it was trained with: its alignment.json names them"
     odd = sorted(tensors.keys() - parameters.keys())
     if description["frozen_parts"] == NANO:
         odd += sorted(joining - tensors.keys())
     if odd:
-        raise WeightsError(
-            f"the alignment {folder.name} and the model differ in tensor {odd[0]}",
-            "load it with the frozen parts it was trained with: its alignment.json names them",
-        )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if parameters[name].shape != tensor.shape:
-                raise WeightsError(
-                    f"tensor {name} of the alignment {folder.name} is {tuple(tensor.shape)}, "
-                    f"expected {tuple(parameters[name].shape)}",
-                    "load it with the frozen parts it was trained with: its alignment.json names them",
-                )
-            if not tensor.sum(dtype=torch.float64).isfinite():  # one pass: what is no number spoils the sum
-                raise WeightsError(
-                    f"tensor {name} of the alignment {folder.name} holds numbers that are infinite or none",
-                    "train it again with a lower learning rate, or from a checkpoint before",
-                )
-            parameters[name].copy_(tensor)
+        raise WeightsError(f"the alignment {folder.name} and the model differ in tensor {odd[0]}", hint)
+    for name, tensor in tensors.items():
+        what = f"tensor {name} of the alignment {folder.name}"
+        if parameters[name].shape != tensor.shape:
+            raise WeightsError(f"{what} is {tuple(tensor.shape)}, expected {tuple(parameters[name].shape)}", hint)
+        if not tensor.sum(dtype=torch.float64).isfinite():  # one pass: what is no number spoils the sum
+            raise WeightsError(
+                f"{what} holds numbers that are infinite or none",
+                "train it again with a lower learning rate, or from a checkpoint before",
+            )
+        parameters[name].detach().copy_(tensor)
     return model
 
 
 def require_peft() -> None:
-    """Refuse adapters where the library for them is missing.
-
-    Raises:
-        ConfigError: peft is not installed.
-    """
+    """Raise ConfigError if peft, the library for adapters, is not installed."""
     if find_spec("peft") is None:
         raise ConfigError("adapters (lora) need peft", hint='pip install "minigpt4[train]"')
 
@@ -251,9 +230,7 @@ def require_peft() -> None:
 def add_lora(model: MiniGPT4ForConditionalGeneration, settings: Mapping[str, Any]) -> None:
     """Put low-rank adapters (arXiv 2106.09685) into the language model; they change nothing until they are trained.
 
-    Args:
-        model: The model.
-        settings: `rank`, `alpha`, `dropout`, and `target_modules` or None for the attention's queries and values.
+    `settings` are `rank`, `alpha`, `dropout`, and `target_modules` or None for the attention's queries and values.
 
     Raises:
         ConfigError: peft is not installed, or the language model has no such modules.
@@ -271,17 +248,13 @@ def add_lora(model: MiniGPT4ForConditionalGeneration, settings: Mapping[str, Any
         inject_adapter_in_model(config, model.model.language_model)
     except ValueError as error:
         raise ConfigError(
-            f"the language model has no modules for adapters: {' '.join(str(error).split())}",
+            f"the language model has no modules for adapters: {first_line(error)}",
             hint="name its modules in lora.target_modules",
         ) from error
 
 
 def compare_language_models(trained_with: dict[str, Any], here: dict[str, Any], name: str) -> None:
-    """Refuse a language model that is not the one an alignment was trained with, nor another copy of it.
-
-    Raises:
-        WeightsError: With what differs, of both.
-    """
+    """Raise WeightsError if a language model is neither the one an alignment was trained with nor a copy of it."""
     hint = "use the language model it was trained with, or train an alignment for this one"
     for key in ("vocabulary", "width", "layers", "tokens"):
         if here[key] != trained_with[key]:

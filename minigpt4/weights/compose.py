@@ -18,17 +18,9 @@ from minigpt4.processing.prompts import template as template_named
 from minigpt4.text import first_line, read_json_object
 from minigpt4.weights import nano
 from minigpt4.weights.alignment import NANO
-from minigpt4.weights.compose_parts import (
-    LANGUAGE,
-    UNREADABLE,
-    VISION,
-    LanguagePart,
-    VisionPart,
-    part_folder,
-    quiet_library,
-    read_language,
-    read_vision,
-)
+from minigpt4.weights.compose_language import LANGUAGE, LanguagePart, read_language
+from minigpt4.weights.compose_parts import UNREADABLE, part_folder, quiet_library
+from minigpt4.weights.compose_vision import VISION, VisionPart, read_vision
 from minigpt4.weights.files.atomic import recover, refuse_existing, require_free_space, verify_folder, write_folder
 from minigpt4.weights.folder import built_folder
 from minigpt4.weights.hub import Report
@@ -72,7 +64,7 @@ def compose(
         num_query_tokens: Places of a picture with a Q-Former, above 0.
         template: Name of the prompt template.
         seed: Of the new weights.
-        report: Told what is being done.
+        report: Called with what is being done.
 
     Returns:
         `target`.
@@ -145,7 +137,7 @@ def _is_there(target: Path, asked: dict[str, Any]) -> bool:
 def _config(
     vision: VisionPart, language: LanguagePart, qformer: str, qformer_layers: int, num_query_tokens: int
 ) -> MiniGPT4Config:
-    """Describe the whole, and see that a picture fits into it."""
+    """Return the whole's configuration, after checking that a picture fits into it."""
     if qformer == "none":
         _fit_merging(vision)
     config = MiniGPT4Config(
@@ -170,7 +162,7 @@ def _config(
 
 
 def _fit_merging(vision: VisionPart) -> None:
-    """See that tokens can be joined by fours, and note their number where the configuration tells another.
+    """Refuse tokens that cannot be joined by fours; correct their number in the configuration.
 
     DINOv2 is configured for pictures of 518 pixels, and reads others, such as the 224 of its settings for pictures.
     """
@@ -185,10 +177,7 @@ def _fit_merging(vision: VisionPart) -> None:
 
 
 def _qformer_config(language: LanguagePart, layers: int) -> Blip2QFormerConfig:
-    """Choose the sizes of a new Q-Former: BLIP-2's, and no wider than the language model.
-
-    It starts from nothing and learns from few pictures, so that nothing is dropped out.
-    """
+    """Return a new Q-Former's sizes: BLIP-2's, no wider than the language model, and no dropout."""
     text_width = int(language.config.get_text_config().hidden_size)
     width = min(QFORMER_WIDTH, text_width)
     heads = max(1, width // HEAD_WIDTH)
@@ -240,10 +229,9 @@ def _join(
 
 @torch.no_grad()
 def _new_projection(shape: torch.nn.Linear, decoder: torch.nn.Module) -> torch.nn.Linear:
-    """Make a projection of whose outputs the language model can make something from the first step.
+    """Return a projection whose outputs, for normalised tokens, are spread like the embeddings of words.
 
-    What it makes of normalised tokens is spread as the embeddings of words are, and about their mean. Measured at the
-    table's output, which some language models scale.
+    So the language model can use them from the first step. Measured at the table's output, which some models scale.
     """
     table: Any = decoder.get_input_embeddings()  # type: ignore[operator]  # a decoder of the library
     ids = torch.linspace(0, table.num_embeddings - 1, min(SAMPLED_EMBEDDINGS, table.num_embeddings)).long()

@@ -79,11 +79,7 @@ def frozen_parts(report: Report | None = None, language_model: Path | None = Non
 
 
 def version(language_model: Path | None = None) -> str:
-    """Name the language model by its files: the digest of the package's, or path, sizes and times of a folder's.
-
-    Raises:
-        WeightsError: The folder does not exist.
-    """
+    """Name the language model by its files: the digest of the package's, or path, sizes and times of a folder's."""
     if language_model is None:
         return SMOLLM2.member_sha256[:16]
     if not language_model.is_dir():
@@ -140,9 +136,7 @@ def _fold(original: Mapping[str, Tensor], convolution: str, norm: str, target: s
 def convert_language_model(original: Path, target: Path) -> None:
     """Write SmolLM2 as nano reads it: bfloat16 safetensors, and a tokenizer with `IMAGE_TOKEN`.
 
-    Args:
-        original: A GGUF file, or a folder of the same model from a hub.
-        target: An empty folder.
+    `original` is a GGUF file, or a folder of the same model from a hub; `target` an empty folder.
 
     Raises:
         WeightsError: The folder holds no language model with its tokenizer, or one of another kind.
@@ -204,14 +198,10 @@ def nano_config(text_config: LlamaConfig, image_token_id: int) -> MiniGPT4Config
 def assemble(
     language_model_dir: Path, vision_weights: Mapping[str, Tensor]
 ) -> tuple[MiniGPT4ForConditionalGeneration, PreTrainedTokenizerBase]:
-    """Join the frozen parts, the joining parts as they are before training (`start_as_identity`).
-
-    Args:
-        language_model_dir: A folder as `convert_language_model` writes it.
-        vision_weights: As `convert_vision_weights` returns them.
+    """Join the folder of `convert_language_model` and the tensors of `convert_vision_weights`.
 
     Returns:
-        The model in float32 and evaluation mode, and its tokenizer.
+        The model in float32 and evaluation mode, its joining parts as before training, and its tokenizer.
     """
     language_model, tokenizer = read_language_model(language_model_dir)
     config = nano_config(language_model.config, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
@@ -248,7 +238,7 @@ def start_as_identity(model: MiniGPT4ForConditionalGeneration) -> None:
     """Set the joining parts so that a concept word passes them unchanged in direction.
 
     Every block of the Q-Former starts by adding nothing, and the projection scales a normalised vector back to an
-    embedding. The names of all classes so reach the language model as words before the first step of training.
+    embedding, so the names of all classes reach the language model as words before the first step of training.
     """
     for layer in model.model.qformer.encoder.layer:
         outputs = [layer.attention.output, layer.output_query]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import cpu_offload, init_empty_weights
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from minigpt4.errors import WeightsError
 from minigpt4.model import MiniGPT4Config
@@ -33,12 +33,11 @@ LARGEST_SHARE_OF_CHANCE = 0.5
 """A loss above this share of ln(vocabulary), which is what guessing costs, is no trained model's."""
 
 LARGEST_SHARE_OF_EMPTY_ROWS = 0.1
-"""Embeddings that are all zero; some models keep up to a hundredth of their rows for words to come."""
+"""Of embeddings that are all zero; some models keep up to a hundredth of their rows for words to come."""
 
 SMALL_MODEL_BYTES = 1_000_000_000
 """Stored weights up to this are checked without being asked to: it takes seconds."""
 
-DELTA_HINT = "merge it with its base: minigpt4 weights apply-delta --base LLAMA --delta THIS --target VICUNA"
 AGAIN_HINT = "fetch or merge the files again, and check them with `minigpt4 weights verify`"
 
 
@@ -72,10 +71,7 @@ class _FaultError(Exception):
 
 
 def check_language_model(folder: Path) -> Sanity:
-    """Check the weights of a language model.
-
-    Args:
-        folder: A language model's folder, or a full model folder, whose language model is then checked.
+    """Check the weights of a language model's folder, or of the language model in a full folder.
 
     Returns:
         What was found; faults of the weights are in it and are not raised.
@@ -83,13 +79,18 @@ def check_language_model(folder: Path) -> Sanity:
     Raises:
         WeightsError: The folder is no model folder, or a file of it cannot be opened at all.
     """
-    config = _configuration(folder)
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"{folder} is not a model folder: {first_line(error)}",
+            hint="give the folder that has the model's config.json and its weights",
+        ) from error
     inside = isinstance(config, MiniGPT4Config)
-    text: Any = config.text_config if inside else config
-    tensors = open_tensors(folder)
+    text = config.text_config if inside else config
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(text, dtype=torch.float32)
-    weights = _Weights(tensors, model, prefix="model.language_model." if inside else None)
+        model: Any = AutoModelForCausalLM.from_config(text, dtype=torch.float32)
+    weights = _Weights(open_tensors(folder), model, prefix="model.language_model." if inside else None)
     found = Sanity(chance=math.log(text.vocab_size))
     try:
         tokenizer, found.notes = _tokenizer(folder)
@@ -97,38 +98,32 @@ def check_language_model(folder: Path) -> Sanity:
         if text.model_type == "llama":
             _refuse_delta(weights)
         found.loss = _loss(model, weights, tokenizer)
-        _judge(found.loss, found.chance)
+        if not found.loss <= LARGEST_SHARE_OF_CHANCE * found.chance:  # also where the loss is no number
+            raise _FaultError(
+                f"the language model does not know English: its loss on a plain sentence is {found.loss:.2f}, guessing "
+                f"costs {found.chance:.2f} and a trained model less than {LARGEST_SHARE_OF_CHANCE * found.chance:.2f}",
+                f"the weights are random, half merged or of two models; {AGAIN_HINT}",
+            )
     except _FaultError as fault:
         found.problem, found.hint = fault.problem, fault.hint
     found.embedding_norm = weights.embedding_norm
     return found
 
 
-def _configuration(folder: Path) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(
-            f"{folder} is not a model folder: {first_line(error)}",
-            hint="give the folder that has the model's config.json and its weights",
-        ) from error
-
-
 def _tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase, list[str]]:
     if (folder / "tokenizer.model").is_file():
         return load_llama_tokenizer(folder)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True), []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(
             f"the tokenizer of {folder} cannot be read: {first_line(error)}",
             "copy the tokenizer's files there from where the model was published",
         ) from error
-    return tokenizer, []
 
 
 class _Weights(Mapping[str, Tensor]):
-    """The tensors of a language model in float32, read when they are asked for and looked at on the way.
+    """The tensors of a language model in float32, read and checked when they are asked for.
 
     Args:
         tensors: Of the folder.
@@ -138,17 +133,15 @@ class _Weights(Mapping[str, Tensor]):
 
     def __init__(self, tensors: TensorFiles, model: Any, prefix: str | None) -> None:  # noqa: ANN401  (any model)
         self._tensors = tensors
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self._base, self._prefix = f"{model.base_model_prefix}.", prefix
-        self._names = set(tensors.names())
-        table = model.get_input_embeddings().weight
-        self.embeddings = next(name for name, parameter in model.named_parameters() if parameter is table)
-        self._tied: dict[str, str] = {}
+        parameters = dict(model.named_parameters())
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        self.embeddings = next(name for name, parameter in parameters.items() if parameter is table)
+        self._tied = ""
         if model.config.tie_word_embeddings:
-            head = model.get_output_embeddings().weight
-            tied = next((name for name, parameter in model.named_parameters() if parameter is head), "")
-            self._tied = {tied: self.embeddings}
-            self.shapes.pop(tied, None)
+            self._tied = next((name for name, parameter in parameters.items() if parameter is head), "")
+            self.shapes.pop(self._tied, None)
         self.embedding_norm: float | None = None
 
     def __len__(self) -> int:
@@ -158,31 +151,34 @@ class _Weights(Mapping[str, Tensor]):
         return iter(self.shapes)
 
     def __getitem__(self, name: str) -> Tensor:
-        name = self._tied.get(name, name)
-        stored = self.stored(name)
-        if stored not in self._names:
+        name = self.embeddings if name == self._tied else name
+        stored = self._stored(name)
+        if stored not in self._tensors:
             raise KeyError(name)
         tensor = self._tensors.read(stored).to(torch.float32)
         if not tensor.sum(dtype=torch.float64).isfinite():  # one pass and no copy: what is no number spoils the sum
             broken = int((~tensor.isfinite()).sum())
             raise _FaultError(f"{broken} of the {tensor.numel()} numbers of tensor {stored} are infinite or no numbers")
         if name == self.embeddings:
-            self._measure(tensor, stored)
+            norms = tensor.norm(dim=1)
+            self.embedding_norm = float(norms.median())
+            empty = int((norms == 0).sum())
+            if empty > LARGEST_SHARE_OF_EMPTY_ROWS * len(norms):
+                raise _FaultError(f"{empty} of the {len(norms)} rows of {stored} are zero")
         return tensor
 
-    def stored(self, name: str) -> str:
+    def _stored(self, name: str) -> str:
         """Return what the folder calls a tensor of the model."""
-        if self._prefix is None:
-            # Some folders hold the model without its head, and leave the first name out.
-            bare = name.removeprefix(self._base)
-            return name if name in self._names or bare not in self._names else bare
-        return self._prefix + name.removeprefix(self._base) if name.startswith(self._base) else name
+        bare = name.removeprefix(self._base)
+        if self._prefix is None:  # some folders hold the model without its head, and leave the first name out
+            return name if name in self._tensors or bare not in self._tensors else bare
+        return self._prefix + bare if name.startswith(self._base) else name
 
     def compare(self, num_words: int) -> None:
         """Compare names and shapes with the model's, and the table's rows with the tokenizer's words."""
         for name, expected in self.shapes.items():
-            stored = self.stored(name)
-            if stored not in self._names:
+            stored = self._stored(name)
+            if stored not in self._tensors:
                 raise _FaultError(f"tensor {stored} is missing")
             found = tuple(self._tensors.shape(stored))
             if found != expected:
@@ -197,24 +193,15 @@ class _Weights(Mapping[str, Tensor]):
                 "the tokenizer's files are another version's: 32001 words are Vicuna v0, 32000 are v1.1 and LLaMA",
             )
 
-    def _measure(self, table: Tensor, stored: str) -> None:
-        norms = table.norm(dim=1)
-        self.embedding_norm = float(norms.median())
-        empty = int((norms == 0).sum())
-        if empty > LARGEST_SHARE_OF_EMPTY_ROWS * len(norms):
-            raise _FaultError(f"{empty} of the {len(norms)} rows of {stored} are zero")
-
 
 def _refuse_delta(weights: _Weights) -> None:
-    """Tell a delta by the last norm's weights, which training leaves near where they began."""
-    if LAST_NORM in weights.shapes:
-        mean = float(weights[LAST_NORM].mean())
-        if abs(mean) < LARGEST_NORM_OF_A_DELTA:
-            raise _FaultError(
-                f"the weights of the last norm are {mean:.3f} in the mean, about 1 was expected: "
-                "this is a delta, the difference of two models, and no model",
-                DELTA_HINT,
-            )
+    mean = float(weights[LAST_NORM].mean()) if LAST_NORM in weights.shapes else 1.0
+    if abs(mean) < LARGEST_NORM_OF_A_DELTA:
+        raise _FaultError(
+            f"the weights of the last norm are {mean:.3f} in the mean, about 1 was expected: "
+            "this is a delta, the difference of two models, and no model",
+            "merge it with its base: minigpt4 weights apply-delta --base LLAMA --delta THIS --target VICUNA",
+        )
 
 
 @torch.inference_mode()
@@ -224,12 +211,3 @@ def _loss(model: Any, weights: _Weights, tokenizer: PreTrainedTokenizerBase) -> 
     ids = tokenizer(SENTENCE, return_tensors="pt").input_ids
     logits = model.eval()(input_ids=ids, use_cache=False).logits[0, :-1].float()
     return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:]))
-
-
-def _judge(loss: float, chance: float) -> None:
-    if not loss <= LARGEST_SHARE_OF_CHANCE * chance:  # a loss that is no number is no better
-        raise _FaultError(
-            f"the language model does not know English: its loss on a plain sentence is {loss:.2f}, guessing costs "
-            f"{chance:.2f} and a trained model less than {LARGEST_SHARE_OF_CHANCE * chance:.2f}",
-            f"the weights are random, half merged or of two models; {AGAIN_HINT}",
-        )
