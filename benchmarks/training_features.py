@@ -35,10 +35,10 @@ from torch.utils.data import Dataset
 from minigpt4.training.features import cached_pictures
 from minigpt4.training.model_setup import Prepared, prepare_model
 from minigpt4.training.objectives import TrainingStep
+from minigpt4.training.optimizer_step import PRECISIONS, OptimizerStep, make_optimizer
 from minigpt4.training.processes import processes
 from minigpt4.training.recipe import Recipe
 from minigpt4.training.stage_data import stage_data
-from minigpt4.training.update import PRECISIONS, Updater, make_optimizer
 from nano.scenes.drawing import caption, draw_scene
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
@@ -92,7 +92,7 @@ def play(way: Way, prepared: Prepared, recipe: Recipe, rate: float) -> None:
     before = [p.detach().clone() for p in module.parameters() if p.requires_grad]
     precision = PRECISIONS[recipe.precision]
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    updater = Updater(module, make_optimizer(module, stage), scaler, stage, precision, processes())
+    updater = OptimizerStep(module, make_optimizer(module, stage), scaler, stage, precision, processes())
     reading = updating = 0.0
     began = time.perf_counter()
     way.losses = []

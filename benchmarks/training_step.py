@@ -53,8 +53,8 @@ from minigpt4.data.order import bucketed
 from minigpt4.data.side_by_side import branches_of, side_by_side
 from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from minigpt4.training.objectives import Outcome, TrainingStep, language
+from minigpt4.training.optimizer_step import PRECISIONS, OptimizerStep, make_optimizer
 from minigpt4.training.recipe import StageRecipe
-from minigpt4.training.update import PRECISIONS, Updater, make_optimizer
 from minigpt4.weights import nano
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
@@ -274,12 +274,14 @@ def qformer_outputs(model: MiniGPT4ForConditionalGeneration, pictures: Tensor) -
     return read[0].clone()
 
 
-def make_updater(way: Way, kind: Kind) -> Updater:
+def make_updater(way: Way, kind: Kind) -> OptimizerStep:
     stage = StageRecipe(
         name=kind.name, steps=1, batch_size=kind.batch_size, learning_rate=1e-4, clip_norm=None, loss_over="tokens"
     )
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return Updater(way.step, make_optimizer(way.step, stage), scaler, stage, PRECISIONS[way.precision], PartialState())
+    return OptimizerStep(
+        way.step, make_optimizer(way.step, stage), scaler, stage, PRECISIONS[way.precision], PartialState()
+    )
 
 
 def compare(all_ways: Sequence[Way], kind: Kind) -> dict[str, Work]:

@@ -1,4 +1,4 @@
-"""What a run needs to go on after it was stopped: trained tensors, optimizer state, and where it was.
+"""Checkpoints of a run: trained tensors, optimizer state, position and counts.
 
 Safetensors and JSON only, each checkpoint a folder of its own that appears whole or not at all. The order of the data
 and the random numbers are functions of seed, stage and step, so they need no state.
@@ -6,7 +6,9 @@ and the random numbers are functions of seed, stage and step, so they need no st
 
 import json
 import logging
+import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from minigpt4.errors import MiniGPT4Error, StorageError, WeightsError
+from minigpt4.errors import DataError, MiniGPT4Error, StorageError, WeightsError
+from minigpt4.training.recipe import Recipe
 from minigpt4.training.run_folder import CHECKPOINT_FOLDER, newest_first, place_of
 from minigpt4.weights.files.atomic import MANIFEST_NAME, clean_stale, verify_folder, write_file, write_folder
 from minigpt4.weights.files.disk import storing
 
 BEST_FILE = "best.json"
+LARGEST_WEIGHT = math.sqrt(torch.finfo(torch.float32).max)
+"""Squares of larger weights are infinite, and with them every norm and attention after them."""
 
 _OTHER_MODEL = "the run began with another model: name that one, or set another output"
 
@@ -30,12 +35,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class State:
-    """Where a run is, and what it counts.
+    """Position and counts of a run.
 
     Args:
         stage: Number of the stage.
         step: The next update to make in it.
-        skipped: Updates in a row that were left out because of a number that is none.
+        skipped: Updates in a row that were left out because of a loss or gradient that is not a number.
         recent_bad: Bad examples of each of the last updates, as `[bad, read]`.
         groups: Good and bad examples of each shard, since its first bad one.
         best_loss: The smallest validation loss of the stage so far.
@@ -54,7 +59,7 @@ class State:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trainable parameters by name; a part that is spread over processes is gathered, by all of them."""
+    """Return the trainable parameters by name; sharded ones are gathered, in all processes together."""
     return {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -69,7 +74,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor that may be spread over processes as one, on the CPU."""
+    """Return a tensor that may be sharded as a whole one, on the CPU."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
 
 
@@ -85,7 +90,7 @@ def write_checkpoint(output: Path, tensors: dict[str, Tensor], moments: dict[str
         StorageError: It cannot be written; what was there before stays.
     """
     target = output / CHECKPOINT_FOLDER / name_of(state)
-    if target.exists() and not (target / MANIFEST_NAME).exists():  # damaged and passed over, and now made again
+    if target.exists() and not (target / MANIFEST_NAME).exists():  # damaged, passed over, and made again now
         with storing(target):
             shutil.rmtree(target)
     with write_folder(target, overwrite=True) as folder:
@@ -111,7 +116,7 @@ def remove_old(output: Path, state: State, keep: int) -> None:
 
 
 def mark_best(output: Path, name: str) -> None:
-    """Write down which checkpoint had the smallest validation loss.
+    """Record which checkpoint had the smallest validation loss.
 
     Raises:
         StorageError: It cannot be written.
@@ -145,7 +150,7 @@ def read_trained(checkpoint: Path) -> dict[str, Tensor]:
 def last_checkpoint(output: Path) -> tuple[Path, State] | None:
     """Return a run's last checkpoint that is whole, with its state; None for a run that has none.
 
-    A damaged one is named aloud and passed over.
+    A damaged one is skipped with a warning.
 
     Raises:
         WeightsError: There are checkpoints, and all are damaged.
@@ -163,6 +168,42 @@ def last_checkpoint(output: Path) -> tuple[Path, State] | None:
     if reason is not None:
         raise WeightsError(f"no checkpoint of {output} is whole: {reason.message}", hint="start anew in another folder")
     return None
+
+
+def check_finite(trained: Mapping[str, Tensor], moments: Mapping[str, Tensor], recipe: Recipe, state: State) -> None:
+    """Refuse weights and moments that are not finite, or too large to compute with, before they are written.
+
+    Args:
+        trained: The trained tensors by name.
+        moments: The optimizer's.
+        recipe: The run's.
+        state: After the last update.
+
+    Raises:
+        DataError: Names the tensor, the update, and the last checkpoint.
+    """
+    for tensors, largest in ((trained, LARGEST_WEIGHT), (moments, torch.finfo(torch.float32).max)):
+        for name, tensor in tensors.items():
+            if tensor.numel() == 0:
+                continue
+            worst = max((abs(float(end)) for end in tensor.aminmax()), key=lambda size: (math.isnan(size), size))
+            if worst <= largest:
+                continue
+            # A state after a stage is at the beginning of the next one.
+            stage = recipe.stages[state.stage if state.step else state.stage - 1]
+            raise DataError(
+                f"{name.removeprefix('model.')} came to {worst:.3g} after step {state.step or stage.steps} of stage "
+                f"{stage.name}, at most {largest:.3g} can be computed with",
+                hint=f"lower the learning rate; {_how_to_go_on(recipe, state)}",
+            )
+
+
+def _how_to_go_on(recipe: Recipe, state: State) -> str:
+    so_far = (folder for folder in newest_first(recipe.output) if place_of(folder) <= [state.stage, state.step])
+    last = next(so_far, None)
+    if last is None:
+        return "nothing was saved, so --force or another output begins anew"
+    return f"then --force goes on from the last checkpoint, {last}, or another output begins anew"
 
 
 def load_trained(checkpoint: Path, model: nn.Module) -> None:
@@ -187,7 +228,7 @@ def load_trained(checkpoint: Path, model: nn.Module) -> None:
             )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(_spread_like(stored[name], parameter))
+            parameter.copy_(_sharded_like(stored[name], parameter))
 
 
 def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -196,10 +237,10 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
     for name, value in load_file(checkpoint / "optimizer.safetensors").items():
         parameter, _, key = name.rpartition("/")
         of = parameters[parameter]
-        optimizer.state[of][key] = value if key == "step" else _spread_like(value, of)
+        optimizer.state[of][key] = value if key == "step" else _sharded_like(value, of)
 
 
-def _spread_like(value: Tensor, parameter: Tensor) -> Tensor:
+def _sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value.to(parameter.device)

@@ -34,6 +34,7 @@ from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.model.vision_efficientnet_lite import EfficientNetLiteOutput
 from minigpt4.processing import MiniGPT4Processor
 from minigpt4.text import counted
+from minigpt4.training.data_loader import read_ahead, workers_alive
 from minigpt4.training.feature_store import (
     FeatureStore,
     Fingerprint,
@@ -45,13 +46,11 @@ from minigpt4.training.feature_store import (
     note_done,
     remove_damaged,
 )
-from minigpt4.training.memory import memory_for
 from minigpt4.training.model_setup import Prepared, seeing_on
+from minigpt4.training.optimizer_step import PRECISIONS, chosen_precision, memory_for
 from minigpt4.training.processes import by_the_main_process, summed
-from minigpt4.training.readers import read_ahead, readers_alive
 from minigpt4.training.recipe import Recipe
 from minigpt4.training.stage_data import RunSources, context_of, num_sample_places, source_batches, validation_batches
-from minigpt4.training.update import PRECISIONS, chosen_precision
 from minigpt4.weights.files.atomic import lock
 from minigpt4.weights.folder import Report
 from minigpt4.weights.parts import home
@@ -327,7 +326,7 @@ class _Maker:
                 if digest in done or (not recheck and is_done(self.folder, digest)):
                     continue
                 try:
-                    with readers_alive():
+                    with workers_alive():
                         yield from self._stage(name, batches, recipe.workers)
                 finally:  # what was computed is kept, whatever ends the stage
                     self.writer.write()

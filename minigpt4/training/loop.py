@@ -1,8 +1,8 @@
-"""The training loop: stage after stage, update after update, over the parts that learn.
+"""The training loop: stage after stage, update after update, over the trainable parts.
 
-Knows neither what the examples are nor what the objective is, and prints nothing: what happens is told to `Observer`.
-Killed at any moment and started again, a run ends with the same numbers to the bit: data and random numbers are
-functions of seed, stage and step, and everything else is in the last checkpoint.
+Knows neither examples nor objectives, and prints nothing: `Callbacks` are called. Killed at any moment and started
+again, a run ends with the same numbers to the bit: data and random numbers are functions of seed, stage and step, and
+everything else is in the last checkpoint.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -22,9 +22,9 @@ from torch.utils.data import Dataset, Subset
 from minigpt4.errors import DataError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.text import counted
-from minigpt4.training.bad_samples import BadSampleWatch
 from minigpt4.training.checkpoint import (
     State,
+    check_finite,
     last_checkpoint,
     load_optimizer,
     load_trained,
@@ -35,48 +35,52 @@ from minigpt4.training.checkpoint import (
     trained_tensors,
     write_checkpoint,
 )
-from minigpt4.training.finite import check_moments, check_trained
-from minigpt4.training.memory import memory_for
+from minigpt4.training.data_loader import BadSamples, StopRequest, read_ahead, stop_requests, workers_alive
 from minigpt4.training.objectives import Objective, TrainingStep
+from minigpt4.training.optimizer_step import (
+    PRECISIONS,
+    Figures,
+    OptimizerStep,
+    chosen_precision,
+    make_optimizer,
+    memory_for,
+)
 from minigpt4.training.processes import by_the_main_process, others_alive, spread
-from minigpt4.training.readers import read_ahead, readers_alive
 from minigpt4.training.recipe import Recipe, StageRecipe
 from minigpt4.training.run_folder import (
     CHECKPOINT_FOLDER,
     append_line,
     flush_lines,
     forget_lines_after,
-    going_on_later,
     metrics_path,
+    resumable,
 )
 from minigpt4.training.schedule import batches_before, learning_rate, num_batches
-from minigpt4.training.stopping import StopRequest, stop_requests
-from minigpt4.training.update import PRECISIONS, Figures, Updater, chosen_precision, make_optimizer
 from minigpt4.weights.files.disk import make_folder
 
 Batches = Callable[[int, StageRecipe], Dataset[dict[str, Any]]]
 """From number and recipe of a stage to its data set: a process's batches, `accumulation` of them an update."""
 
 BATCHES_AHEAD = 4
-"""That each reader has ready."""
+"""Batches that each worker has ready."""
 _LESS_MEMORY = "a smaller batch_size with as much more accumulation, gradient_checkpointing: true, or quantize: nf4"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One update, as told to whoever watches, and a line of `metrics.jsonl`.
+    """One update, and its line of `metrics.jsonl`.
 
     Args:
         stage: The stage's name.
-        step: Updates done in it.
-        steps: Updates in it.
+        step: Updates made in it.
+        steps: Updates of it.
         loss: Of the update.
-        accuracy: Share of targets that would have been said.
+        accuracy: Share of targets that are the likeliest token.
         learning_rate: Of the update.
         grad_norm: Of all gradients together, before clipping.
         tokens: Targets, over all processes.
         images: Pictures, over all processes.
-        seconds: It took so long, loading included; validating and saving are no part of it.
+        seconds: Duration with loading, without validation and checkpoint.
         skipped: The weights stayed as they were, since the loss or a gradient is not a number.
         memory_bytes: The largest use so far, of the accelerator if there is one.
     """
@@ -95,20 +99,21 @@ class Progress:
     memory_bytes: int
 
 
-class Observer(Protocol):
-    """Who watches a run."""
+class Callbacks:
+    """Called by `train`; the methods do nothing until a subclass overrides them."""
 
-    def goes_on(self, state: State) -> None:
-        """Told once, in all processes, where a run that began before goes on; after its last stage nothing is left."""
+    def on_resume(self, state: State) -> None:
+        """Called once, in all processes, when a run continues from a checkpoint."""
 
-    def update(self, progress: Progress) -> None:
-        """Told of every update, in the main process."""
+    def on_update(self, progress: Progress) -> None:
+        """Called after every update, in the main process."""
 
-    def validation_loss(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
-        """Asked after every update, in all processes: the validation loss where it is time for it, else None."""
+    def on_validation(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
+        """Called after every update, in all processes; returns the validation loss if one is due."""
+        return None
 
-    def told_to_stop(self) -> None:
-        """Told of the signal that asks to stop, in the process that got it."""
+    def on_stop_request(self) -> None:
+        """Called after the signal that asks to stop, in another thread of the process that got it."""
 
 
 @dataclass
@@ -118,34 +123,33 @@ class _Run:
     step: TrainingStep
     module: torch.nn.Module
     processes: PartialState
-    observer: Observer
+    callbacks: Callbacks
     stop: StopRequest
     state: State
     objectives: Mapping[str, Objective]
-    written: tuple[int, int] | None = None
 
 
 def train(
     recipe: Recipe,
     model: MiniGPT4ForConditionalGeneration,
     batches: Batches,
-    observer: Observer,
+    callbacks: Callbacks,
     processes: PartialState,
     objectives: Mapping[str, Objective] | None = None,
 ) -> None:
-    """Train a model in place, going on where an earlier run in `recipe.output` stopped.
+    """Train a model in place, continuing where an earlier run in `recipe.output` stopped.
 
     Args:
-        recipe: What to do.
+        recipe: The recipe.
         model: The model, on its device; only its trainable parameters change.
         batches: Makes a stage's data set.
-        observer: Who watches.
+        callbacks: Called while it trains.
         processes: The processes of the run.
         objectives: By the names of stages that have another objective than `language`.
 
     Raises:
         ConfigError: There is not enough memory for an update.
-        DataError: The loss stays no number, what learns became none, the data is too bad, or a reader ended.
+        DataError: The loss stays no number, a trained number became none, the data is too bad, or a worker ended.
         MiniGPT4Error: Another process of the run ended.
         StorageError: The run's folder cannot be written.
         WeightsError: All checkpoints are damaged, or of another model.
@@ -153,23 +157,23 @@ def train(
     found = last_checkpoint(recipe.output)
     if found:
         load_trained(found[0], model)
-        observer.goes_on(found[1])
+        callbacks.on_resume(found[1])
     state = found[1] if found else State()
     step = TrainingStep(model)
     model.train()
     with (
-        going_on_later(), stop_requests(observer.told_to_stop) as stop, others_alive(processes), readers_alive(),
+        resumable(), stop_requests(callbacks.on_stop_request) as stop, others_alive(processes), workers_alive(),
     ):  # fmt: skip
-        by_the_main_process(lambda: _go_back_to(recipe, state), processes)
+        by_the_main_process(lambda: _rewind(recipe, state), processes)
         module = spread(step, recipe.parallel, processes)
-        run = _Run(recipe, model, step, module, processes, observer, stop, state, objectives or {})
+        run = _Run(recipe, model, step, module, processes, callbacks, stop, state, objectives or {})
         for number in range(state.stage, len(recipe.stages)):
             _train_stage(run, number, batches, found[0] if found and state.step else None)
     model.eval()
 
 
-def _go_back_to(recipe: Recipe, state: State) -> None:
-    """Bring what lies beside the checkpoints to the state of the one that is gone on from."""
+def _rewind(recipe: Recipe, state: State) -> None:
+    """Bring what lies beside the checkpoints back to the state of the one that is continued from."""
     forget_lines_after(recipe, state.stage, state.step)
     if state.best is not None and (recipe.output / CHECKPOINT_FOLDER / state.best).exists():
         mark_best(recipe.output, state.best)
@@ -183,11 +187,11 @@ def _train_stage(run: _Run, number: int, batches: Batches, checkpoint: Path | No
     run.step.objective = run.objectives.get(stage.name)
     precision = PRECISIONS[chosen_precision(run.recipe, run.processes.device)]
     scaler = torch.amp.GradScaler(run.processes.device.type, enabled=precision is torch.float16)
-    updater = Updater(run.module, make_optimizer(run.module, stage), scaler, stage, precision, run.processes)
+    optimize = OptimizerStep(run.module, make_optimizer(run.module, stage), scaler, stage, precision, run.processes)
     if first and checkpoint is not None:
-        load_optimizer(checkpoint, run.model, updater.optimizer)
+        load_optimizer(checkpoint, run.model, optimize.optimizer)
         scaler.load_state_dict(run.state.scaler)
-    watch = BadSampleWatch(run.recipe, run.processes, run.state)
+    bad_samples = BadSamples(run.recipe, run.processes, run.state)
     data = Subset(batches(number, stage), range(batches_before(stage, first), batches_before(stage, stage.steps)))
     started = time.monotonic()
     best = False
@@ -196,25 +200,31 @@ def _train_stage(run: _Run, number: int, batches: Batches, checkpoint: Path | No
             _seed(run, at)
             rate = learning_rate(stage, at)
             with memory_for(f"an update of stage {stage.name}, {stage.batch_size:,} examples at once", _LESS_MEMORY):
-                figures = updater(group, rate, stop=run.stop.asked)
+                figures = optimize(group, rate, stop=run.stop.signal is not None)
             progress = _progress(stage, at, rate, figures, time.monotonic() - started)
             run.state.step = at + 1
             run.state.scaler = scaler.state_dict()
-            by_the_main_process(lambda: _tell(run, progress), run.processes)  # noqa: B023  (called at once)
-            watch.look_at(stage.name, at + 1, group)
+            by_the_main_process(lambda: _report(run, progress), run.processes)  # noqa: B023  (called at once)
+            bad_samples.add(stage.name, at + 1, group)
             _count_skipped(run, stage, group, figures)
-            best = _after_update(run, updater.optimizer, stage, figures)
-            started = time.monotonic()  # a validation, or a checkpoint, took time that is no update's
+            best = _after_update(run, optimize.optimizer, stage, figures)
+            started = time.monotonic()  # validation and checkpoint are no part of an update's seconds
     run.state.stage, run.state.step = number + 1, 0
     run.state.best_loss = None  # the next stage's is another loss, of other texts
     _save(run, None, best=best)
 
 
+def _groups(batches: Iterator[dict[str, Any]], stage: StageRecipe, first: int) -> Iterator[list[dict[str, Any]]]:
+    """Collect the batches of each update."""
+    for step in range(first, stage.steps):
+        yield list(itertools.islice(batches, num_batches(stage, step)))
+
+
 def _after_update(run: _Run, optimizer: torch.optim.Optimizer, stage: StageRecipe, figures: Figures) -> bool:
-    """Validate, save and stop where it is time for it; returns whether the validation loss is the smallest so far."""
+    """Validate, save and stop if it is time for it; returns whether the validation loss is the smallest so far."""
     done = run.state.step
     with memory_for(f"a validation of stage {stage.name}", _LESS_MEMORY):
-        loss = run.observer.validation_loss(run.step, stage, done)
+        loss = run.callbacks.on_validation(run.step, stage, done)
     best = loss is not None and math.isfinite(loss) and (run.state.best_loss is None or loss < run.state.best_loss)
     if best:
         run.state.best_loss = loss
@@ -229,11 +239,10 @@ def _after_update(run: _Run, optimizer: torch.optim.Optimizer, stage: StageRecip
 
 
 def _save(run: _Run, optimizer: torch.optim.Optimizer | None, *, best: bool = False) -> None:
-    """Write a checkpoint; gathering is the work of all processes, writing that of the main one."""
+    """Write a checkpoint: all processes gather, the main one writes."""
     tensors = trained_tensors(run.model)
     moments = optimizer_tensors(run.model, optimizer) if optimizer else {}
-    check_trained(tensors, run.recipe, run.state)
-    check_moments(moments, run.recipe, run.state)
+    check_finite(tensors, moments, run.recipe, run.state)
     if best:
         run.state.best = name_of(run.state)
 
@@ -249,17 +258,17 @@ def _save(run: _Run, optimizer: torch.optim.Optimizer | None, *, best: bool = Fa
     by_the_main_process(write, run.processes)
 
 
-def _tell(run: _Run, progress: Progress) -> None:
+def _report(run: _Run, progress: Progress) -> None:
     append_line(metrics_path(run.recipe.output), asdict(progress))
-    run.observer.update(progress)
+    run.callbacks.on_update(progress)
 
 
 def _count_skipped(run: _Run, stage: StageRecipe, group: list[dict[str, Any]], figures: Figures) -> None:
-    """Stop a run whose loss stays no number, and leave the examples it was computed from in its folder."""
+    """Stop a run whose loss stays no number, and list the examples it was computed from in its folder."""
     if figures.rescaled:
         return
     if figures.skipped:
-        check_trained(trained_tensors(run.model), run.recipe, run.state)  # else the examples would be blamed
+        check_finite(trained_tensors(run.model), {}, run.recipe, run.state)  # else the examples would be blamed
     run.state.skipped = run.state.skipped + 1 if figures.skipped else 0
     if run.state.skipped <= run.recipe.max_skipped_steps:
         return
@@ -275,11 +284,9 @@ def _count_skipped(run: _Run, stage: StageRecipe, group: list[dict[str, Any]], f
 
 
 def _seed(run: _Run, at: int) -> None:
-    """Make this update's random numbers (dropout) its own, in every process."""
-    recipe = run.recipe
-    key = [recipe.seed, run.state.stage, at, run.processes.process_index]
+    """Set the random numbers of an update (dropout), which are its own in every process."""
     mixed = 0
-    for number in key:
+    for number in (run.recipe.seed, run.state.stage, at, run.processes.process_index):
         mixed = (mixed * 0x9E3779B97F4A7C15 + number + 1) % (1 << 63)
     torch.manual_seed(mixed)
 
@@ -306,16 +313,10 @@ def _peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
-        import psutil  # type: ignore[import-untyped]  # comes with accelerate
+        import psutil  # type: ignore[import-untyped]
 
         return psutil.Process().memory_info().peak_wset
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _groups(batches: Iterator[dict[str, Any]], stage: StageRecipe, first: int) -> Iterator[list[dict[str, Any]]]:
-    """Collect the batches of each update."""
-    for step in range(first, stage.steps):
-        yield list(itertools.islice(batches, num_batches(stage, step)))

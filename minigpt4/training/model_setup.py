@@ -15,10 +15,10 @@ from minigpt4.errors import ConfigError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.model.configuration_minigpt4 import PARTS
 from minigpt4.processing import MiniGPT4Processor
+from minigpt4.training.optimizer_step import chosen_precision
 from minigpt4.training.processes import by_the_main_process, waits_on_the_cpu
 from minigpt4.training.recipe import PartsRecipe, Recipe
 from minigpt4.training.run_folder import COMPOSED_FOLDER
-from minigpt4.training.update import chosen_precision
 from minigpt4.weights import nano
 from minigpt4.weights.alignment import Origin, add_lora, require_peft
 from minigpt4.weights.compose import compose

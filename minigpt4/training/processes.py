@@ -1,4 +1,4 @@
-"""One process or many: which one this is, how the model is spread, and how all of them learn what one of them knows.
+"""The processes of a run: joining them, spreading the model over them, sums and errors of all of them.
 
 Started by torchrun, every process reads its own part of each batch. `ddp` keeps the whole model in each; `fsdp2` keeps
 a part of every layer in each and gathers a layer when it is needed, for frozen models that do not fit one device.
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from minigpt4.errors import MiniGPT4Error, StorageError
 
 TIMEOUT = timedelta(minutes=30)
-"""A process that is silent for so long is taken for dead. One that ended is noticed at once, by torchrun."""
+"""After which a silent process counts as dead. torchrun notices one that ended at once."""
 
 
 def processes() -> PartialState:
@@ -28,7 +28,7 @@ def processes() -> PartialState:
     Raises:
         MiniGPT4Error: Several processes would share a Mac's one device.
     """
-    # Without being told, the library does not join processes on a machine that has no accelerator.
+    # By default the library joins no processes on a machine without an accelerator.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)
     if state.num_processes > 1 and state.device.type == "mps":
         raise MiniGPT4Error("several processes cannot share the device mps", hint="start one process")
@@ -37,10 +37,9 @@ def processes() -> PartialState:
 
 @contextmanager
 def joined() -> Iterator[PartialState]:
-    """Join the other processes, and leave them when all is done, if they were not joined before.
+    """Join the other processes, and leave the group at the end if it was joined here.
 
-    A program that ends while it still belongs to a group may abort, see `minigpt4.cli.ending`.
-    Nobody waits for the others there, and after an error the group is not left: they may not be there any more.
+    A program that ends in a group may abort. After an error the group is not left, since leaving waits for the others.
 
     Raises:
         MiniGPT4Error: See `processes`.
@@ -50,25 +49,26 @@ def joined() -> Iterator[PartialState]:
     yield state
     if state.num_processes > 1 and not before:
         state.destroy_process_group()
-        PartialState._reset_state()  # who joins again in this program joins anew
+        PartialState._reset_state()  # so that this program can join another group
 
 
 def waits_on_the_cpu(parallel: Literal["ddp", "fsdp2"], state: PartialState) -> bool:
-    """Whether a model stays on the CPU until it is spread, since no device need have room for the whole of it."""
+    """Whether a model stays on the CPU until it is spread, since a device may not have room for all of it."""
     return parallel == "fsdp2" and state.num_processes > 1
 
 
 def spread(module: nn.Module, parallel: Literal["ddp", "fsdp2"], state: PartialState) -> nn.Module:
-    """Wrap a module for the processes there are.
+    """Wrap a module for the processes.
 
-    With `fsdp2` one layer after another goes to this process's device and is cut there, so that a device holds its part
-    of the layers before, one whole layer, and at last what belongs to no layer.
+    With `fsdp2` one layer after another goes to this process's device and is sharded there, so that a device holds its
+    shards, one whole layer, and at last what belongs to no layer.
 
     Args:
-        module: On this process's device, or on the CPU for `fsdp2`; its call is what all processes make together.
+        module: On this process's device, or on the CPU for `fsdp2`.
         parallel: `ddp` or `fsdp2`.
         state: The processes.
     """
+    # Ours, and not accelerate's Accelerator: its fsdp2 wants the names of layer classes, which differ with every tower.
     if state.num_processes == 1:
         return module
     if parallel == "ddp":
@@ -82,7 +82,7 @@ def spread(module: nn.Module, parallel: Literal["ddp", "fsdp2"], state: PartialS
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
-    """Return the layers of all stacks of like layers: what a transformer's size consists of."""
+    """Return the layers of all stacks of layers of one class: almost all of a transformer."""
     stacks = [child for child in module.modules() if isinstance(child, nn.ModuleList) and len(child) > 1]
     return [layer for stack in stacks for layer in stack if len({type(other) for other in stack}) == 1]
 
@@ -94,9 +94,9 @@ def is_spread(module: nn.Module) -> bool:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Gather what of a spread module belongs to no layer, so that its inner modules can be called by themselves.
+    """Gather the parameters outside of layers, so that inner modules can be called; in all processes together.
 
-    Layers gather themselves when they are called. All processes have to do this together.
+    Layers gather themselves when they are called.
     """
     if not isinstance(module, FSDPModule):
         yield
@@ -109,11 +109,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 
 def gather_parameters(module: nn.Module) -> None:
-    """Put whole parameters in the places of those that are spread, for reading. All processes have to do this together.
-
-    Args:
-        module: A module without inner ones, of a model that is not trained any more.
-    """
+    """Replace a module's own sharded parameters by whole ones, for reading; in all processes together."""
     for name, parameter in list(module.named_parameters(recurse=False)):
         if isinstance(parameter, DTensor):
             setattr(module, name, nn.Parameter(parameter.full_tensor(), requires_grad=parameter.requires_grad))
@@ -140,10 +136,10 @@ def summed(values: list[float], state: PartialState) -> list[float]:
 
 @contextmanager
 def others_alive(state: PartialState) -> Iterator[None]:
-    """Say in a sentence that another process of the run ended, which a library says in many.
+    """Turn the libraries' errors about another process that ended into one sentence.
 
     Raises:
-        MiniGPT4Error: It did.
+        MiniGPT4Error: Another process ended.
     """
     try:
         yield
@@ -157,15 +153,15 @@ def others_alive(state: PartialState) -> Iterator[None]:
 
 
 def full_norm(norm: Tensor) -> float:
-    """Return the norm of gradients that may be spread over processes."""
+    """Return the norm of gradients that may be sharded."""
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def by_the_main_process(work: Callable[[], None], state: PartialState) -> None:
-    """Let the main process do something while the others wait, and let all of them fail if it does.
+    """Do work in the main process while the others wait; if it fails, all of them fail.
 
     Raises:
-        MiniGPT4Error: What the main process met; in the others, that it met something.
+        MiniGPT4Error: The main process's error; in the others, that it had one.
     """
     failure: Exception | None = None
     if state.is_main_process:

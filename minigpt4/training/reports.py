@@ -194,10 +194,10 @@ def draw_metrics(stages: Sequence[StageMetrics], title: str) -> "Figure":
     _draw_curve(loss, "loss", stages, [stage.figures["loss"] for stage in stages])
     for stage in stages:
         left_out = stage.skipped | ~np.isfinite(stage.figures["loss"])
-        step, look = stage.start + stage.figures["step"][left_out], {"color": _RED, "gid": "skipped"}
+        step, label = stage.start + stage.figures["step"][left_out], "skipped or not a number"
         if len(step):
             foot = loss.get_xaxis_transform()
-            loss.plot(step, 0.02 + 0 * step, "x", transform=foot, label="skipped or not a number", **look)
+            loss.plot(step, 0.02 + 0 * step, "x", color=_RED, transform=foot, label=label, gid="skipped")
         step, values = stage.start + stage.validation[0], stage.validation[1]
         if len(step):
             loss.plot(step, values, "o-", markersize=4, color=_ORANGE, label="validation", gid="loss validation")

@@ -14,12 +14,11 @@ from torch import Tensor
 from minigpt4.data.batches import SourceBatches
 from minigpt4.errors import ConfigError, MiniGPT4Error
 from minigpt4.text import counted
-from minigpt4.training.branches import check_branches
 from minigpt4.training.checkpoint import State, best_checkpoint, last_checkpoint, read_trained, whole
 from minigpt4.training.features import cached_pictures
-from minigpt4.training.loop import Batches, Progress, train
+from minigpt4.training.loop import Batches, Callbacks, Progress, train
 from minigpt4.training.model_setup import Prepared, check_libraries, prepare_model
-from minigpt4.training.objectives import Objective, TrainingStep
+from minigpt4.training.objectives import Objective, TrainingStep, check_packing
 from minigpt4.training.processes import by_the_main_process, gather_parameters, joined
 from minigpt4.training.recipe import Recipe, StageRecipe
 from minigpt4.training.reports import Trackers, check_trackers, describe_texts, plot_metrics
@@ -27,9 +26,9 @@ from minigpt4.training.run_folder import (
     BAD_SAMPLES_FILE,
     check_recipe,
     check_sources,
-    going_on_later,
     only_run,
     place_of,
+    resumable,
 )
 from minigpt4.training.schedule import cut_rise
 from minigpt4.training.stage_data import RunSources, check_data, is_packed, records_of, stage_data
@@ -66,7 +65,7 @@ class Reports:
 
 
 @dataclass
-class _Watcher:
+class _Watcher(Callbacks):
     """Passes updates on, and validates."""
 
     recipe: Recipe
@@ -74,7 +73,7 @@ class _Watcher:
     validation: Validation | None
     trackers: Trackers | None
 
-    def goes_on(self, state: State) -> None:
+    def on_resume(self, state: State) -> None:
         if state.stage < len(self.recipe.stages):
             stage = self.recipe.stages[state.stage]
             made = f"after {state.step:,} of {counted(stage.steps, 'update')} of stage {stage.name}"
@@ -88,15 +87,15 @@ class _Watcher:
                 f"{self.recipe.output / ALIGNMENT_FOLDER} as the model"
             )
 
-    def update(self, progress: Progress) -> None:
+    def on_update(self, progress: Progress) -> None:
         self.reports.update(progress)
         figures = {key: value for key, value in asdict(progress).items() if isinstance(value, int | float)}
         self._track(progress.stage, progress.step, figures)
 
-    def told_to_stop(self) -> None:
+    def on_stop_request(self) -> None:
         self.reports.say("finishing this update, then saving; a second signal stops at once")
 
-    def validation_loss(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
+    def on_validation(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
         loss = self.validation.loss(module, stage, step) if self.validation else None
         if loss is not None:
             self._track(stage.name, step, {"validation_loss": loss})
@@ -154,7 +153,7 @@ def _run(
     *,
     force: bool,
 ) -> None:
-    by_the_main_process(lambda: check_recipe(recipe, here.num_processes, force=force, say=told.say), here)
+    by_the_main_process(lambda: check_recipe(recipe, here.num_processes, force=force), here)
     sources = RunSources(told.sources)
     check_data(recipe, sources)
     for sentence in sources.passed_over():
@@ -162,7 +161,7 @@ def _run(
     by_the_main_process(lambda: _check_sources(recipe, sources, told.say, force=force), here)
     with _tracking(recipe, here) as trackers:
         prepared = _prepare_and_train(recipe, here, told, sources, trackers, batches, objectives)
-    with going_on_later():
+    with resumable():
         _save(recipe, prepared, here, told.say)
         if here.is_main_process:
             _say_what_was_bad(recipe.output, told.say)
@@ -187,7 +186,7 @@ def _prepare_and_train(
     torch.manual_seed(recipe.seed)
     prepared = prepare_model(recipe, here, told.parts)
     if is_packed(recipe):
-        check_branches(prepared.model)
+        check_packing(prepared.model)
     kept = cached_pictures(recipe, prepared, here, told.features, sources) if recipe.features == "cache" else None
     batches = make_batches(prepared) if make_batches else stage_data(recipe, prepared, here, kept, sources)
     validation = None

@@ -1,7 +1,7 @@
-"""A run's folder: one run at a time, one recipe, and the lines it writes.
+"""A run's folder: one run at a time, one recipe, and its files of lines.
 
-`recipe.json` is what the run began with, `sources.json` which records its data had, `metrics.jsonl` has a line for
-every update and validation, and `bad_samples.jsonl` one for every example that could not be used.
+`recipe.json` is the recipe the run began with, `sources.json` the records its data had; `metrics.jsonl` has a line for
+every update and validation, `bad_samples.jsonl` one for every example that could not be used.
 """
 
 import json
@@ -29,33 +29,32 @@ LOCK_FILE = ".run.lock"
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_ID_FILE = "wandb_id.txt"
 WANDB_FOLDER = "wandb"
-"""The name that its library gives to what it writes itself."""
 COMPOSED_FOLDER = "model"
-"""Beside the alignment: the full model that a recipe of parts begins with."""
+"""The full model that a recipe of parts begins with."""
 
 CHANGEABLE = (
     "output", "workers", "checkpoint_steps", "keep_checkpoints", "report_to", "validation", "max_bad_fraction",
     "max_skipped_steps", "gradient_checkpointing", "stages.*.threads",
 )  # fmt: skip
-"""Keys that another start of a run may change: they change nothing that is learnt."""
+"""Keys that may differ when a run is resumed: they change nothing that is learnt."""
 
 _OF_A_START = (RECIPE_FILE, SOURCES_FILE, LOCK_FILE, TENSORBOARD_FOLDER, WANDB_ID_FILE, WANDB_FOLDER)
-"""What a start writes before its first update; all else is of a run, or is work that a later start goes on with."""
+"""Files and folders that a start writes before its first update, and takes back if it is refused."""
 
 _OF_THE_CHECKPOINT = ("trainable", "lora")
-"""Keys that say which numbers a checkpoint holds: no run goes on with others."""
+"""Keys that decide which tensors a checkpoint holds: `--force` cannot change them."""
 
 _AFTER_THE_END = "that run has ended and learns no more: set another output, or undo the change"
 
 
 def metrics_path(output: Path) -> Path:
-    """Where a run's figures lie, one JSON object an update."""
+    """Return the file of a run's figures, one JSON object a line."""
     return output / METRICS_FILE
 
 
 @contextmanager
 def only_run(output: Path) -> Iterator[None]:
-    """Hold a run's folder; a new one is gone again if the start is refused before there is anything of a run in it.
+    """Hold the lock of a run's folder; what a refused start wrote is removed, if no run began there.
 
     Raises:
         ConfigError: Another process trains in it, or it is a file.
@@ -75,13 +74,7 @@ def only_run(output: Path) -> Iterator[None]:
 
 
 def _take_back(output: Path, before: Collection[str], made: Sequence[Path]) -> None:
-    """Remove what a refused start has written, and the folders that it made; nothing if a run has begun there.
-
-    Args:
-        output: The run's folder.
-        before: What lay in it before the start.
-        made: Folders that were not there, the innermost first.
-    """
+    """Remove what a refused start has written, and the folders it made, innermost first; nothing if a run has begun."""
     new = {path.name for path in output.iterdir()} - set(before)
     if RECIPE_FILE in before or not new <= set(_OF_A_START):
         return
@@ -100,7 +93,7 @@ def _held(output: Path) -> Iterator[None]:
         return
     import fcntl
 
-    # A lock of the process, not of the open file: readers forked from it would hold the latter after a kill.
+    # A lock of the process and not of the open file (filelock's), which forked workers would hold after a kill.
     with storing(output / LOCK_FILE):
         file = (output / LOCK_FILE).open("w")
     with file:
@@ -113,19 +106,14 @@ def _held(output: Path) -> Iterator[None]:
         yield
 
 
-def _nobody(_: str) -> None:
-    """Hear what nobody wants to know."""
-
-
-def check_recipe(recipe: Recipe, processes: int, *, force: bool, say: Callable[[str], None] = _nobody) -> None:
-    """Compare a recipe with the one its run began with, or write it down for a new run.
+def check_recipe(recipe: Recipe, processes: int, *, force: bool) -> None:
+    """Compare a recipe with the one its run began with, or record it for a new run.
 
     Args:
         recipe: The recipe now.
-        processes: How many there are now.
-        force: Go on although they differ; the new recipe takes the old one's place. Not where all updates were
-            made, or other numbers would learn.
-        say: Told of changes that come too late.
+        processes: Their number now.
+        force: Continue although they differ, and record the new recipe; not if all updates were made, or if other
+            tensors would be trained.
 
     Raises:
         ConfigError: They differ in what is learnt; names the keys.
@@ -133,11 +121,16 @@ def check_recipe(recipe: Recipe, processes: int, *, force: bool, say: Callable[[
     """
     path = recipe.output / RECIPE_FILE
     now = {**_flat(recipe.model_dump(mode="json")), "processes": processes}
-    # Before its first update a run holds nothing of its recipe but the model that was put together.
+    # Before its first update nothing of a run depends on its recipe but a composed model.
     begun = path.exists() and any((recipe.output / name).exists() for name in (METRICS_FILE, COMPOSED_FOLDER))
     ended = has_ended(recipe.output, len(recipe.stages))
     if begun:
-        before = _written_recipe(path)
+        before = _read_object(path)
+        if before is None:
+            raise ConfigError(
+                f"{path} is damaged, so that nobody can tell with which recipe the run began",
+                hint="delete that file if the recipe is the same, and the run goes on; else set another output",
+            )
         differing = sorted(
             key for key in now.keys() | before.keys() if now.get(key) != before.get(key) and not _may_change(key)
         )
@@ -148,19 +141,8 @@ def check_recipe(recipe: Recipe, processes: int, *, force: bool, say: Callable[[
             if final:
                 hint = _AFTER_THE_END if ended else "its checkpoints hold other numbers: set another output, or undo it"
             raise ConfigError(f"the run in {recipe.output} began with another recipe: {listed}", hint=hint)
-        for stage, keys in _of_stages_made(recipe, differing).items():
-            say(f"stage {stage} was made before and is not made again: {', '.join(keys)} of it changed in vain")
-    with going_on_later(), write_file(path, "w") as file:
+    with resumable(), write_file(path, "w") as file:
         json.dump(now, file, indent=1)
-
-
-def _of_stages_made(recipe: Recipe, keys: Sequence[str]) -> dict[str, list[str]]:
-    """Return those of a recipe's keys that are of stages that a run has made, by the stages' names."""
-    newest = next(newest_first(recipe.output), None)
-    made = recipe.stages[: place_of(newest)[0]] if newest else []
-    of_stages = [(stage.name, f"stages.{number}.") for number, stage in enumerate(made)]
-    found = {name: [key.removeprefix(above) for key in keys if key.startswith(above)] for name, above in of_stages}
-    return {name: names for name, names in found.items() if names}
 
 
 def _may_change(key: str) -> bool:
@@ -177,22 +159,6 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:  # noqa: ANN401  (JSON)
     return {k: v for name, inner in items for k, v in _flat(inner, f"{key}.{name}" if key else str(name)).items()}
 
 
-def _written_recipe(path: Path) -> dict[str, Any]:
-    """Read the recipe that a run began with.
-
-    Raises:
-        ConfigError: The file is damaged.
-        StorageError: It cannot be read.
-    """
-    before = _read_object(path)
-    if before is None:
-        raise ConfigError(
-            f"{path} is damaged, so that nobody can tell with which recipe the run began",
-            hint="delete that file if the recipe is the same, and the run goes on; else set another output",
-        )
-    return before
-
-
 def _read_object(path: Path) -> dict[str, Any] | None:
     """Read a JSON object; None where the file holds something else."""
     content: Any = None
@@ -204,17 +170,17 @@ def _read_object(path: Path) -> dict[str, Any] | None:
 def check_sources(
     output: Path, now: Mapping[str, Mapping[str, Any]], *, num_stages: int, force: bool, say: Callable[[str], None]
 ) -> None:
-    """Compare the records that there are with those that were there when a run began, or write them down for a new run.
+    """Compare the records of the sources with those when the run began, or record them for a new run.
 
     The order of the examples is a function of how many there are: with another number, a run that goes on would read
     some twice and leave out others.
 
     Args:
         output: The run's folder.
-        now: To each source's place in the recipe its `path`, its number of `records` and its `identity`.
+        now: `path`, number of `records` and `identity` of each source, by its key in the recipe.
         num_stages: Of the run.
-        force: Go on with another number; it takes the old one's place.
-        say: Told of other records, as many as before, which somebody may have mended.
+        force: Continue with another number of records, and record it.
+        say: Called with a sentence if there are as many records but other ones, which somebody may have mended.
 
     Raises:
         ConfigError: There are more or fewer.
@@ -226,7 +192,7 @@ def check_sources(
     for place, source in now.items():
         old = before.get(place)
         if not isinstance(old, dict) or old.get("path") != source["path"]:
-            continue  # a new run, or the recipe names another, which was agreed to
+            continue  # a new run, or another source, which `check_recipe` allowed
         if old.get("records") != source["records"] and not force:
             raise ConfigError(
                 f"{source['path']} had {old.get('records')} records when the run in {output} began, and now has "
@@ -235,18 +201,18 @@ def check_sources(
             )
         if old.get("identity") != source["identity"]:
             say(f"{source['path']} has other records than when the run began")
-    with going_on_later(), write_file(path, "w") as file:
+    with resumable(), write_file(path, "w") as file:
         json.dump(now, file, indent=1)
 
 
 def has_ended(output: Path, num_stages: int) -> bool:
-    """Tell by the newest checkpoint's name whether a run of so many stages has made all its updates."""
+    """Return whether a run has made all its updates, by its newest checkpoint's name."""
     newest = next(newest_first(output), None)
     return newest is not None and place_of(newest)[0] >= num_stages
 
 
 def newest_first(output: Path) -> Iterator[Path]:
-    """Go through the checkpoints of a run, the last one first."""
+    """Iterate over the checkpoints of a run, the last one first."""
     found = (output / CHECKPOINT_FOLDER).glob("stage*-step*")
     named = [path for path in found if CHECKPOINT_NAME.fullmatch(path.name)]
     return iter(sorted(named, key=place_of, reverse=True))
@@ -258,8 +224,8 @@ def place_of(checkpoint: Path) -> list[int]:
 
 
 @contextmanager
-def going_on_later() -> Iterator[None]:
-    """Give a write that fails the exit status of a run that the same command goes on with: 3.
+def resumable() -> Iterator[None]:
+    """Give failing writes exit status 3, that of a run that the same command continues.
 
     Raises:
         StorageError: What the block raised.
@@ -272,7 +238,7 @@ def going_on_later() -> Iterator[None]:
 
 
 def append_line(path: Path, content: dict[str, Any]) -> None:
-    """Add a line of JSON to a file; a figure that is no number is null there, for which alone JSON has a word.
+    """Append a line of JSON to a file; NaN and infinity, which JSON does not have, become null.
 
     Raises:
         StorageError: It cannot be written.
@@ -289,7 +255,7 @@ def _in_json(value: Any) -> Any:  # noqa: ANN401  (JSON)
 
 
 def flush_lines(output: Path) -> None:
-    """Bring the lines so far to the disk: a checkpoint must not outlive those of the updates before it.
+    """Flush the lines to the disk: a checkpoint must not outlive those of the updates before it.
 
     Raises:
         StorageError: It cannot be done.
@@ -302,7 +268,7 @@ def flush_lines(output: Path) -> None:
 
 
 def forget_lines_after(recipe: Recipe, stage: int, step: int) -> None:
-    """Drop the lines of updates that will be made again, and what a crash left in place of a line."""
+    """Remove the lines of updates that will be made again, and what a crash left of a line."""
     numbers = {stage.name: number for number, stage in enumerate(recipe.stages)}
     for name in (METRICS_FILE, BAD_SAMPLES_FILE):
         path = recipe.output / name

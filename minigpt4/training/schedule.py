@@ -1,4 +1,4 @@
-"""The learning rate of an update, a function of its number alone.
+"""The learning rate of an update, a function of its number.
 
 `cosine` is ours. `linear_warmup_cosine_lr` and `linear_warmup_step_lr` are the original's, digit for digit, oddities
 included: they count batches and epochs, so `warmup_steps` and `steps_per_epoch` are batches there, and an update has
@@ -32,7 +32,7 @@ def learning_rate(stage: StageRecipe, step: int) -> float:
 
 
 def cut_rise(stage: StageRecipe) -> str:
-    """Say that a stage ends before its learning rate has risen as high as it should; empty for others.
+    """Return a warning if a stage ends before its learning rate has risen; else nothing.
 
     Raises:
         ConfigError: An epoch of the original's schedules is shorter than one update.

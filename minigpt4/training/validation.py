@@ -1,4 +1,4 @@
-"""What a run looks at besides its loss: the same loss on pictures it does not learn from, and sample answers."""
+"""Validation of a run: the loss on pictures it does not learn from, and sample answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,24 +19,24 @@ from minigpt4.processing.pictures import PictureSource, open_image
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from minigpt4.training.model_setup import Prepared
 from minigpt4.training.objectives import TrainingStep, image_features, num_targets
+from minigpt4.training.optimizer_step import PRECISIONS, chosen_precision, to_device
 from minigpt4.training.processes import by_the_main_process, gathered, is_spread, summed
 from minigpt4.training.recipe import Recipe, StageRecipe, ValidationRecipe
 from minigpt4.training.samples import add_round, make_round
 from minigpt4.training.stage_data import RunSources, context_of, num_sample_places, validation_batches
-from minigpt4.training.update import PRECISIONS, chosen_precision, to_device
 
 
 @dataclass
 class Validation:
-    """Validates a run.
+    """Validation of a run.
 
     Args:
         recipe: The run's.
         settings: Its section `validation`.
         prepared: The model and its processor.
-        processes: The processes of the run; each looks at its own part.
+        processes: The processes of the run; each validates its own part.
         opened: Opens the sources.
-        kept: Gives the pictures where they are cached; None looks at them.
+        kept: The cached features of the pictures, if they are cached.
     """
 
     recipe: Recipe
@@ -48,7 +48,7 @@ class Validation:
 
     @torch.no_grad()
     def loss(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
-        """Return the loss a target token over the validation's batches, and add sample answers, where it is time.
+        """Return the loss per target token over the validation's batches, and add sample answers, if they are due.
 
         Random numbers and modes are left as they were found.
         """

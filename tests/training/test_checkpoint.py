@@ -1,14 +1,12 @@
 """A checkpoint holds all that a run needs to go on, and only that."""
 
-import errno
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from minigpt4.errors import StorageError, WeightsError
+from minigpt4.errors import WeightsError
 from minigpt4.training.checkpoint import (
     State,
     best_checkpoint,
@@ -22,7 +20,7 @@ from minigpt4.training.checkpoint import (
     write_checkpoint,
 )
 from minigpt4.training.objectives import language
-from minigpt4.training.update import make_optimizer
+from minigpt4.training.optimizer_step import make_optimizer
 from tests.training import toy
 
 STATE = State(stage=1, step=7, skipped=2, recent_bad=[[1, 9]], groups={"a.tar": [3, 1]}, best_loss=0.5)
@@ -138,14 +136,3 @@ def test_a_damaged_later_checkpoint_does_not_take_the_place_of_a_whole_one(tmp_p
 
     assert not whole.exists()
     assert last_checkpoint(tmp_path) == (written, State(stage=0, step=9))
-
-
-def test_a_checkpoint_that_cannot_be_removed_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [saved(tmp_path, State(stage=0, step=step))[2] for step in (1, 2)]
-
-    def read_only(*_: object, **__: object) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr("shutil.rmtree", read_only)
-    with pytest.raises(StorageError, match=f"{paths[0].name}`: Read-only file system"):
-        remove_old(tmp_path, State(stage=0, step=2), keep=1)

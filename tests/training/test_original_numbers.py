@@ -71,17 +71,17 @@ class Watcher:
         self.steps: list[Progress] = []
         self.after: list[tuple[Tensor, Tensor]] = []
 
-    def update(self, progress: Progress) -> None:
+    def on_update(self, progress: Progress) -> None:
         self.steps.append(progress)
         self.after.append((self.projection.weight.detach().clone(), self.projection.bias.detach().clone()))
 
-    def goes_on(self, state: State) -> None:
+    def on_resume(self, state: State) -> None:
         pass
 
-    def told_to_stop(self) -> None:
+    def on_stop_request(self) -> None:
         pass
 
-    def validation_loss(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
+    def on_validation(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
         return None
 
 

@@ -25,10 +25,10 @@ from minigpt4.processing import MiniGPT4Processor
 from minigpt4.training.loop import train
 from minigpt4.training.model_setup import prepare_model
 from minigpt4.training.objectives import TrainingStep
+from minigpt4.training.optimizer_step import OptimizerStep, make_optimizer
 from minigpt4.training.recipe import Recipe, StageRecipe
 from minigpt4.training.schedule import learning_rate
 from minigpt4.training.stage_data import stage_data
-from minigpt4.training.update import Updater, make_optimizer
 from minigpt4.weights import nano
 from tests import tiny_chat
 from tests.model import tiny
@@ -106,7 +106,7 @@ def overfit(
     )
     step = TrainingStep(model)
     optimizer, scaler = make_optimizer(step, stage), torch.amp.GradScaler("cpu", enabled=False)
-    updater = Updater(step, optimizer, scaler, stage, None, PartialState(cpu=True))
+    updater = OptimizerStep(step, optimizer, scaler, stage, None, PartialState(cpu=True))
     model.train()
     for at in range(steps):
         updater([batch], learning_rate(stage, at))

@@ -194,17 +194,3 @@ def test_processes_that_have_a_part_of_the_model_each_validate_as_one_does(featu
 def validation_losses(output: Path) -> list[float]:
     lines: list[dict[str, Any]] = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [line["validation_loss"] for line in lines if "validation_loss" in line]
-
-
-def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
-    from minigpt4.errors import ConfigError
-    from minigpt4.training.run_folder import check_recipe, metrics_path
-    from tests.training import toy
-
-    recipe = toy.recipe(tmp_path)
-    check_recipe(recipe, 2, force=False)
-    metrics_path(tmp_path).touch()
-
-    with pytest.raises(ConfigError, match=r"processes \(2, now 1\)"):
-        check_recipe(recipe, 1, force=False)
-    check_recipe(recipe, 1, force=True)

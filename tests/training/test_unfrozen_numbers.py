@@ -15,10 +15,10 @@ from minigpt4.data.examples import padded
 from minigpt4.data.record import Record
 from minigpt4.training.model_setup import Prepared, prepare_model
 from minigpt4.training.objectives import TrainingStep, num_targets
+from minigpt4.training.optimizer_step import make_optimizer
 from minigpt4.training.processes import processes
 from minigpt4.training.recipe import StageRecipe, make_recipe
 from minigpt4.training.stage_data import layout_of
-from minigpt4.training.update import make_optimizer
 from minigpt4.weights.original.names import Kind, to_ours
 from tests.weights.original.test_golden_import import RELATIVE, SETS, golden, imported
 

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.model.vision_efficientnet_lite import EfficientNetLiteOutput
 from minigpt4.training.checkpoint import State
-from minigpt4.training.loop import Progress
+from minigpt4.training.loop import Callbacks, Progress
 from minigpt4.training.objectives import TrainingStep
 from minigpt4.training.recipe import Recipe, StageRecipe
 from tests.model import tiny
@@ -54,8 +54,8 @@ class ToyBatches(Dataset[dict[str, Any]]):
         return {"vision_outputs": outputs, "input_ids": ids, "attention_mask": mask, "labels": labels, "keys": keys}
 
 
-class Watcher:
-    """Keeps what it is told; `stop_after` so many updates the run is torn down."""
+class Watcher(Callbacks):
+    """Keeps what it is called with; after `stop_after` updates the run is torn down."""
 
     def __init__(self, stop_after: int | None = None, losses: Sequence[float | None] = ()) -> None:
         self.steps: list[Progress] = []
@@ -64,18 +64,18 @@ class Watcher:
         self.told = 0
         self.went_on: list[tuple[int, int]] = []
 
-    def goes_on(self, state: State) -> None:
+    def on_resume(self, state: State) -> None:
         self.went_on.append((state.stage, state.step))
 
-    def update(self, progress: Progress) -> None:
+    def on_update(self, progress: Progress) -> None:
         self.steps.append(progress)
         if len(self.steps) == self.stop_after:
             raise PowerFailureError
 
-    def told_to_stop(self) -> None:
+    def on_stop_request(self) -> None:
         self.told += 1
 
-    def validation_loss(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
+    def on_validation(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
         return self.losses.pop(0) if self.losses else None
 
 

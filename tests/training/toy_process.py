@@ -68,8 +68,8 @@ def run_in(here: PartialState, arguments: argparse.Namespace) -> None:
     wanted = recipe(arguments)
 
     class Killer(toy.Watcher):
-        def update(self, progress: Progress) -> None:
-            super().update(progress)
+        def on_update(self, progress: Progress) -> None:
+            super().on_update(progress)
             if len(self.steps) == arguments.kill_after:
                 os.kill(os.getpid(), signal.SIGKILL)
 

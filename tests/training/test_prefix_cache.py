@@ -1,4 +1,4 @@
-"""What all texts begin with is read once, and teaches what reading it each time teaches."""
+"""A cached prefix gives the loss and gradient of reading all of each text."""
 
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,21 @@ from torch import Tensor
 from minigpt4.data.examples import IGNORED, TextExample, padded
 from minigpt4.data.side_by_side import branches_of, side_by_side
 from minigpt4.model import MiniGPT4ForConditionalGeneration
-from minigpt4.training import beginnings
-from minigpt4.training.beginnings import Beginnings, beginning_of
+from minigpt4.training import prefix_cache
 from minigpt4.training.objectives import Outcome, TrainingStep
+from minigpt4.training.prefix_cache import PrefixCache, common_prefix
 from minigpt4.training.run import Reports, run
 from tests.model import tiny
-from tests.training.test_branches import losses, model_of
+from tests.training.test_objectives import losses, model_of
 from tests.training.whole_run import model_folder, pictures, recipe
 
-BEGINNING = [1, 40, 41, 42, 43, 44]
+PREFIX = [1, 40, 41, 42, 43, 44]
 PICTURE = [tiny.IMAGE_TOKEN_ID] * tiny.NUM_IMAGE_TOKENS
 
 __all__ = ["model_folder", "pictures"]  # fixtures
 
 
-def example(question: list[int], answer: list[int], before: list[int] = BEGINNING) -> TextExample:
+def example(question: list[int], answer: list[int], before: list[int] = PREFIX) -> TextExample:
     asked = [*before, *PICTURE, *question]
     return TextExample(asked + answer, [IGNORED] * len(asked) + answer, 0)
 
@@ -55,9 +55,10 @@ def places_read(model: MiniGPT4ForConditionalGeneration) -> list[tuple[int, ...]
     return seen
 
 
-@pytest.mark.parametrize("rows", ["apart", "side by side"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("text", ["llama", "qwen2", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("rows", ["apart", "packed"])
+@pytest.mark.parametrize(
+    ("text", "attention"), [("llama", "sdpa"), ("qwen2", "eager"), ("gpt2", "sdpa"), ("gpt_neox", "eager")]
+)
 def test_loss_and_gradient_are_those_of_reading_all_of_it(
     text: str, attention: str, rows: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,12 +70,12 @@ def test_loss_and_gradient_are_those_of_reading_all_of_it(
     for _ in range(2):  # the second time it is there
         outcome, gradient = learnt(step, batch)
 
-    monkeypatch.setattr(Beginnings, "of", lambda *_: None)
+    monkeypatch.setattr(PrefixCache, "get", lambda *_: None)
     expected, whole = learnt(step, batch)
 
     length = batch["input_ids"].shape[1] - 1
-    assert seen[-2:] == [(2, length - len(BEGINNING)), (2, length)], "the last place is said and not read"
-    assert seen.count((1, len(BEGINNING))) == 2, "tried once, and read once"
+    assert seen[-2:] == [(2, length - len(PREFIX)), (2, length)], "the last place is said and not read"
+    assert seen.count((1, len(PREFIX))) == 2, "tried once, and read once"
     # Sums in another order: a few units in the last of float32's seven digits.
     assert outcome.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
     assert (gradient - whole).norm() < 1e-5 * whole.norm()
@@ -104,11 +105,11 @@ def test_another_beginning_is_another_one() -> None:
 def test_a_beginning_ends_before_a_picture_a_difference_or_what_predicts_an_answer(
     rows: list[TextExample], length: int
 ) -> None:
-    assert beginning_of(padded(rows, 0), tiny.IMAGE_TOKEN_ID) == rows[0].input_ids[:length]
+    assert common_prefix(padded(rows, 0), tiny.IMAGE_TOKEN_ID) == rows[0].input_ids[:length]
 
 
 def given(model: MiniGPT4ForConditionalGeneration) -> object:
-    return Beginnings().of(model, padded(ROWS, 0))
+    return PrefixCache().get(model, padded(ROWS, 0))
 
 
 def test_a_language_model_that_learns_reads_all_of_it() -> None:
@@ -131,32 +132,32 @@ def test_a_language_model_that_keeps_something_else_reads_all_of_it() -> None:
 
 def test_a_language_model_that_goes_on_otherwise_reads_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama", "sdpa")
-    read = beginnings.read
+    read = prefix_cache.prefill
 
-    def shifted(model: MiniGPT4ForConditionalGeneration, ids: list[int]) -> beginnings.Beginning:
+    def shifted(model: MiniGPT4ForConditionalGeneration, ids: list[int]) -> prefix_cache.CachedPrefix:
         found = read(model, ids)
-        return beginnings.Beginning(found.length, tuple((k.roll(1, 2), v) for k, v in found.layers))
+        return prefix_cache.CachedPrefix(found.length, tuple((k.roll(1, 2), v) for k, v in found.layers))
 
-    monkeypatch.setattr(beginnings, "read", shifted)
+    monkeypatch.setattr(prefix_cache, "prefill", shifted)
     assert given(model) is None
 
 
 def test_text_alone_is_read_as_a_whole() -> None:
     rows = [TextExample([1, 40, 41, 42, 43, 20], [IGNORED] * 5 + [20], 0)]
-    assert Beginnings().of(model_of("llama", "sdpa"), padded(rows, 0)) is None
+    assert PrefixCache().get(model_of("llama", "sdpa"), padded(rows, 0)) is None
 
 
 def test_only_some_beginnings_are_kept() -> None:
-    kept, model = Beginnings(), model_of("llama", "sdpa")
-    for number in range(3 * beginnings.MOST):
-        found = kept.of(model, padded([example([10], [20], before=[1, 40, 4 + number, 5])], 0))
+    kept, model = PrefixCache(), model_of("llama", "sdpa")
+    for number in range(3 * prefix_cache.MAX_PREFIXES):
+        found = kept.get(model, padded([example([10], [20], before=[1, 40, 4 + number, 5])], 0))
         assert found is not None and found.length == 4
-        assert len(kept._read) <= beginnings.MOST
+        assert len(kept._prefixes) <= prefix_cache.MAX_PREFIXES
 
 
 def test_a_short_beginning_is_read_each_time() -> None:
     rows = [example([10], [20], before=[1])]
-    assert Beginnings().of(model_of("llama", "sdpa"), padded(rows, 0)) is None
+    assert PrefixCache().get(model_of("llama", "sdpa"), padded(rows, 0)) is None
 
 
 def test_a_run_learns_the_same_and_an_interrupted_one_to_the_bit(
@@ -166,8 +167,8 @@ def test_a_run_learns_the_same_and_an_interrupted_one_to_the_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     used: list[object] = []
-    of = Beginnings.of
-    monkeypatch.setattr(Beginnings, "of", lambda *given: used.append(of(*given)) or used[-1])
+    of = PrefixCache.get
+    monkeypatch.setattr(PrefixCache, "get", lambda *given: used.append(of(*given)) or used[-1])
     run(recipe(model_folder, pictures, tmp_path / "whole"))
     assert len(used) == 4 and None not in used
 
@@ -178,7 +179,7 @@ def test_a_run_learns_the_same_and_an_interrupted_one_to_the_bit(
     with pytest.raises(RuntimeError, match="the power fails"):
         run(recipe(model_folder, pictures, tmp_path / "cut"), Reports(update=fail))
     run(recipe(model_folder, pictures, tmp_path / "cut"))
-    monkeypatch.setattr(Beginnings, "of", lambda *_: None)
+    monkeypatch.setattr(PrefixCache, "get", lambda *_: None)
     run(recipe(model_folder, pictures, tmp_path / "each time"))
 
     whole, cut = (load_file(tmp_path / name / "alignment/alignment.safetensors") for name in ("whole", "cut"))

@@ -1,7 +1,8 @@
-"""One update of the weights: forward and backward over the batches it consists of, in all processes together."""
+"""One optimizer step: forward and backward over its batches, clipping and AdamW, in all processes together."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from minigpt4.errors import DataError
+from minigpt4.data.memory import lacks_memory
+from minigpt4.errors import ConfigError, DataError
 from minigpt4.training.objectives import Outcome, num_targets
 from minigpt4.training.processes import full_norm, summed, unsynchronised
 from minigpt4.training.recipe import Recipe, StageRecipe
@@ -19,17 +21,17 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Figures:
-    """What an update came to, over all processes.
+    """Figures of a step over all processes.
 
     Args:
-        loss: A target token, or a batch (`loss_over`).
-        accuracy: Share of targets that would have been said.
+        loss: Per target token, or per batch (`loss_over`).
+        accuracy: Share of targets that are the likeliest token.
         grad_norm: Of all gradients together, before clipping.
         tokens: Targets.
         images: Pictures.
-        skipped: It was left out, since the loss or a gradient is not a number.
-        rescaled: It was left out since `fp16` scaled the loss too far, by a number that is halved now: the loss is one.
-        stop: A process was told to stop.
+        skipped: The weights did not change, since the loss or a gradient is not a number.
+        rescaled: So because of too large a scale of the loss in `fp16`, which is halved now; the loss itself is finite.
+        stop: A process got a signal to stop.
     """
 
     loss: float
@@ -43,15 +45,15 @@ class Figures:
 
 
 @dataclass
-class Updater:
-    """What changes the weights in one stage.
+class OptimizerStep:
+    """The optimizer steps of one stage.
 
     Args:
         module: A `TrainingStep`, perhaps spread over processes.
-        optimizer: Over what learns.
-        scaler: Of the loss, in `fp16`; else without effect.
+        optimizer: Over the trainable parameters.
+        scaler: Of the loss, enabled in `fp16`.
         stage: The stage.
-        precision: Of the computation; None for float32.
+        precision: Of autocast; None for float32.
         state: The processes.
     """
 
@@ -63,12 +65,12 @@ class Updater:
     state: PartialState
 
     def __call__(self, batches: Sequence[dict[str, Any]], rate: float, *, stop: bool = False) -> Figures:
-        """Make one update.
+        """Make one step.
 
         Args:
             batches: This process's, `accumulation` of them, on the CPU.
             rate: The learning rate.
-            stop: Tell the other processes to stop after it.
+            stop: This process got a signal to stop, and the others stop with it.
 
         Raises:
             DataError: The learning rate is more than the weights' numbers can hold.
@@ -77,7 +79,7 @@ class Updater:
             group["lr"] = rate
         here = sum(num_targets(batch) for batch in batches)
         images = sum(_num_images(batch) for batch in batches)
-        targets, pictures, told = summed([here, images, float(stop)], self.state)
+        targets, pictures, stops = summed([here, images, float(stop)], self.state)
         self.optimizer.zero_grad(set_to_none=True)
         losses, hits = 0.0, 0.0
         for number, batch in enumerate(batches):
@@ -94,7 +96,7 @@ class Updater:
             self._step(rate)
         rescaled = skipped and math.isfinite(loss) and self.scaler.is_enabled() and self.scaler.get_scale() > 1
         self.scaler.update()
-        return Figures(loss, right / max(targets, 1), norm, int(targets), int(pictures), skipped, rescaled, told > 0)
+        return Figures(loss, right / max(targets, 1), norm, int(targets), int(pictures), skipped, rescaled, stops > 0)
 
     def _step(self, rate: float) -> None:
         try:
@@ -131,6 +133,21 @@ class Updater:
         return full_norm(nn.utils.clip_grad_norm_(parameters, self.stage.clip_norm or math.inf))
 
 
+@contextmanager
+def memory_for(what: str, hint: str) -> Iterator[None]:
+    """Turn the many errors of the libraries about too little memory into one sentence.
+
+    Raises:
+        ConfigError: There was not enough memory for `what`.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        raise ConfigError(f"there was not enough memory for {what}", hint=hint) from error
+
+
 def chosen_precision(recipe: Recipe, device: torch.device) -> str:
     """Return what `precision: auto` means on a device."""
     if recipe.precision != "auto":
@@ -139,7 +156,7 @@ def chosen_precision(recipe: Recipe, device: torch.device) -> str:
 
 
 def make_optimizer(module: nn.Module, stage: StageRecipe) -> torch.optim.AdamW:
-    """AdamW over what learns; vectors are not decayed.
+    """Return AdamW over the trainable parameters, without decay of vectors.
 
     The original leaves out, besides, whatever has "bias", "ln" or "bn" in its name; all of that are vectors.
     """
