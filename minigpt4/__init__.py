@@ -16,12 +16,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from minigpt4.errors import MiniGPT4Error
     from minigpt4.inference.chat import ChatSession
+    from minigpt4.inference.engine import Engine
     from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Model
     from minigpt4.processing import MiniGPT4ImageProcessor, MiniGPT4Processor, PromptTemplate
     from minigpt4.weights import load
 
 __all__ = [
     "ChatSession",
+    "Engine",
     "MiniGPT4Config",
     "MiniGPT4Error",
     "MiniGPT4ForConditionalGeneration",
@@ -35,6 +37,7 @@ __all__ = [
 
 _HOMES = {
     "ChatSession": "inference.chat",
+    "Engine": "inference.engine",
     "MiniGPT4Config": "model",
     "MiniGPT4Error": "errors",
     "MiniGPT4ForConditionalGeneration": "model",

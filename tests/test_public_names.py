@@ -14,6 +14,7 @@ import minigpt4
 ROOT = Path(__file__).resolve().parents[1]
 PUBLIC_NAMES = [
     "ChatSession",
+    "Engine",
     "MiniGPT4Config",
     "MiniGPT4Error",
     "MiniGPT4ForConditionalGeneration",

@@ -26,7 +26,7 @@ def checked_generation(arguments: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: One is out of its range, or changes nothing without another that was not given.
     """
-    from minigpt4.inference.generation import generation_options
+    from minigpt4.inference.sampling import generation_options
 
     options = {name: arguments[name] for name in (*_NAMES, "seed")}
     generation_options(options, as_typed)

@@ -1,112 +1,126 @@
-"""One model and many who ask: a bounded queue, several answers in progress at once, and nothing lost.
+"""One model and several requests at once: a bounded queue, answers in progress, and what they share.
 
-A thread of its own owns the model. Requests wait in the order they came; up to `max_concurrent` are answered together,
-token by token (`batch`), also between the tokens of a search (`beams`), of which there is one at a time. Image
-embeddings and what was read of earlier conversations are shared. A request that is cancelled, or whose deadline has
-passed, gives its place back within one token. What goes wrong ends the answers it concerns, never the engine.
-
-Knows no HTTP.
+Requests wait in the order they came; up to `max_concurrent` are answered together, one token of each at a time, also
+between the tokens of a beam search, of which there is one at a time. Image embeddings and prefixes of conversations are
+computed once. A cancelled request, or one whose deadline has passed, frees its slot within one token. An error ends the
+answers it concerns, never the engine. Knows no HTTP and no tensors: the run time is a `Backend`.
 """
 
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
-from transformers import DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from minigpt4.errors import ContextOverflowError, ServerBusyError
+from minigpt4.inference.backends import load_backend
+from minigpt4.inference.backends.protocol import Backend, Logits, ModelInfo
+from minigpt4.inference.detokenizer import Detokenizer
+from minigpt4.inference.prefix_cache import ImageCache, Prefix, PrefixCache
+from minigpt4.inference.request import Answer, Counts, Event, Request
+from minigpt4.inference.sampling import Sampler, generation_options
+from minigpt4.processing.pictures import content_hash, open_image
 
-from minigpt4.errors import MiniGPT4Error, ServerBusyError
-from minigpt4.inference.batch import DecodeBatch, can_be_batched
-from minigpt4.inference.beam_search import search
-from minigpt4.inference.chat import Answer
-from minigpt4.inference.generation import AnswerWriter, generation_options
-from minigpt4.inference.prefix_cache import ReadMemory
-from minigpt4.inference.reading import ImageCache, Read, check_length, embed, stops, take_up
-from minigpt4.inference.request import Counts, Event, Request
-from minigpt4.inference.row import Row
-from minigpt4.inference.sampling import Sampler
-from minigpt4.model import MiniGPT4ForConditionalGeneration
-from minigpt4.processing import MiniGPT4Processor
-from minigpt4.processing.prompts import PromptTemplate
+if TYPE_CHECKING:
+    from minigpt4.model import MiniGPT4ForConditionalGeneration
+    from minigpt4.processing import MiniGPT4Processor
 
 logger = logging.getLogger(__name__)
+
+Messages = Sequence[dict[str, Any]]
+"""A conversation: `{"role", "content"}`, the content a text or a list of `text` and `image` parts."""
+
+
+@dataclass(eq=False)
+class _Running:
+    """A request that is being answered: `ids` are the prompt and the answer, whose last id the slot has not read."""
+
+    request: Request
+    slot: Any
+    sampler: Sampler
+    text: Detokenizer
+    ids: list[int]
 
 
 class Engine:
     """Answers requests with one model.
 
     Args:
-        model: The model, on its device.
-        processor: Its processor.
-        max_concurrent: Answers in progress at once.
-        max_queue: Requests that wait while all answers are in progress; one more is refused.
-        image_bytes: Most bytes of image embeddings kept.
-        read_bytes: Most bytes of read conversations kept.
+        model: nano, a folder or a hub id; or a loaded model.
+        processor: Of a loaded model.
+        engine: The run time: a name of `backends.BACKENDS`, or `auto`.
+        template: Name of the prompt template; default the model folder's own.
+        max_concurrent: Most answers in progress at once.
+        max_queue: Most requests that wait; one more is refused.
+        image_cache: Image embeddings, shared between engines where given.
+        prefix_bytes: Most bytes of kept prefixes.
+        options: As for `minigpt4.load`, where the model is not loaded.
     """
 
     def __init__(
         self,
-        model: MiniGPT4ForConditionalGeneration,
-        processor: MiniGPT4Processor,
+        model: "str | Path | MiniGPT4ForConditionalGeneration",
+        processor: "MiniGPT4Processor | None" = None,
         *,
+        engine: str = "auto",
+        template: str | None = None,
         max_concurrent: int = 8,
         max_queue: int = 32,
-        image_bytes: int = 256 * 2**20,
-        read_bytes: int = 512 * 2**20,
+        image_cache: ImageCache | None = None,
+        prefix_bytes: int = 512 * 2**20,
+        **options: Any,
     ) -> None:
-        self.model = model
-        self.processor = processor
-        self.template: PromptTemplate = processor.prompt_template
+        self.backend: Backend = load_backend(model, processor, engine, template, **options)
         self.max_concurrent = max_concurrent
         self.max_queue = max_queue
+        self.image_cache = image_cache if image_cache is not None else ImageCache()
+        self.prefix_cache = PrefixCache(self.backend, prefix_bytes)
         self.on_image: Callable[[float, bool], None] = lambda seconds, cached: None
-        self._images = ImageCache(image_bytes)
-        self._memory = ReadMemory(read_bytes)
-        self._end_ids: list[int] = stops(model, processor, self.template)["eos_token_id"]
         self._waiting: deque[Request] = deque()
-        self._rows: list[Row] = []
         self._beginning: list[Request] = []
-        self._batch = DecodeBatch(model)
+        self._running: list[_Running] = []
         self._counts = dict.fromkeys(("accepted", "completed", "cancelled", "failed", "refused"), 0)
-        self._change = threading.Condition()
+        self._lock = threading.RLock()  # of the lists and counts above
+        self._turns = threading.Lock()  # of the backend
+        self._thread: threading.Thread | None = None
         self._closing = False
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        self._thread.start()
+
+    @property
+    def info(self) -> ModelInfo:
+        """What the model is."""
+        return self.backend.info
 
     @property
     def counts(self) -> Counts:
-        """How the engine stands."""
-        with self._change:
-            return Counts(len(self._waiting), len(self._rows) + len(self._beginning), **self._counts)
+        """Requests by state."""
+        with self._lock:
+            return Counts(len(self._waiting), len(self._running) + len(self._beginning), **self._counts)
 
     @property
     def room(self) -> int:
         """How many more requests would be accepted now."""
-        with self._change:
-            answering = len(self._rows) + len(self._beginning)
-            return self.max_concurrent + self.max_queue - answering - len(self._waiting)
+        counts = self.counts
+        return self.max_concurrent + self.max_queue - counts.answering - counts.waiting
 
     def submit(
         self,
-        messages: Sequence[dict[str, Any]],
+        messages: Messages,
         options: dict[str, Any],
         deliver: Callable[[Event], None],
         *,
         stop: Sequence[str] = (),
         timeout: float | None = None,
     ) -> Request:
-        """Ask for an answer.
+        """Ask for an answer; it comes from a thread that lives while there are requests.
 
         Args:
-            messages: The whole conversation, the last message a user's; an image part has its opened picture as
-                `image` and its content's name as `key`.
-            options: Generation options by the library's names.
-            deliver: Told of every event from the engine's thread: pieces of text, then None; or an exception.
+            messages: The whole conversation, the last message a user's; an image part has its picture as `image`, and
+                where that is open already, its content hash as `key`.
+            options: Generation options, by the names of `ChatSession.stream`.
+            deliver: Receives every event: pieces of text, then None; or an exception.
             stop: Further strings that end the answer and are no part of it.
             timeout: Seconds after which it is given up.
 
@@ -116,108 +130,160 @@ class Engine:
             PromptError: The messages cannot be turned into a prompt.
             ContextOverflowError: They and `max_new_tokens` do not fit the language model's context.
         """
-        generation = generation_options(options)
-        ids = self._encode(messages)
-        check_length(self.model, len(ids), generation["max_new_tokens"])
-        pictures = [
-            (part["key"], part["image"])
-            for message in messages
-            if isinstance(message["content"], list)
-            for part in message["content"]
-            if part["type"] == "image"
-        ]
-        request = Request(
-            ids,
-            pictures,
-            generation,
-            (*self.template.stop_strings, *stop),
-            deliver,
-            deadline=time.monotonic() + timeout if timeout else None,
-            answer=Answer(prompt_tokens=len(ids)),
-        )
-        with self._change:
+        request = self._request(messages, options, deliver, stop, timeout)
+        with self._lock:
             if self._closing or self.room <= 0:
                 self._counts["refused"] += 1
                 what = "is closing" if self._closing else f"has {len(self._waiting)} requests waiting"
                 raise ServerBusyError(f"the server {what}, try again later", hint="wait a few seconds")
             self._waiting.append(request)
             self._counts["accepted"] += 1
-            self._change.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+                self._thread.start()
         return request
 
-    def place_in_queue(self, request: Request) -> int:
-        """Return how many requests wait before this one; 0 when it is being answered."""
-        with self._change:
+    def answer(self, messages: Messages, **options: Any) -> Answer:
+        """Answer one conversation, in this thread; see `answer_all`."""
+        return next(iter(self.answer_all([messages], **options)))
+
+    def answer_all(self, conversations: Iterable[Messages], **options: Any) -> Iterator[Answer]:
+        """Answer conversations in their order, `max_concurrent` at once, in this thread and under its contexts.
+
+        Args:
+            conversations: Read as they are answered; the order of steps depends on them alone.
+            options: Generation options, by the names of `ChatSession.stream`.
+
+        Raises:
+            MiniGPT4Error: As `submit`, or what went wrong with an answer; those in progress are given up.
+        """
+        errors: dict[Request, BaseException] = {}
+        pending: deque[Request] = deque()
+        waiting = iter(conversations)
+        try:
+            while True:
+                while len(pending) < 2 * self.max_concurrent and (messages := next(waiting, None)) is not None:
+                    pending.append(self._enqueue(messages, options, errors))
+                if not pending:
+                    return
+                while pending[0].state != "done":
+                    with self._turns:
+                        self._turn()
+                request = pending.popleft()
+                if request in errors:
+                    raise errors[request]
+                yield request.answer
+        finally:
+            for request in pending:
+                request.cancel()
+            while any(request.state != "done" for request in pending):
+                with self._turns:
+                    self._turn()
+
+    def queue_position(self, request: Request) -> int:
+        """Return how many requests wait up to this one; 0 when it is being answered."""
+        with self._lock:
             return self._waiting.index(request) + 1 if request in self._waiting else 0
 
     def close(self, seconds: float = 10.0, *, patience: float = 10.0) -> None:
-        """Take no more requests, finish those there are, and give up the rest after so many seconds.
+        """Take no more requests, finish those there are, and give up the rest after some time.
 
         Args:
-            seconds: Until answers in progress are given up; they end within one token, so that it takes little longer.
-            patience: How long that is waited for.
+            seconds: Until answers in progress are given up; they end within one token.
+            patience: Most seconds to wait for that.
         """
-        with self._change:
+        with self._lock:
             self._closing = True
-            self._change.notify()
-        self._thread.join(seconds)
-        with self._change:
-            for request in (*self._waiting, *self._beginning, *(row.request for row in self._rows)):
+            thread = self._thread
+        if thread is None:
+            return
+        thread.join(seconds)
+        with self._lock:
+            for request in (*self._waiting, *self._beginning, *(running.request for running in self._running)):
                 request.cancel()
-            self._change.notify()
-        self._thread.join(patience)
+        thread.join(patience)
 
-    def _encode(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        return self.template.encode(
-            self.processor.tokenizer,
+    # -- a request
+
+    def _request(
+        self,
+        messages: Messages,
+        options: dict[str, Any],
+        deliver: Callable[[Event], None],
+        stop: Sequence[str],
+        timeout: float | None,
+    ) -> Request:
+        generation, info = generation_options(options), self.info
+        ids = self.backend.template.encode(
+            self.backend.tokenizer,
             messages,
-            image_token_id=self.model.config.image_token_id,
-            num_image_tokens=self.model.config.num_image_tokens,
+            image_token_id=info.image_token_id,
+            num_image_tokens=info.num_image_tokens,
         ).input_ids
+        _check_length(len(ids), generation["max_new_tokens"], info.context)
+        return Request(
+            ids,
+            [_keyed(part) for message in messages for part in _image_parts(message)],
+            generation,
+            (*self.backend.template.stop_strings, *stop),
+            deliver,
+            deadline=time.monotonic() + timeout if timeout else None,
+            answer=Answer(prompt_tokens=len(ids)),
+        )
+
+    def _enqueue(self, messages: Messages, options: dict[str, Any], errors: dict[Request, BaseException]) -> Request:
+        """Let a conversation wait for this thread to answer it."""
+
+        def deliver(event: Event) -> None:
+            if isinstance(event, BaseException):
+                errors[request] = event
+
+        request = self._request(messages, options, deliver, (), None)
+        with self._lock:
+            self._waiting.append(request)
+            self._counts["accepted"] += 1
+        return request
+
+    # -- the loop
 
     def _work(self) -> None:
-        """The thread's work, until it is closed and nothing is left."""
-        while self._wait():
-            self._turn()
+        """Answer until nothing is left."""
+        while True:
+            with self._lock:
+                if not self._waiting and not self._running:
+                    self._thread = None
+                    return
+            with self._turns:
+                self._turn()
 
-    def _wait(self) -> bool:
-        """Wait for something to do; returns whether there is any, or will be."""
-        with self._change:
-            while not self._waiting and not self._rows:
-                if self._closing:
-                    return False
-                self._change.wait()
-        return True
-
-    @torch.inference_mode()
     def _turn(self, *, in_search: bool = False) -> None:
-        """Take up who waits, as far as there are places, and say one token of every answer in progress.
+        """Begin waiting requests as far as there are slots, and generate one token of every answer in progress.
 
         Args:
-            in_search: Between two tokens of a search; another one waits for its end.
+            in_search: Between two tokens of a beam search; another one waits for its end.
         """
         try:
             while (request := self._next(in_search)) is not None:
-                row = self._begun(request)
-                with self._change:  # at once: counted twice or not at all, it would change who is refused
+                running = self._begun(request)
+                with self._lock:
                     self._beginning.remove(request)
-                    if row is not None:
-                        self._rows.append(row)
+                    if running is not None:
+                        self._running.append(running)
             self._step()
-        except BaseException as error:  # an engine that ended would leave all who come waiting
-            self._batch = DecodeBatch(self.model)  # what it holds is not known any more
-            with self._change:
-                rows, self._rows = self._rows, []
-            for row in rows:
-                self._failed(row.request, error)
+        except BaseException as error:  # an engine that ended would leave all later requests waiting
+            with self._lock:
+                all_running, self._running = self._running, []
+            for running in all_running:
+                self.backend.drop(running.slot)
+                self._failed(running.request, error)
 
     def _next(self, in_search: bool) -> Request | None:
-        """Return the request that is answered next, if one waits and has a place."""
-        with self._change:
+        """Return the request that is answered next, if one waits and there is a slot for it."""
+        with self._lock:
             for request in [request for request in self._waiting if request.given_up]:
                 self._waiting.remove(request)
                 self._finish(request, "cancelled")
-            if len(self._rows) + len(self._beginning) >= self.max_concurrent:
+            if len(self._running) + len(self._beginning) >= self.max_concurrent:
                 return None
             for request in self._waiting:
                 if not (in_search and request.options["num_beams"] > 1):
@@ -226,126 +292,166 @@ class Engine:
                     return request
         return None
 
-    def _begun(self, request: Request) -> Row | None:
-        """Begin an answer; what goes wrong with it is its own."""
+    def _begun(self, request: Request) -> _Running | None:
+        """Begin an answer; an error is this answer's own."""
         try:
             return self._begin(request)
         except BaseException as error:
             self._failed(request, error)
             return None
 
-    def _begin(self, request: Request) -> Row | None:
-        """Read the prompt, from where an earlier conversation has it, and say the first token.
-
-        Returns:
-            Its row, which has joined the batch where it can; None when the answer has ended.
-        """
+    def _begin(self, request: Request) -> _Running | None:
+        """Read the prompt after its known prefix, and generate the first token; None if the answer has ended."""
         request.state = "answering"
-        writer = AnswerWriter(self.processor.tokenizer, request.stop_strings)
         if request.options["num_beams"] > 1:
-            self._search(request, writer)
+            self._search(request)
             return None
-        keys = [key for key, _ in request.pictures]
-        width = self.model.config.num_image_tokens
-        read = self._memory.take(request.ids, keys, self.model.config.image_token_id, width)
-        kept = request.answer.cached_tokens = take_up(self.model, request.ids, keys, read)
-        old = request.ids[:kept].count(self.model.config.image_token_id) // width
-        output = self.model(
-            input_ids=torch.tensor([request.ids[kept:]], device=self.model.device),
-            past_key_values=read.cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **self._picture_inputs(request.pictures[old:]),
-        )
-        sampler = Sampler(request.options, self.model, len(request.ids), self._end_ids)
-        row = Row(request, sampler, writer, list(request.ids))
-        cache = output.past_key_values
-        if row.say(output.logits[0, -1]):
-            self._end(row, cache, "completed")
-            return None
-        if can_be_batched(cache):
-            self._batch.join(cache)
-        else:
-            row.cache = cache
-        return row
+        info = self.info
+        slot, cached = self.prefix_cache.take(request.ids, [key for key, _ in request.pictures])
+        request.answer.cached_tokens = cached
+        num_cached_pictures = request.ids[:cached].count(info.image_token_id) // info.num_image_tokens
+        try:
+            images = [self._encoded(*picture) for picture in request.pictures[num_cached_pictures:]]
+            logits = self.backend.prefill(slot, request.ids[cached:], images)
+            draw, model_rules = self.backend.sampling(
+                request.options["seed"], len(request.ids), request.options["max_new_tokens"]
+            )
+            sampler = Sampler(request.options, info, draw, len(request.ids), model_rules)
+            text = Detokenizer(self.backend.tokenizer, request.stop_strings)
+            running = _Running(request, slot, sampler, text, list(request.ids))
+            if not self._generated(running, logits):
+                return running
+        except BaseException:
+            self.backend.drop(slot)
+            raise
+        self._end(running, "completed")
+        return None
 
-    def _search(self, request: Request, writer: AnswerWriter) -> None:
-        pictures = self._picture_inputs(request.pictures)
-        ends = stops(self.model, self.processor, self.template)
-        whole = search(self.model, request, writer, lambda: self._turn(in_search=True), ends, pictures)
-        self._finish(request, "completed" if whole else "cancelled")
+    def _encoded(self, key: str, picture: Any) -> Any:  # noqa: ANN401  (Pillow's; the backend's own kind)
+        """Return the embeddings of a picture, computed once."""
+        started = time.monotonic()
+        embeds = self.image_cache.get(key)
+        cached = embeds is not None
+        if embeds is None:
+            embeds = self.backend.encode(picture)
+            self.image_cache.put(key, embeds)
+        self.on_image(time.monotonic() - started, cached)
+        return embeds
 
-    def _picture_inputs(self, pictures: Sequence[tuple[str, Image.Image]]) -> dict[str, Any]:
-        rows = []
-        for key, picture in pictures:
-            cached = self._images.get(key) is not None
-            started = time.monotonic()
-            rows.append(embed(self.model, self.processor, key, picture, self._images))
-            self.on_image(time.monotonic() - started, cached)
-        if not rows:
-            return {}
-        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=torch.stack(rows))}}
+    def _search(self, request: Request) -> None:
+        """Answer with beams: the text comes whole, at the end, and other answers go on meanwhile."""
+
+        def stopped() -> bool:
+            self._turn(in_search=True)
+            return request.given_up
+
+        images = [self._encoded(*picture) for picture in request.pictures]
+        new_ids = self.backend.beam_search(request.ids, images, request.options, stopped)
+        if request.given_up:
+            self._finish(request, "cancelled")
+            return
+        text = Detokenizer(self.backend.tokenizer, request.stop_strings)
+        for piece in (*map(text.add, new_ids), text.end()):
+            if piece:
+                request.deliver(piece)
+        answer = request.answer
+        answer.text = text.text
+        answer.completion_tokens = len(new_ids)
+        ended = text.ended or bool(new_ids and new_ids[-1] in self.info.end_ids)
+        answer.finish_reason = "stop" if ended else "length"
+        answer.seconds_to_first_token = time.monotonic() - request.asked_at
+        self._finish(request, "completed")
 
     def _step(self) -> None:
-        """One token for every answer in progress."""
-        for row in [row for row in self._rows if row.request.given_up]:
-            self._leave(row, "cancelled")
-        together = self._together
-        if together:
-            for row, logits in zip(together, self._batch.step([row.ids[-1] for row in together]), strict=True):
-                self._say(row, logits)
-        for row in [row for row in self._rows if row.cache is not None]:
-            ids = torch.tensor([[row.ids[-1]]], device=self.model.device)
-            output = self.model(input_ids=ids, past_key_values=row.cache, use_cache=True)
-            self._say(row, output.logits[0, -1])
-
-    @property
-    def _together(self) -> list[Row]:
-        """The rows of the batch, in its order."""
-        return [row for row in self._rows if row.cache is None]
-
-    def _say(self, row: Row, logits: torch.Tensor) -> None:
-        """Say an answer's next token; what goes wrong with it is its own."""
-        try:
-            ended = row.say(logits)
-        except BaseException as error:
-            self._take_out(row)
-            self._failed(row.request, error)
+        """Generate one token of every answer in progress."""
+        for running in [running for running in self._running if running.request.given_up]:
+            self._leave(running, "cancelled")
+        if not self._running:
             return
-        if ended:
-            self._leave(row, "completed")
+        all_running = list(self._running)
+        slots, tokens = zip(*((running.slot, running.ids[-1]) for running in all_running), strict=True)
+        logits = self.backend.step(slots, tokens)
+        for running, scores in zip(all_running, logits, strict=True):
+            try:
+                ended = self._generated(running, scores)
+            except BaseException as error:
+                self.backend.drop(running.slot)
+                self._failed(running.request, error)
+                continue
+            if ended:
+                self._leave(running, "completed")
 
-    def _leave(self, row: Row, how: str) -> None:
-        """Take an answer out and end it; what goes wrong with that is its own, and told to it."""
-        cache = self._take_out(row)
+    def _generated(self, running: _Running, logits: Logits) -> bool:
+        """Choose an answer's next token and deliver its text; returns whether the answer has ended."""
+        request, answer = running.request, running.request.answer
+        token = running.sampler.choose(running.ids, logits)
+        running.ids.append(token)
+        if not answer.completion_tokens:
+            answer.seconds_to_first_token = time.monotonic() - request.asked_at
+        answer.completion_tokens += 1
+        if text := running.text.add(token):
+            request.deliver(text)
+        if token in running.sampler.info.end_ids or running.text.ended:
+            answer.finish_reason = "stop"
+            return True
+        answer.finish_reason = "length"
+        return answer.completion_tokens >= int(request.options["max_new_tokens"])
+
+    def _leave(self, running: _Running, how: str) -> None:
+        """End an answer; an error is this answer's own."""
         try:
-            self._end(row, cache, how)
+            self._end(running, how)
         except BaseException as error:
-            self._failed(row.request, error)
+            self._failed(running.request, error)
 
-    def _take_out(self, row: Row) -> DynamicCache:
-        cache = row.cache if row.cache is not None else self._batch.leave(self._together.index(row))
-        with self._change:
-            self._rows.remove(row)
-        return cache
-
-    def _end(self, row: Row, cache: DynamicCache, how: str) -> None:
-        """Keep what was read for those that go on from it, and say that the answer has ended."""
-        request = row.request
-        self._memory.keep(Read(row.ids[: cache.get_seq_length()], [key for key, _ in request.pictures], cache))
-        row.end(deliver=how == "completed")
+    def _end(self, running: _Running, how: str) -> None:
+        """Keep what was read for conversations that continue it, and deliver the rest of the text."""
+        request = running.request
+        pictures = [key for key, _ in request.pictures]
+        self.prefix_cache.keep(Prefix(running.ids[: running.slot.length], pictures, running.slot))
+        if text := running.text.end():
+            request.deliver(text)
+        request.answer.text = running.text.text
         self._finish(request, how)
 
     def _finish(self, request: Request, how: str) -> None:
         request.answer.seconds = time.monotonic() - request.asked_at
         if how == "cancelled":
             request.answer.finish_reason = "cancelled"
+        self._count(request, how)
         request.state = "done"
-        self._counts[how] += 1
         request.deliver(None)
 
     def _failed(self, request: Request, error: BaseException) -> None:
         logger.debug("an answer failed", exc_info=error)
-        self._counts["failed"] += 1
+        self._count(request, "failed")
+        request.deliver(error)
         request.state = "done"
-        request.deliver(error if isinstance(error, MiniGPT4Error) else MiniGPT4Error("the answer failed"))
+
+    def _count(self, request: Request, how: str) -> None:
+        """Free the slot of an answer that has ended, and count it."""
+        with self._lock:
+            self._running = [running for running in self._running if running.request is not request]
+            self._counts[how] += 1
+
+
+def _check_length(prompt_tokens: int, max_new_tokens: int, context: int | None) -> None:
+    if context and prompt_tokens + max_new_tokens > context:
+        raise ContextOverflowError(
+            f"the conversation has {prompt_tokens} tokens and the answer may have {max_new_tokens}, "
+            f"the language model reads {context} together",
+            hint="ask for fewer new tokens, take back a turn, or begin anew",
+        )
+
+
+def _image_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    content = message["content"]
+    return [part for part in content if part["type"] == "image"] if isinstance(content, list) else []
+
+
+def _keyed(part: dict[str, Any]) -> tuple[str, Any]:
+    """Return the content hash and the opened picture of an image part."""
+    if "key" in part:
+        return part["key"], part["image"]
+    picture = open_image(part["image"])
+    return content_hash(picture), picture

@@ -1,4 +1,4 @@
-"""One answer that was asked for: what it needs, how it stands, and how it is given up."""
+"""One answer that was asked for: its prompt, its options, its state and its result."""
 
 import time
 from collections.abc import Callable
@@ -7,10 +7,31 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from minigpt4.inference.chat import Answer
-
 Event = str | BaseException | None
-"""A piece of text, what went wrong, or the end."""
+"""A piece of text, an error, or the end."""
+
+
+@dataclass
+class Answer:
+    """An answer and what it took.
+
+    Args:
+        text: What was generated, without its stop string.
+        finish_reason: `"stop"` (the model ended), `"length"` (`max_new_tokens` reached) or `"cancelled"`.
+        prompt_tokens: Ids of the whole conversation up to the answer, image tokens included.
+        cached_tokens: How many of those were in the prefix cache.
+        completion_tokens: Ids of the answer, its end symbol included.
+        seconds_to_first_token: From the request to the first id.
+        seconds: From the request to the last id.
+    """
+
+    text: str = ""
+    finish_reason: str = "stop"
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    seconds_to_first_token: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass(eq=False)
@@ -19,10 +40,10 @@ class Request:
 
     Args:
         ids: The prompt.
-        pictures: Its pictures, in order: content and picture.
+        pictures: Its pictures in order: content hash and picture.
         options: As `generation_options` returns them.
-        stop_strings: End the answer, besides the template's own.
-        deliver: Told of every event, from the engine's thread.
+        stop_strings: End the answer; they are no part of it.
+        deliver: Receives every event, from the engine's thread.
         deadline: When it is given up, of `time.monotonic`; None for never.
     """
 
@@ -43,13 +64,13 @@ class Request:
 
     @property
     def given_up(self) -> bool:
-        """Whether nobody waits for it any more: it was cancelled, or its deadline has passed."""
+        """Whether it was cancelled or its deadline has passed."""
         return self.cancelled or (self.deadline is not None and time.monotonic() > self.deadline)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How the engine stands."""
+    """Requests of an engine by state: the first two now, the others since it began."""
 
     waiting: int
     answering: int

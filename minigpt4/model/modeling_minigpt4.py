@@ -309,6 +309,11 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         self.post_init()
         self.freeze()
 
+    @property
+    def language_model_class(self) -> type[PreTrainedModel]:
+        """The library's class of the language model with its head."""
+        return type(self._causal_lm.model)
+
     def get_input_embeddings(self) -> nn.Embedding:
         """The language model's embedding table."""
         return self.model.get_input_embeddings()

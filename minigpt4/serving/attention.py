@@ -2,17 +2,14 @@
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 from fastapi import Request
 
+from minigpt4.errors import UsageError
 from minigpt4.serving.errors import ApiError
 from minigpt4.serving.pictures import open_messages
 from minigpt4.serving.requests import RequestHandler
 from minigpt4.serving.schema import AttentionAnswer, AttentionRequest
-
-if TYPE_CHECKING:
-    from minigpt4.inference.attention import AttentionMaps  # loads torch
 
 MAX_WAITING = 4
 """Maps in the making and waiting; a map takes as long as reading its conversation three times."""
@@ -28,7 +25,6 @@ class AttentionHandler:
     def __init__(self, handler: RequestHandler) -> None:
         self.handler = handler
         self._waiting = 0
-        self._maps: AttentionMaps | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="attention")
 
     async def look(self, http: Request) -> AttentionAnswer:
@@ -38,10 +34,12 @@ class AttentionHandler:
             ApiError: With what is wrong, and where.
             UsageError: The model has no such maps.
         """
-        from minigpt4.inference.attention import check_can_look
-
         handler = self.handler
-        check_can_look(handler.engine.model)
+        if not handler.info.has_attention_maps:
+            raise UsageError(
+                "this model has no Q-Former, so there is no cross-attention to show",
+                hint="nano and MiniGPT-4 with Vicuna have one",
+            )
         self._check_room()
         async with handler.bodies.read(http) as body:
             asked = await asyncio.to_thread(handler.parse, body, AttentionRequest)
@@ -49,21 +47,16 @@ class AttentionHandler:
         self._check_room()  # only from here on it takes room: a slow body keeps nobody out
         self._waiting += 1
         try:
-            messages = await open_messages(asked.messages, handler.settings, handler.pool, handler.info.target)
+            messages = await open_messages(asked.messages, handler.settings, handler.pool, handler.picture_target)
             span = None if asked.span is None else (asked.span[0], asked.span[1])
             loop = asyncio.get_running_loop()
-            seen = await loop.run_in_executor(self._thread, lambda: self._made().look(messages, span))
+            seen = await loop.run_in_executor(
+                self._thread, lambda: handler.engine.backend.attention_map(messages, span)
+            )
         finally:
             self._waiting -= 1
         model = handler.settings.model_id
         return AttentionAnswer(model=model, of=seen.of, text=seen.text, values=seen.values)
-
-    def _made(self) -> "AttentionMaps":
-        from minigpt4.inference.attention import AttentionMaps
-
-        if self._maps is None:
-            self._maps = AttentionMaps(self.handler.engine.model, self.handler.engine.processor)
-        return self._maps
 
     def _check_room(self) -> None:
         if self.handler.closing:

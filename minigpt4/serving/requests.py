@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,36 +22,12 @@ from minigpt4.serving.settings import Settings
 from minigpt4.serving.streaming import AnswerStream, EventQueue, PendingAnswer, Writer, whole_answer
 
 if TYPE_CHECKING:
-    from minigpt4.inference.engine import Engine  # loads torch
+    from minigpt4.inference.backends.protocol import ModelInfo
+    from minigpt4.inference.engine import Engine
     from minigpt4.inference.request import Request as EngineRequest
 
 T = TypeVar("T")
 Asked = TypeVar("Asked", ChatRequest, AttentionRequest)
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """Facts about a model that requests depend on.
-
-    Args:
-        context: Tokens that the language model reads, if it says so.
-        target: The size to which the processor would bring a picture, so that a decoder can do it; None for no size.
-        has_attention_maps: Whether it can show where it looked.
-    """
-
-    context: int | None
-    target: Target | None
-    has_attention_maps: bool
-
-
-def model_info(engine: "Engine") -> ModelInfo:
-    """Read the facts off an engine's model and processor."""
-    config, processor = engine.model.config, engine.processor.image_processor
-    target, size = None, processor.size
-    if processor.do_resize and size.height and size.width:
-        target = Target(int(size.width), int(size.height), int(processor.resample))
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return ModelInfo(context, target, config.qformer_config is not None)
 
 
 class RequestHandler:
@@ -87,9 +62,15 @@ class RequestHandler:
         return self._engine
 
     @property
-    def info(self) -> ModelInfo:
+    def info(self) -> "ModelInfo":
         """The model; raises as `engine` does."""
-        return model_info(self.engine)
+        return self.engine.info
+
+    @property
+    def picture_target(self) -> Target | None:
+        """The size that the model reads, so that a decoder can bring a picture to it; None for no size."""
+        size = self.info.image_size
+        return Target(*size) if size is not None else None
 
     @property
     def is_ready(self) -> bool:
@@ -233,7 +214,7 @@ class RequestHandler:
 
     async def _submit(self, asked: ChatRequest, http: Request) -> PendingAnswer:
         engine, queue = self.engine, EventQueue()
-        messages = await open_messages(asked.messages, self.settings, self.pool, self.info.target)
+        messages = await open_messages(asked.messages, self.settings, self.pool, self.picture_target)
 
         def submit() -> "EngineRequest":
             submitted = engine.submit(

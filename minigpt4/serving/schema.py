@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 from minigpt4.serving.errors import ApiError
 
 if TYPE_CHECKING:
-    from minigpt4.inference.chat import Answer  # loads torch
+    from minigpt4.inference.request import Answer
 
 # Fields of OpenAI's that change no answer; their values are not looked at.
 IGNORED = {

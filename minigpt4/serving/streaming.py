@@ -17,9 +17,8 @@ from minigpt4.serving.errors import ApiError, as_api_error, error_body
 from minigpt4.serving.schema import AnswerMessage, ChatCompletion, Choice, FinishReason, finish_reason, usage
 
 if TYPE_CHECKING:  # they load torch
-    from minigpt4.inference.chat import Answer
     from minigpt4.inference.engine import Engine
-    from minigpt4.inference.request import Event, Request
+    from minigpt4.inference.request import Answer, Event, Request
 
 
 class EventQueue:
@@ -182,7 +181,7 @@ class AnswerStream(Response):
             await write(self.writer.chunk({"role": "assistant", "content": ""}))
             async for piece in pending.pieces(receive, self.ping_seconds):
                 if piece is None:
-                    before = pending.engine.place_in_queue(pending.request)
+                    before = pending.engine.queue_position(pending.request)
                     await write(f": ping {before} waiting before this one\n\n".encode())
                 else:
                     await write(self.writer.chunk({"content": piece}))

@@ -6,16 +6,14 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from minigpt4.data.batches import KeptPictures, Process, SourceBatches
 from minigpt4.data.record import Record
 from minigpt4.errors import DataError, ImageError
-from minigpt4.inference.generation import AnswerWriter
-from minigpt4.inference.reading import never_said, stops
+from minigpt4.inference.engine import Engine
 from minigpt4.model import MiniGPT4ForConditionalGeneration
-from minigpt4.processing.pictures import PictureSource, open_image
+from minigpt4.processing.pictures import PictureSource, content_hash, open_image
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from minigpt4.training.model_setup import Prepared
 from minigpt4.training.objectives import TrainingStep, image_features, num_targets
@@ -76,12 +74,10 @@ class Validation:
             by_the_main_process(lambda: self._write(stage, step, *self._answered(stage, batches)), self.processes)
             return
         with gathered(module):  # each process has a part of the model, so all of them answer
-            records, answers = self._answered(stage, batches, together=True)
+            records, answers = self._answered(stage, batches)
         by_the_main_process(lambda: self._write(stage, step, records, answers), self.processes)
 
-    def _answered(
-        self, stage: StageRecipe, batches: SourceBatches, *, together: bool = False
-    ) -> tuple[list[Record], list[str]]:
+    def _answered(self, stage: StageRecipe, batches: SourceBatches) -> tuple[list[Record], list[str]]:
         """Return the first records with pictures that can be used, and what the model answers about each."""
         records: list[Record] = []
         seen: list[Any] = []
@@ -108,7 +104,6 @@ class Validation:
                 features=image_features(model, to_device(self.kept.batch(seen), self.processes.device))
                 if self.kept
                 else None,
-                together=together,
             )
         return records, answers
 
@@ -141,68 +136,38 @@ def answer_pictures(
     max_new_tokens: int,
     *,
     features: BaseModelOutputWithPooling | None = None,
-    together: bool = False,
 ) -> list[str]:
     """Ask one question about each picture by itself, and return the likeliest answers, as `ask` would.
 
-    All are answered in one batch: the prompts are equally long, so none is padded. The parts' modes (training or
-    evaluation) are as before when it ends.
+    The modes of the parts (training or evaluation) are as before when it ends.
 
     Args:
-        model: The model, on any device, in any mode.
+        model: The model, on any device, in any mode. Where each process of a run has a part of it, all of them ask.
         processor: Its processor.
         pictures: The pictures.
         question: The question.
         max_new_tokens: Longest answer.
-        features: What the model made of the pictures before, `pooler_output` a row a picture; None looks at them.
-        together: All processes of a run answer, since each has a part of the model only; none ends before the others.
+        features: Image features computed before, `pooler_output` a row a picture; None computes them.
 
     Raises:
         ImageError: A picture cannot be opened.
         PromptError: The question cannot be turned into a prompt.
     """
-    if not pictures:
-        return []
-    asked = {"type": "text", "text": question}
+    engine = Engine(model, processor, max_concurrent=max(len(pictures), 1))
+    opened = [open_image(picture) for picture in pictures]
+    keys = [content_hash(picture) for picture in opened]
+    if features is not None and features.pooler_output is not None:
+        for key, embeds in zip(keys, features.pooler_output, strict=True):
+            engine.image_cache.put(key, embeds)
+    text = {"type": "text", "text": question}
     conversations: list[Any] = [
-        [{"role": "user", "content": [{"type": "image", "image": open_image(picture)}, asked]}] for picture in pictures
+        [{"role": "user", "content": [{"type": "image", "image": picture, "key": key}, text]}]
+        for key, picture in zip(keys, opened, strict=True)
     ]
-    inputs = processor.apply_chat_template(
-        conversations, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
-    )
-    inputs = inputs.to(model.device)
-    pixels = inputs.pop("pixel_values").to(model.dtype)
-    inputs |= {"pixel_values": pixels} if features is None else {"mm_encoder_outputs": {"image": features}}
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        length = inputs["input_ids"].shape[1]
-        penalty = RepetitionPenaltyLogitsProcessor(
-            float(model.generation_config.repetition_penalty or 1.0), prompt_ignore_length=length
-        )  # as in a conversation: on what is newly said
-        output: torch.Tensor = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            num_beams=1,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            use_cache=True,
-            logits_processor=LogitsProcessorList([penalty]),
-            suppress_tokens=never_said(model),
-            synced_gpus=together,
-            **stops(model, processor, processor.prompt_template),
-        )
+        return [answer.text for answer in engine.answer_all(conversations, max_new_tokens=max_new_tokens)]
     finally:
         for module, mode in modes:
             module.training = mode
-    return [_answer(ids, processor) for ids in output[:, length:].tolist()]
-
-
-def _answer(ids: list[int], processor: MiniGPT4Processor) -> str:
-    writer = AnswerWriter(processor.tokenizer, processor.prompt_template.stop_strings)
-    for token in ids:
-        writer.write(token)
-    writer.end()
-    return writer.text

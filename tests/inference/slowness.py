@@ -1,18 +1,19 @@
-"""An engine as slow as a test needs: the tiny model says 900 tokens in 0.3 s, which ends before a busy test looks."""
+"""An engine as slow as a test needs: the tiny model generates 900 tokens in 0.3 s, before a busy test looks."""
 
 import time
+from collections.abc import Sequence
+from typing import Any
 
-import torch
-
+from minigpt4.inference.backends.protocol import Logits
 from minigpt4.inference.engine import Engine
 
 
 def slow_steps(engine: Engine, seconds: float) -> None:
     """Have each step of the engine's answers (one token of each) last so many seconds longer."""
-    step = engine._batch.step
+    step = engine.backend.step
 
-    def slow_step(tokens: list[int]) -> torch.Tensor:
+    def slow_step(slots: Sequence[Any], tokens: Sequence[int]) -> Logits:
         time.sleep(seconds)
-        return step(tokens)
+        return step(slots, tokens)
 
-    engine._batch.step = slow_step  # type: ignore[method-assign]
+    engine.backend.step = slow_step  # type: ignore[method-assign]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import minigpt4
-from minigpt4.inference.generation import AnswerWriter
+from minigpt4.inference.detokenizer import Detokenizer
 from tests.weights.original.test_golden_import import CLEAR, SETS, Loaded, golden, imported
 
 pytestmark = [
@@ -80,8 +80,8 @@ def test_answers_are_written_as_the_original_writes_them(loaded: Loaded, referen
     for case in golden(reference, "golden/chat_units.json")["postprocess"]:
         if "error" in case:
             continue  # an answer of no ids at all
-        writer = AnswerWriter(tokenizer, (STOP,))
-        written = "".join(writer.write(token) for token in case["ids"]) + writer.end()
+        writer = Detokenizer(tokenizer, (STOP,))
+        written = "".join(writer.add(token) for token in case["ids"]) + writer.end()
         whole = tokenizer.decode(case["ids"], skip_special_tokens=True).partition(STOP)[0].strip()
         assert written == whole, case["ids"]
         expected = case["text"]
@@ -95,5 +95,5 @@ def test_answers_are_written_as_the_original_writes_them(loaded: Loaded, referen
 def test_an_answer_of_no_words_is_empty_where_the_original_failed(loaded: Loaded, reference: Path) -> None:
     failed = [case for case in golden(reference, "golden/chat_units.json")["postprocess"] if "error" in case]
     for case in failed:
-        writer = AnswerWriter(loaded[1].tokenizer, (STOP,))
-        assert "".join(writer.write(token) for token in case["generated"]) + writer.end() == ""
+        writer = Detokenizer(loaded[1].tokenizer, (STOP,))
+        assert "".join(writer.add(token) for token in case["generated"]) + writer.end() == ""

@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import queue
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from minigpt4.errors import ContextOverflowError, MiniGPT4Error, ServerBusyError, UsageError, WeightsError
-from minigpt4.inference.chat import ChatSession
+from minigpt4.inference.backends.protocol import Logits
 from minigpt4.inference.engine import Engine
-from minigpt4.inference.reading import Read
+from minigpt4.inference.prefix_cache import Prefix
 from minigpt4.inference.request import Event, Request
+from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing.pictures import content_hash
 from tests import tiny_chat
 from tests.inference.slowness import slow_steps
@@ -25,8 +28,13 @@ NEW = 12
 
 
 @pytest.fixture
-def engine() -> Iterator[Engine]:
-    made = Engine(tiny_chat.model(), tiny_chat.processor(), max_concurrent=4, max_queue=64)
+def model() -> MiniGPT4ForConditionalGeneration:
+    return tiny_chat.model()
+
+
+@pytest.fixture
+def engine(model: MiniGPT4ForConditionalGeneration) -> Iterator[Engine]:
+    made = Engine(model, tiny_chat.processor(), max_concurrent=4, max_queue=64)
     yield made
     made.close(20)
 
@@ -68,13 +76,34 @@ def ask(engine: Engine, messages: list[dict[str, Any]], **options: Any) -> tuple
     return request, heard
 
 
-def alone(questions: list[str], number: int, **options: Any) -> list[str]:
-    chat = ChatSession(tiny_chat.model(), tiny_chat.processor())
-    chat.add_image(picture(number))
-    return [chat.ask(question, max_new_tokens=NEW, **options) for question in questions]
+def alone(questions: list[str], number: int, *, max_new_tokens: int = NEW, **options: Any) -> list[str]:
+    """The answers of the library's `generate`, each from its whole conversation."""
+    model, processor = tiny_chat.model(), tiny_chat.processor()
+    conversation: list[dict[str, Any]] = []
+    for question in questions:
+        conversation.append(said(question, *([] if conversation else [picture(number)])))
+        inputs = processor.apply_chat_template(
+            conversation, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+        length = inputs["input_ids"].shape[1]
+        rules = [RepetitionPenaltyLogitsProcessor(options.get("repetition_penalty", 1.0), prompt_ignore_length=length)]
+        if "seed" in options:
+            torch.manual_seed(options["seed"])
+        more: dict[str, Any] = {k: v for k, v in options.items() if k not in ("seed", "repetition_penalty")}
+        more |= {"do_sample": True, "top_k": more.get("top_k", 0)} if "temperature" in options else {"do_sample": False}
+        ends = processor.tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])
+        ids = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ends,
+            logits_processor=LogitsProcessorList(rules),
+            **more,
+        )[0, length:]
+        conversation.append(answered(processor.tokenizer.decode(ids, skip_special_tokens=True).strip()))
+    return [message["content"][0]["text"] for message in conversation[1::2]]
 
 
-def test_one_answer_is_the_sessions(engine: Engine) -> None:
+def test_one_answer_is_that_of_generate(engine: Engine) -> None:
     request, heard = ask(engine, [said("what is this?", picture(1))])
     assert [heard.text()] == alone(["what is this?"], 1)
     assert request.answer.text == alone(["what is this?"], 1)[0]
@@ -98,9 +127,7 @@ def test_many_conversations_at_once_are_those_of_each_alone(engine: Engine) -> N
 def test_answers_of_different_length_leave_and_join(engine: Engine) -> None:
     running = [ask(engine, [said("go", picture(n))], max_new_tokens=2 + 3 * n) for n in range(9)]
     for number, (_, heard) in enumerate(running):
-        chat = ChatSession(tiny_chat.model(), tiny_chat.processor())
-        chat.add_image(picture(number))
-        assert heard.text() == chat.ask("go", max_new_tokens=2 + 3 * number)
+        assert [heard.text()] == alone(["go"], number, max_new_tokens=2 + 3 * number)
 
 
 def test_a_second_question_reads_only_what_is_new(engine: Engine) -> None:
@@ -139,7 +166,7 @@ def test_the_same_question_again_and_again_is_kept_once(engine: Engine) -> None:
     for _ in range(5):
         _, heard = ask(engine, [said("what is this?", picture(1))])
         heard.text()
-    assert len(engine._memory) == 1
+    assert len(engine.prefix_cache) == 1
 
 
 def test_a_seed_draws_the_same_answer_whoever_else_is_answered(engine: Engine) -> None:
@@ -155,32 +182,79 @@ def test_a_seed_draws_the_same_answer_whoever_else_is_answered(engine: Engine) -
         other.text()
 
 
-def test_beams_are_the_sessions(engine: Engine) -> None:
+def test_beams_are_those_of_generate(engine: Engine) -> None:
     _, heard = ask(engine, [said("what is this?", picture(1))], num_beams=3)
     assert [heard.text()] == alone(["what is this?"], 1, num_beams=3)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("of_the_model", [False, True])
-def test_a_penalty_for_repetition_is_the_sessions(
-    of_the_model: bool, num_beams: int, engine: Engine, monkeypatch: pytest.MonkeyPatch
+def test_a_penalty_for_repetition_counts_the_answer_alone(
+    of_the_model: bool, num_beams: int, engine: Engine, model: MiniGPT4ForConditionalGeneration
 ) -> None:
-    question, options = "cir bsy the the the cir bsy man man", {"num_beams": num_beams}
-    free = alone([question], 1, **options)
-    model = tiny_chat.model()
+    question, penalty = "cir bsy the the the cir bsy man man", {"repetition_penalty": 3.0}
     if of_the_model:
-        for one in (engine.model, model):
-            monkeypatch.setattr(one.generation_config, "repetition_penalty", 3.0)
-    else:
-        options["repetition_penalty"] = 3.0  # type: ignore[assignment]
-    chat = ChatSession(model, tiny_chat.processor())
-    chat.add_image(picture(1))
-    expected = chat.ask(question, max_new_tokens=NEW, **options)
+        model.generation_config.repetition_penalty = 3.0
 
-    _, heard = ask(engine, [said(question, picture(1))], **options)
+    _, heard = ask(engine, [said(question, picture(1))], num_beams=num_beams, **({} if of_the_model else penalty))
 
-    assert heard.text() == expected
-    assert [expected] != free
+    expected = alone([question], 1, num_beams=num_beams, **penalty)
+    free = alone([question], 1, num_beams=num_beams)
+    assert [heard.text()] == expected != free
+    _, heard = ask(engine, [said(question, picture(1))], num_beams=num_beams, repetition_penalty=1.0)
+    assert [heard.text()] == free
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"temperature": 0.7},
+    {"temperature": 1.5, "top_k": 7},
+    {"temperature": 1.5, "top_p": 0.6},
+    {"temperature": 2.0, "min_p": 0.05},
+    {"temperature": 1.2, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3},
+    {"temperature": 1.0, "min_new_tokens": 5},
+]
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_seeded_draws_are_those_of_generate(options: dict[str, Any], engine: Engine) -> None:
+    for seed in range(3):
+        ours = {"min_length" if name == "min_new_tokens" else name: value for name, value in options.items()}
+        _, heard = ask(engine, [said("what is this?", picture(1))], seed=seed, **ours)
+
+        assert [heard.text()] == alone(["what is this?"], 1, seed=seed, **options)
+
+
+@pytest.mark.parametrize("settings", [{"no_repeat_ngram_size": 1}, {"bad_words_ids": None}, {"top_p": 0.3}])
+def test_settings_of_a_models_folder_hold(
+    settings: dict[str, Any], engine: Engine, model: MiniGPT4ForConditionalGeneration
+) -> None:
+    free = alone(["what is this?"], 1, temperature=1.5, seed=1)
+    if "bad_words_ids" in settings:
+        settings = {"bad_words_ids": [[i] for i in engine.backend.tokenizer.encode(free[0])]}
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    engine = Engine(model, tiny_chat.processor())
+
+    answer = engine.answer([said("what is this?", picture(1))], max_new_tokens=NEW, temperature=1.5, seed=1)
+
+    assert [answer.text] == alone(["what is this?"], 1, temperature=1.5, seed=1, **settings) != free
+
+
+def test_answers_in_this_thread_are_in_order_and_those_of_each_alone(engine: Engine) -> None:
+    threads = threading.active_count()
+
+    answers = [a.text for a in engine.answer_all(([said("go", picture(n))] for n in range(11)), max_new_tokens=NEW)]
+
+    assert answers == [alone(["go"], n)[0] for n in range(11)]
+    assert (threading.active_count(), engine.counts.completed) == (threads, 11)
+
+
+def test_a_conversation_that_fails_ends_the_others_in_this_thread(engine: Engine) -> None:
+    conversations = [[said("go", picture(n))] for n in range(3)] + [[said("x " * 2000)]]
+    with pytest.raises(ContextOverflowError):
+        list(engine.answer_all(conversations, max_new_tokens=NEW))
+    assert engine.counts.answering == engine.counts.waiting == 0
+    assert [engine.answer(conversations[0], max_new_tokens=NEW).text] == alone(["go"], 0)
 
 
 def test_others_are_answered_and_leave_between_the_tokens_of_a_search() -> None:
@@ -204,7 +278,7 @@ def test_others_are_answered_and_leave_between_the_tokens_of_a_search() -> None:
 def test_a_search_is_the_same_with_others_between_its_tokens(engine: Engine) -> None:
     options = {"num_beams": 3, "temperature": 1.5, "seed": 3}
     expected = alone(["what is this?"], 1, **options)
-    with engine._change:
+    with engine._lock:
         _, searched = ask(engine, [said("what is this?", picture(1))], **options)
         others = [ask(engine, [said("go", picture(n))], temperature=1.0)[1] for n in range(3)]
     assert [searched.text()] == expected
@@ -240,7 +314,7 @@ def test_a_full_queue_refuses_at_once_and_loses_nothing() -> None:
 
 def test_what_comes_before_the_first_is_taken_up_has_its_place_too() -> None:
     engine = Engine(tiny_chat.model(), tiny_chat.processor(), max_concurrent=1, max_queue=3)
-    with engine._change:  # its thread takes nothing up meanwhile
+    with engine._lock:  # its thread takes nothing up meanwhile
         running = [ask(engine, [said("go", picture(number))], max_new_tokens=4) for number in range(4)]
         assert engine.room == 0
         with pytest.raises(ServerBusyError, match="has 4 requests waiting"):
@@ -302,35 +376,35 @@ def test_what_makes_no_sense_is_refused_before_it_waits(
 
 def test_what_goes_wrong_with_one_is_told_to_it_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("a secret")
+        raise RuntimeError("a reason")
 
     with monkeypatch.context() as patch:
-        patch.setattr("minigpt4.inference.engine.embed", broken)
+        patch.setattr(engine.backend, "encode", broken)
         _, heard = ask(engine, [said("go", picture(40))])
-        with pytest.raises(MiniGPT4Error) as told:
+        with pytest.raises(RuntimeError, match="a reason"):
             heard.text()
-    assert "secret" not in str(told.value)
     _, heard = ask(engine, [said("what is this?", picture(1))])
     assert [heard.text()] == alone(["what is this?"], 1)
 
 
 def test_a_step_that_fails_ends_those_in_progress_and_not_the_engine(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, model: MiniGPT4ForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where memory runs out: what the batch holds is not known then."""
     slow_steps(engine, 0.01)
-    step, steps = engine._batch.step, itertools.count()
+    forward, steps = model.forward, itertools.count()
 
-    def failing(tokens: list[int]) -> torch.Tensor:
+    @functools.wraps(forward)
+    def failing(*arguments: Any, **more: Any) -> object:
         if next(steps) == 20:
-            raise torch.OutOfMemoryError("a secret")
-        return step(tokens)
+            raise torch.OutOfMemoryError("a reason")
+        return forward(*arguments, **more)
 
-    monkeypatch.setattr(engine._batch, "step", failing)
+    monkeypatch.setattr(model, "forward", failing)
     running = [ask(engine, [said("go", picture(n))], max_new_tokens=900)[1] for n in range(2)]
 
     for heard in running:
-        with pytest.raises(MiniGPT4Error, match=r"^the answer failed$"):
+        with pytest.raises(torch.OutOfMemoryError, match="a reason"):
             heard.text()
     _, heard = ask(engine, [said("what is this?", picture(1))])
     assert [heard.text()] == alone(["what is this?"], 1)
@@ -341,9 +415,13 @@ def test_a_step_that_fails_ends_those_in_progress_and_not_the_engine(
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"num_beams": 2}])
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_scores_that_are_no_numbers_are_an_error_of_the_answer_they_belong_to(
-    number: float, options: dict[str, Any], engine: Engine, monkeypatch: pytest.MonkeyPatch
+    number: float,
+    options: dict[str, Any],
+    engine: Engine,
+    model: MiniGPT4ForConditionalGeneration,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    forward = engine.model.forward
+    forward = model.forward
 
     @functools.wraps(forward)
     def broken(*arguments: Any, **more: Any) -> object:
@@ -352,14 +430,14 @@ def test_scores_that_are_no_numbers_are_an_error_of_the_answer_they_belong_to(
             output.logits[0, -1, 5] = number
         return output
 
-    monkeypatch.setattr(engine.model, "forward", broken)
+    monkeypatch.setattr(model, "forward", broken)
     _, sound = ask(engine, [said("hello")])
     _, heard = ask(engine, [said("what is this?", picture(1))], **options)
     with pytest.raises(WeightsError, match="scores are no numbers"):
         heard.text()
 
     monkeypatch.undo()
-    assert sound.text() == ChatSession(tiny_chat.model(), tiny_chat.processor()).ask("hello", max_new_tokens=NEW)
+    assert sound.text() == engine.answer([said("hello")], max_new_tokens=NEW).text
     _, heard = ask(engine, [said("what is this?", picture(1))])
     assert [heard.text()] == alone(["what is this?"], 1)
 
@@ -368,16 +446,16 @@ def test_an_answer_among_others_whose_scores_are_no_numbers_fails_alone(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow_steps(engine, 0.01)
-    step = engine._batch.step
+    step = engine.backend.step
 
-    def broken(tokens: list[int]) -> torch.Tensor:
-        logits = step(tokens)
+    def broken(slots: list[Any], tokens: list[int]) -> Logits:
+        logits = step(slots, tokens)
         if len(tokens) == 3:
             logits[1] = math.nan
         return logits
 
-    monkeypatch.setattr(engine._batch, "step", broken)
-    with engine._change:  # its thread takes nothing up meanwhile
+    monkeypatch.setattr(engine.backend, "step", broken)
+    with engine._lock:  # its thread takes nothing up meanwhile
         running = [ask(engine, [said("what is this?", picture(number))])[1] for number in range(3)]
 
     with pytest.raises(WeightsError):
@@ -388,19 +466,19 @@ def test_an_answer_among_others_whose_scores_are_no_numbers_fails_alone(
 def test_an_answer_whose_end_fails_is_told_so_and_the_others_go_on(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep, ends = engine._memory.keep, itertools.count()
+    keep, ends = engine.prefix_cache.keep, itertools.count()
 
-    def failing(read: Read) -> None:
+    def failing(prefix: Prefix) -> None:
         if next(ends) == 0:
-            raise torch.OutOfMemoryError("a secret")
-        keep(read)
+            raise torch.OutOfMemoryError("a reason")
+        keep(prefix)
 
-    monkeypatch.setattr(engine._memory, "keep", failing)
-    with engine._change:  # its thread takes nothing up meanwhile
+    monkeypatch.setattr(engine.prefix_cache, "keep", failing)
+    with engine._lock:  # its thread takes nothing up meanwhile
         _, short = ask(engine, [said("what is this?", picture(1))], max_new_tokens=3)
         _, long = ask(engine, [said("what is this?", picture(2))])
 
-    with pytest.raises(MiniGPT4Error, match=r"^the answer failed$"):
+    with pytest.raises(torch.OutOfMemoryError, match="a reason"):
         short.text()
     assert [long.text()] == alone(["what is this?"], 2)
     assert (engine.counts.failed, engine.counts.completed) == (1, 1)

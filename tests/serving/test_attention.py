@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from minigpt4.inference.attention import AttentionMap, AttentionMaps
+from minigpt4.inference.backends.torch.attention import AttentionMap, AttentionMaps
 from minigpt4.serving.attention import MAX_WAITING
 from tests.serving.live import Live, Reply, live, picture_file, read_all, seeing
 

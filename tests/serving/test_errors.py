@@ -244,7 +244,7 @@ def test_a_fault_inside_is_told_without_its_text_and_the_server_goes_on(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a secret in /srv/model at 0x7f0123456789")
 
-    for place in ("minigpt4.inference.engine.Sampler.choose", "minigpt4.inference.engine.Engine._encode"):
+    for place in ("minigpt4.inference.engine.Sampler.choose", "minigpt4.inference.engine.Engine._request"):
         with monkeypatch.context() as patch:
             patch.setattr(place, broken)
             reply = server.chat(HELLO)

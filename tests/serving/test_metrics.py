@@ -98,10 +98,10 @@ def test_a_prompt_that_nobody_read_is_not_counted_as_read(slow: Live) -> None:
 
 
 def test_an_answer_that_failed_has_no_length(slow: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(**asked: object) -> None:
+    def fails(*asked: object) -> None:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(slow.engine.model, "generate", fails)
+    monkeypatch.setattr(slow.engine.backend, "beam_search", fails)
     assert slow.chat(HELLO | {"num_beams": 2}).status == 500
     figures = metrics(slow)
     assert figures['minigpt4_requests_total{outcome="failed"}'] == 1

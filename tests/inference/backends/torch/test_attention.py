@@ -3,7 +3,7 @@
 import pytest
 
 from minigpt4.errors import UsageError
-from minigpt4.inference.attention import AttentionMaps, check_can_look
+from minigpt4.inference.backends.torch.attention import AttentionMaps, check_can_look
 from tests import tiny_chat
 
 CONVERSATION = [

@@ -1,18 +1,16 @@
 """Ids become text as they come: no character is cut, no stop string is shown, nothing is lost."""
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from minigpt4.errors import UsageError
-from minigpt4.inference.generation import AnswerWriter, generation_options
+from minigpt4.inference.detokenizer import Detokenizer
 from tests.processing.tiny_tokenizers import byte_level_kind, llama_kind
 
 
 def streamed(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: tuple[str, ...] = ()) -> list[str]:
-    writer = AnswerWriter(tokenizer, stops)
-    pieces = [*map(writer.write, ids), writer.end()]
+    writer = Detokenizer(tokenizer, stops)
+    pieces = [*map(writer.add, ids), writer.end()]
     assert "".join(pieces) == writer.text
     return pieces
 
@@ -66,17 +64,3 @@ def test_text_that_only_begins_like_a_stop_string_is_shown_once_it_is_certain() 
     ids = [i for part in ("a", "#", "#", "b") for i in byte_level_kind().encode(part, add_special_tokens=False)]
 
     assert streamed(byte_level_kind(), ids, ("###",)) == ["a", "", "", "##b", ""]
-
-
-@pytest.mark.parametrize("name", ["top_p", "nucleus"])
-def test_option_is_named_as_the_person_spells_it(name: str) -> None:
-    with pytest.raises(UsageError, match=f" {name}$|^{name} is 2"):
-        generation_options({name: 2})
-    with pytest.raises(UsageError, match=f" <{name}>$|^<{name}> is 2"):
-        generation_options({name: 2}, lambda option: f"<{option}>")
-
-
-def test_a_shortest_answer_above_the_longest_is_refused() -> None:
-    with pytest.raises(UsageError, match="--min-length is 50, and an answer has at most 10 tokens") as refused:
-        generation_options({"min_length": 50, "max_new_tokens": 10}, lambda name: f"--{name.replace('_', '-')}")
-    assert refused.value.hint == "lower it, or raise --max-new-tokens"
