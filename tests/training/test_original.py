@@ -171,7 +171,7 @@ def test_what_is_missing_is_the_originals_default(tree: Path) -> None:
         (["run.device=cpu"], True, "fp32", "fp16 needs a CUDA device"),
         (["run.amp=False"], True, "fp32", "without scaling"),
     ],
-)
+)  # fmt: skip
 def test_mixed_precision_is_the_originals_where_it_can_be(
     options: list[str], cuda: bool | None, precision: str, sentence: str, tree: Path
 ) -> None:
@@ -204,7 +204,7 @@ def test_trained_vision_encoder_brings_its_norm_and_says_what_becomes_of_its_key
         (["model.freeze_vit=False", "model.use_grad_checkpoint=True"], True, "gradient_checkpointing is True"),
         (["model.freeze_vit=False", "model.use_grad_checkpoint_llm=True"], True, "gradient_checkpointing is True"),
     ],
-)
+)  # fmt: skip
 def test_vision_encoders_activations_are_computed_twice_only_where_it_learns(
     options: list[str], checkpointing: bool, sentence: str, tree: Path
 ) -> None:
@@ -318,23 +318,18 @@ def test_shards_that_a_range_leaves_out_are_refused(tree: Path) -> None:
         ("sample_ratio: 115", "sample_ratio: -1", "sample_ratio: -1", "is -1, expected a number from 0"),
         (
             'name: "blip_caption"\n    sample_ratio: 115',
-            'name: "blip_caption"\n        max_words: 0\n    sample_ratio: 115',
-            "max_words: 0",
+            'name: "blip_caption"\n        max_words: 0\n    sample_ratio: 115', "max_words: 0",
             "is 0, expected a whole number from 1",
         ),
         ("task: image_text_pretrain", "task: vqa", "task", "expected 'image_text_pretrain'"),
         ("linear_warmup_cosine_lr", "cosine", "lr_sched", "expected linear_warmup_cosine_lr or linear_warmup_step_lr"),
         ("linear_warmup_cosine_lr", "linear_warmup_step_lr", "", "`run.lr_decay_rate` is missing"),
         (
-            '"linear_warmup_cosine_lr"',
-            "linear_warmup_step_lr\n  lr_decay_rate: 0",
-            "lr_decay",
+            '"linear_warmup_cosine_lr"', "linear_warmup_step_lr\n  lr_decay_rate: 0", "lr_decay",
             "is 0, expected a number above",
         ),
         (
-            '"linear_warmup_cosine_lr"',
-            "linear_warmup_step_lr\n  lr_decay_rate: 2",
-            "lr_decay",
+            '"linear_warmup_cosine_lr"', "linear_warmup_step_lr\n  lr_decay_rate: 2", "lr_decay",
             "is 2, expected a number above",
         ),
         ("init_lr: 1e-4", "init_lr: fast", "init_lr", "`run.init_lr` is 'fast', expected a number from 0"),
@@ -349,7 +344,7 @@ def test_shards_that_a_range_leaves_out_are_refused(tree: Path) -> None:
         ('["train"]', '["train", "val"]', "train_splits", "expected ['train']"),
         ('device: "cuda"', 'device: "tpu"', "device", "expected cuda or cpu"),
     ],
-)
+)  # fmt: skip
 def test_what_a_recipe_cannot_say_is_refused_with_file_key_and_line(
     old: str, new: str, blamed: str, message: str, tree: Path
 ) -> None:
@@ -390,7 +385,7 @@ def test_what_a_recipe_cannot_say_is_refused_with_file_key_and_line(
         ("run.runner=runner_iter", "expected 'runner_base'"),
         ("run.num_workers=-1", "is -1, expected a whole number from 0"),
     ],
-)
+)  # fmt: skip
 def test_wrong_option_is_refused_as_one(option: str, message: str, tree: Path) -> None:
     with pytest.raises(ConfigError) as error:
         translated(STAGE_2_YAML, option)

@@ -56,15 +56,7 @@ Precision = Literal["float16", "bfloat16", "float32"]
 
 @dataclass
 class Plan:
-    """What is to be done.
-
-    Args:
-        operation: `add`: base and delta to a model; `subtract`: a model and its base to a delta.
-        base: The base.
-        other: The delta, or the model.
-        entries: What will be written, in the base's order.
-        version: `v0` or `v1.1`.
-    """
+    """What is to be done: add the `other` folder, a delta, to the base, or subtract the base from it, a model."""
 
     operation: Operation
     base: TensorFiles

@@ -54,12 +54,7 @@ _NORMALIZER = 3
 
 @dataclass
 class MendedTokenizer:
-    """The tokenizer files of a folder as they should be.
-
-    Args:
-        files: Content by file name, ready to be written.
-        notes: One sentence for each thing that was mended; empty for a folder in order.
-    """
+    """The tokenizer files of a folder as they should be, by name, and one sentence for each thing that was mended."""
 
     files: dict[str, bytes]
     notes: list[str] = field(default_factory=list)
@@ -97,13 +92,9 @@ def mended_ids(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], l
 
     The pre-release converter wrote 0 for the beginning and 1 for the end of a text; LLaMA's vocabulary has 1 and 2.
 
-    Args:
-        config: Its content.
-        where: The file's name, for the sentences.
-
     Returns:
         The content with `bos_token_id` 1, `eos_token_id` 2 and no negative `pad_token_id`, and a sentence for each
-        mend. Content of any other kind comes back unchanged.
+        mend, with `where` as the file's name. Other content comes back unchanged.
     """
     mended, notes = dict(config), []
     if (config.get("bos_token_id"), config.get("eos_token_id")) == (0, 1):
@@ -119,12 +110,9 @@ def mended_ids(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], l
 
 
 def load_llama_tokenizer(folder: Path) -> tuple["PreTrainedTokenizerBase", list[str]]:
-    """Load the tokenizer of a language model's folder, mended.
+    """Load the tokenizer of a language model's folder, mended, and return it with the sentences about that.
 
     Its padding token is the end of text where it has none, as in the original.
-
-    Returns:
-        The tokenizer, and the sentences of `MendedTokenizer.notes`.
 
     Raises:
         WeightsError: As `mended_tokenizer`, or the library cannot build a tokenizer of the files.
@@ -166,10 +154,6 @@ def _refuse_other_splitting(path: Path, vocabulary: bytes, tokenizer: "PreTraine
 
 def special_pieces(path: Path, content: bytes) -> dict[str, str]:
     """Return what a SentencePiece vocabulary calls `bos_token`, `eos_token` and `unk_token`.
-
-    Args:
-        path: Where it came from, for the errors.
-        content: The file's bytes.
 
     Raises:
         WeightsError: It is a git-lfs pointer, or no SentencePiece vocabulary, or lacks one of the three.

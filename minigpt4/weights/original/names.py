@@ -12,8 +12,9 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 VISION_FILE = "eva_vit_g.pth"
 QFORMER_FILE = "blip2_pretrained_flant5xxl.pth"
@@ -62,14 +63,8 @@ class OriginalFiles:
         return {option: path for option, path in files.items() if path is not None}
 
 
-@dataclass(frozen=True)
-class Target:
-    """Where a tensor of the original goes.
-
-    Args:
-        name: The tensor's name in a full model folder.
-        third: 0 or 2 where it is that third of a fused query, key and value bias; else None.
-    """
+class Target(NamedTuple):
+    """A tensor's name in a full model folder; and the third of a fused query, key and value bias, or None."""
 
     name: str
     third: int | None = None
@@ -83,29 +78,26 @@ class Pair:
     ours: str
     third: int | None = None
 
-    @cached_property
-    def _patterns(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
-        return _pattern(self.original), _pattern(self.ours)
-
     def to_ours(self, name: str) -> str | None:
         """Translate a name of the original, or return None."""
-        return _translate(name, self._patterns[0], self.ours)
+        return _translate(name, self.original, self.ours)
 
     def to_original(self, name: str) -> str | None:
         """Translate a name of this package, or return None."""
-        return _translate(name, self._patterns[1], self.original)
+        return _translate(name, self.ours, self.original)
 
 
+@cache
 def _pattern(form: str) -> re.Pattern[str]:
-    return re.compile(re.escape(form).replace(r"\#", r"(\d+)").replace(r"\*", r"(.+)"))
+    return re.compile(re.escape(form).replace(r"\#", r"(\d+)").replace(r"\*", r"(.*)"))
 
 
-def _translate(name: str, pattern: re.Pattern[str], form: str) -> str | None:
-    match = pattern.fullmatch(name)
+def _translate(name: str, form: str, other: str) -> str | None:
+    match = _pattern(form).fullmatch(name)
     if match is None:
         return None
     found = iter(match.groups())
-    return re.sub(r"[#*]", lambda _: next(found), form)
+    return re.sub(r"[#*]", lambda _: next(found), other)
 
 
 def _prefixed(pairs: Iterable[Pair], original: str) -> tuple[Pair, ...]:
@@ -235,18 +227,13 @@ def to_ours(kind: Kind, name: str) -> Target | None:
 
 def why_ignored(kind: Kind, name: str) -> str | None:
     """Return why a tensor is known and not needed; None where it is needed or not known."""
-    return next((reason for form, reason in IGNORED[kind] if _pattern_of(form).fullmatch(name)), None)
+    return next((reason for form, reason in IGNORED[kind] if _pattern(form).fullmatch(name)), None)
 
 
 def to_original(pairs: Sequence[Pair], name: str) -> list[tuple[str, int | None]]:
-    """Return what the original calls a tensor of this package, each with the third of it that is meant.
+    """Return the original's names of a tensor of this package, each with the third of it that is meant.
 
-    Args:
-        pairs: The names of the file to be written.
-        name: A name in a full model folder.
-
-    Returns:
-        One name; two for a fused bias; none where the file has no place for it.
+    One name; two for a fused bias; none where the file with these pairs has no place for it.
     """
     found = ((pair.to_original(name), pair.third) for pair in pairs)
     return [(original, third) for original, third in found if original is not None]
@@ -273,8 +260,3 @@ _SIGNS = (
     ("model.embed_tokens.weight", Kind.LANGUAGE_MODEL),
     ("layers.0.attention.wq.weight", Kind.META),
 )
-
-
-@cache
-def _pattern_of(form: str) -> re.Pattern[str]:
-    return re.compile(re.escape(form).replace(r"\#", r"\d+").replace(r"\*", ".*"))

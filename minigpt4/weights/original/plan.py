@@ -43,17 +43,10 @@ _LIBRARY_ERRORS = (StrictDataclassError, ValueError, TypeError, KeyError, Runtim
 class Tensors(Protocol):
     """Named tensors in a file or folder; reading one costs only that one."""
 
-    def names(self) -> Sequence[str]:
-        """List the names."""
-
-    def shape(self, name: str) -> Shape:
-        """Return a tensor's shape without reading it."""
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's type without reading it."""
-
-    def read(self, name: str) -> Tensor:
-        """Read a tensor."""
+    def names(self) -> Sequence[str]: ...  # noqa: D102
+    def shape(self, name: str) -> Shape: ...  # noqa: D102
+    def dtype(self, name: str) -> torch.dtype: ...  # noqa: D102
+    def read(self, name: str) -> Tensor: ...  # noqa: D102
 
 
 @dataclass(frozen=True)

@@ -39,15 +39,7 @@ _KEYS = {
 
 @dataclass(frozen=True)
 class OriginalModel:
-    """A model that one of the original's YAML files names.
-
-    Args:
-        folder: A full model folder in the cache.
-        device: For `load`.
-        quantize: For `load`.
-        template: Name of the prompt template.
-        notes: Sentences for the user.
-    """
+    """A model that a YAML names: its folder in the cache, what `load` takes, and sentences for the user."""
 
     folder: Path
     device: str
@@ -120,7 +112,7 @@ def find_files(
     Args:
         read: The YAML.
         given: Files that are not to be looked for, by the names of `OriginalFiles`' fields.
-        training: Whether a model without a checkpoint makes sense: the first stage of training begins so.
+        training: Whether a checkpoint may be missing, as in the first stage of training.
 
     Raises:
         ConfigError: A placeholder, a path that leads nowhere, or a key that is missing.
@@ -151,9 +143,6 @@ def chosen_device(gpu_id: int | None, device: str) -> tuple[str, list[str]]:
 
     Returns:
         The device for `load`, and a sentence where it is not the one asked for.
-
-    Raises:
-        ConfigError: There are CUDA devices, but none of this number.
     """
     if gpu_id is None:
         return device, []

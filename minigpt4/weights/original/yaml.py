@@ -32,13 +32,7 @@ DATASET_YAMLS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One value and where it was read.
-
-    Args:
-        value: As YAML has it; numbers such as 1e-4 are numbers.
-        file: The YAML file; None for an option of the command line.
-        line: Counted from 1.
-    """
+    """One value, and the file (None for an option of the command line) and line that it was read from."""
 
     value: Any
     file: Path | None
@@ -52,11 +46,11 @@ class Setting:
 
 @dataclass
 class OriginalYaml:
-    """What the original's files say about one model.
+    """What the original's files say about one model: defaults, file and options merged.
 
     Args:
         path: The file that was named.
-        settings: Every value by its place; defaults, file and options merged.
+        settings: Every value by its place.
         defaults: The model's own YAML, where one was found.
         notes: One sentence for each kind of key that is ignored.
     """

@@ -60,7 +60,7 @@ def nothing_but_the_vocabulary(folder: Path) -> None:
         (no_special_tokens_map, ["special_tokens_map.json was missing"]),
         (nothing_but_the_vocabulary, ["tokenizer_config.json was missing", "special_tokens_map.json was missing"]),
     ],
-)
+)  # fmt: skip
 def test_broken_folder_gives_the_sound_folders_tokenizer_and_says_what_was_mended(
     damage: Callable[[Path], object], said: list[str], folder: Path
 ) -> None:
@@ -122,18 +122,16 @@ def test_padding_token_of_an_early_vicuna_is_kept(folder: Path) -> None:
         (lambda folder: (folder / "tokenizer.model").unlink(), "has no tokenizer", "tokenizer.model"),
         (
             lambda folder: (folder / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\n"),
-            "git-lfs pointer",
-            "git lfs pull",
+            "git-lfs pointer", "git lfs pull",
         ),
         (
             lambda folder: (folder / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes()[:1000]),
-            "is not a SentencePiece vocabulary",
-            "again",
+            "is not a SentencePiece vocabulary", "again",
         ),
         (lambda folder: (folder / CONFIG).write_text("{"), "tokenizer_config.json cannot be read as JSON", "again"),
         (lambda folder: (folder / SPECIAL).write_text("[]"), "special_tokens_map.json holds no keys", "again"),
     ],
-)
+)  # fmt: skip
 def test_folder_that_cannot_be_mended_is_refused(
     damage: Callable[[Path], object], message: str, hint: str, folder: Path
 ) -> None:

@@ -177,14 +177,6 @@ def rewrite(part: str, change: Callable[[dict[str, Any]], Any]) -> Damage:
     return damage
 
 
-def cut(part: str, keep: float) -> Damage:
-    def damage(parts: dict[str, Path]) -> None:
-        content = parts[part].read_bytes()
-        parts[part].write_bytes(content[: int(len(content) * keep)])
-
-    return damage
-
-
 def make_delta(parts: dict[str, Path]) -> None:
     for file in parts["language_model"].glob("*.bin"):
         content = torch.load(file, weights_only=True)
@@ -264,8 +256,6 @@ def change_config(parts: dict[str, Path], **values: Any) -> None:
             lambda parts: (parts["language_model"] / "added_tokens.json").write_text('{"[PAD]": 380}'),
             "the tokenizer has 381 tokens, the language model's table 380 rows", "v0", id="tokenizer too long",
         ),
-        *(pytest.param(cut(part, keep), "", "", id=f"{part} cut at {keep}")
-          for part in ("vision", "qformer", "projection") for keep in (0.0, 0.4, 0.99)),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_one_sentence_and_nothing_is_written(

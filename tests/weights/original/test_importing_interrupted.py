@@ -1,6 +1,5 @@
 """An import that is killed, or that meets an error of the disk, leaves no half of a model; run again it goes on."""
 
-import errno
 import json
 import os
 import random
@@ -14,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from minigpt4.errors import MiniGPT4Error
 from minigpt4.weights.files.atomic import verify_folder
 from minigpt4.weights.files.model_writer import kept_note
 from minigpt4.weights.original.importing import Imported, import_original
@@ -110,30 +108,6 @@ def test_killed_import_goes_on_with_the_files_it_had_and_makes_the_same_bytes(tm
     kept = json.loads(done.stdout.splitlines()[-1])
     assert len(kept) > 3
     assert kept == list(range(1, len(kept) + 1))
-
-
-@pytest.mark.parametrize("some", [SOME, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
-def test_error_of_the_disk_in_an_import_is_one_sentence_and_the_next_run_completes(some: int, tmp_path: Path) -> None:
-    original_files.write(tmp_path)
-    expected, count = whole(tmp_path)
-    chance = random.Random(1)
-    refused = 0
-    for step in range(some):
-        number = (errno.ENOSPC, errno.EIO)[step % 2]
-
-        def fail(place: object, number: int = number) -> None:
-            raise OSError(number, os.strerror(number), place)
-
-        with Fault(1 + int((step + chance.random()) * count / some), fail, transfers=True):
-            try:
-                run(tmp_path)
-            except MiniGPT4Error as error:
-                assert str(tmp_path) in error.message or "minigpt4-" in error.message, error.message
-                assert "\n" not in error.message
-                assert error.hint
-                refused += 1
-        finish(tmp_path, expected)
-    assert refused > some // 2
 
 
 def test_import_that_replaces_keeps_the_old_model_until_the_end_and_goes_on(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def plan(sizes: Sizes, *overrides: str, with_qformer: bool = True, **changed: Sh
         pytest.param(PUBLISHED_13B, True, QFORMER + 3_937_280 + LLAMA_13B, id="13B"),
         pytest.param(PUBLISHED, False, 23_072_768 + LLAMA_7B, id="Llama-2"),
     ],
-)
+)  # fmt: skip
 def test_published_files_make_the_published_number_of_parameters_and_leave_nothing_over(
     sizes: Sizes, with_qformer: bool, parameters: int
 ) -> None:
@@ -136,7 +136,7 @@ def test_names_lead_to_the_original_and_back() -> None:
         ({"weight": (4, 4)}, None),
         ({}, None),
     ],
-)
+)  # fmt: skip
 def test_file_is_recognised_by_its_names(shapes: Shapes, kind: Kind | None) -> None:
     assert recognise(set(shapes)) is kind
 
@@ -269,84 +269,56 @@ Change = Callable[[dict[str, Shapes]], Any]
     ("which", "change", "message", "hint"),
     [
         pytest.param(
-            "vision",
-            lambda shapes: shapes.pop("blocks.1.norm2.bias"),
-            "vision.pth has no tensor blocks.1.norm2.bias",
-            "incomplete",
-            id="a tensor missing",
+            "vision", lambda shapes: shapes.pop("blocks.1.norm2.bias"), "vision.pth has no tensor blocks.1.norm2.bias",
+            "incomplete", id="a tensor missing",
         ),
         pytest.param(
-            "vision",
-            lambda shapes: shapes.pop("blocks.2.attn.v_bias"),
-            "vision.pth has no tensor blocks.2.attn.v_bias",
-            "incomplete",
-            id="half of a bias missing",
+            "vision", lambda shapes: shapes.pop("blocks.2.attn.v_bias"),
+            "vision.pth has no tensor blocks.2.attn.v_bias", "incomplete", id="half of a bias missing",
         ),
         pytest.param(
-            "qformer",
-            lambda shapes: shapes.pop("Qformer.bert.encoder.layer.1.output_query.dense.weight"),
-            "qformer.pth has no tensor Qformer.bert.encoder.layer.1.output_query.dense.weight",
-            "incomplete",
+            "qformer", lambda shapes: shapes.pop("Qformer.bert.encoder.layer.1.output_query.dense.weight"),
+            "qformer.pth has no tensor Qformer.bert.encoder.layer.1.output_query.dense.weight", "incomplete",
             id="a Q-Former's tensor missing",
         ),
         pytest.param(
-            "language",
-            lambda shapes: shapes.pop("lm_head.weight"),
-            "language.pth has no tensor lm_head.weight",
-            "incomplete",
-            id="the head missing",
+            "language", lambda shapes: shapes.pop("lm_head.weight"), "language.pth has no tensor lm_head.weight",
+            "incomplete", id="the head missing",
         ),
         pytest.param(
-            "checkpoint",
-            lambda shapes: shapes.pop("llama_proj.bias"),
-            "checkpoint.pth has no tensor llama_proj.bias",
-            "incomplete",
-            id="the projection's bias missing",
+            "checkpoint", lambda shapes: shapes.pop("llama_proj.bias"), "checkpoint.pth has no tensor llama_proj.bias",
+            "incomplete", id="the projection's bias missing",
         ),
         pytest.param(
-            "vision",
-            lambda shapes: shapes.update({"blocks.0.gamma_1": (24,)}),
-            "tensor blocks.0.gamma_1 in vision.pth has no place in a vision encoder",
-            "another model's",
+            "vision", lambda shapes: shapes.update({"blocks.0.gamma_1": (24,)}),
+            "tensor blocks.0.gamma_1 in vision.pth has no place in a vision encoder", "another model's",
             id="a tensor too many",
         ),
         pytest.param(
-            "checkpoint",
-            lambda shapes: shapes.update({"adapter.weight": (2, 2)}),
-            "tensor adapter.weight in checkpoint.pth has no place in a MiniGPT-4 checkpoint",
-            "another model's",
+            "checkpoint", lambda shapes: shapes.update({"adapter.weight": (2, 2)}),
+            "tensor adapter.weight in checkpoint.pth has no place in a MiniGPT-4 checkpoint", "another model's",
             id="a trained tensor too many",
         ),
         pytest.param(
-            "language",
-            lambda shapes: shapes.update({"model.layers.0.self_attn.q_norm.weight": (6,)}),
+            "language", lambda shapes: shapes.update({"model.layers.0.self_attn.q_norm.weight": (6,)}),
             "tensor model.layers.0.self_attn.q_norm.weight in language.pth has no place in a language model",
-            "another model's",
-            id="another kind of language model",
+            "another model's", id="another kind of language model",
         ),
         pytest.param(
-            "vision",
-            lambda shapes: shapes.update({"blocks.1.mlp.fc2.weight": (40, 24)}),
-            "tensor blocks.1.mlp.fc2.weight in vision.pth is (40, 24), expected (24, 40)",
-            "damaged",
+            "vision", lambda shapes: shapes.update({"blocks.1.mlp.fc2.weight": (40, 24)}),
+            "tensor blocks.1.mlp.fc2.weight in vision.pth is (40, 24), expected (24, 40)", "damaged",
             id="a shape that does not fit",
         ),
         pytest.param(
-            "language",
-            lambda shapes: [shapes.pop(name) for name in list(shapes) if "layers.1." in name],
-            "config.json says 2 layers, its files hold 1",
-            "a file is missing",
-            id="a shard missing",
+            "language", lambda shapes: [shapes.pop(name) for name in list(shapes) if "layers.1." in name],
+            "config.json says 2 layers, its files hold 1", "a file is missing", id="a shard missing",
         ),
         pytest.param(
-            "vision",
-            lambda shapes: shapes.update({"pos_embed": (1, 9, 24)}),
-            "the table of positions has 8 places",
-            "",
-            id="no square of patches",
+            "vision", lambda shapes: shapes.update({"pos_embed": (1, 9, 24)}), "the table of positions has 8 places",
+            "", id="no square of patches",
         ),
     ],
-)
+)  # fmt: skip
 def test_file_that_does_not_hold_what_it_should_is_refused_by_name(
     which: str, change: Callable[[Shapes], Any], message: str, hint: str
 ) -> None:
@@ -363,35 +335,26 @@ def test_file_that_does_not_hold_what_it_should_is_refused_by_name(
     ("sizes", "checkpoint", "message", "hint"),
     [
         pytest.param(
-            PUBLISHED,
-            files.checkpoint(PUBLISHED_13B),
+            PUBLISHED, files.checkpoint(PUBLISHED_13B),
             "makes 5120 numbers a token for Vicuna 13B, the language model in language.pth reads 4096",
-            "(Vicuna 7B) is prerained_minigpt4_7b.pth",
-            id="13B on 7B",
+            "(Vicuna 7B) is prerained_minigpt4_7b.pth", id="13B on 7B",
         ),
         pytest.param(
-            PUBLISHED_13B,
-            files.checkpoint(PUBLISHED),
+            PUBLISHED_13B, files.checkpoint(PUBLISHED),
             "makes 4096 numbers a token for Vicuna 7B, the language model in language.pth reads 5120",
-            "(Vicuna 13B) is pretrained_minigpt4.pth",
-            id="7B on 13B",
+            "(Vicuna 13B) is pretrained_minigpt4.pth", id="7B on 13B",
         ),
         pytest.param(
-            PUBLISHED_13B,
-            files.checkpoint(PUBLISHED, with_qformer=False),
-            "makes 4096 numbers a token for Llama-2-chat 7B",
-            "trained with this language model",
-            id="Llama-2 on 13B",
+            PUBLISHED_13B, files.checkpoint(PUBLISHED, with_qformer=False),
+            "makes 4096 numbers a token for Llama-2-chat 7B", "trained with this language model", id="Llama-2 on 13B",
         ),
         pytest.param(
-            PUBLISHED,
-            {"llama_proj.weight": (4096, 1024), "llama_proj.bias": (4096,)},
+            PUBLISHED, {"llama_proj.weight": (4096, 1024), "llama_proj.bias": (4096,)},
             "reads 1024 numbers a token; the Q-Former gives 768, and without it the vision encoder gives 5632",
-            "(Vicuna 7B) is prerained_minigpt4_7b.pth",
-            id="another Q-Former",
+            "(Vicuna 7B) is prerained_minigpt4_7b.pth", id="another Q-Former",
         ),
     ],
-)
+)  # fmt: skip
 def test_projection_of_another_model_is_refused_with_both_sizes_and_what_would_fit(
     sizes: Sizes, checkpoint: Shapes, message: str, hint: str
 ) -> None:
@@ -425,7 +388,7 @@ def test_projection_that_needs_a_qformer_asks_for_one() -> None:
         ("vision_config.num_attention_heads=7", "these settings make no model", "--set"),
         ("qformer_config.num_attention_heads=0", "these settings make no model", "--set"),
     ],
-)
+)  # fmt: skip
 def test_setting_that_does_not_exist_or_fit_is_refused(override: str, message: str, hint: str) -> None:
     with pytest.raises(ConfigError) as error:
         plan(SMALL, override)
