@@ -103,7 +103,7 @@ def write_checkpoint(output: Path, tensors: dict[str, Tensor], moments: dict[str
 def remove_old(output: Path, state: State, keep: int) -> None:
     """Remove all checkpoints but the last ones, up to that of a state just written, and the best.
 
-    Later ones are damaged and were passed over: they do not take the place of a whole one.
+    Later ones are damaged and were skipped: they do not count.
 
     Raises:
         StorageError: One cannot be removed.

@@ -249,24 +249,18 @@ def _summary(stages: Sequence[StageMetrics]) -> str:
 
 
 class Trackers:
-    """The trackers that a recipe names, opened in the main process of a run.
+    """The trackers that a recipe names, accelerate's, in the main process of a run."""
 
-    accelerate's, with what it leaves to its callers: a resumed run continues its own log and hides the figures after
-    its last checkpoint, and missing libraries and logins are errors before a model is loaded.
-    """
-
-    def __init__(
-        self, names: Sequence[str], run_folder: Path, config: Mapping[str, Any], *, first_step: int = 0
-    ) -> None:
-        """Open them.
+    def __init__(self, names: Sequence[str], run_folder: Path, config: Mapping[str, Any], first_step: int = 0) -> None:
+        """Open them; a resumed run continues its own log.
 
         Args:
             names: `tensorboard` writes event files into the run's folder; `wandb` sends to the server it is logged in
                 to, or, with `WANDB_MODE=offline`, writes into the run's folder.
             run_folder: The run's.
-            config: The recipe, as JSON would hold it.
-            first_step: The next step to be logged. TensorBoard hides figures of it and later ones, which an interrupted
-                run left behind; Weights & Biases keeps the earlier figures.
+            config: The recipe as JSON.
+            first_step: The next step to be logged. TensorBoard hides later figures, which an interrupted run left
+                behind; Weights & Biases keeps the earlier figures.
 
         Raises:
             ConfigError: A name is unknown, a library is missing, or Weights & Biases is not logged in or not reached.
@@ -284,12 +278,7 @@ class Trackers:
             raise
 
     def log(self, figures: Mapping[str, float | int | None], step: int) -> None:
-        """Add figures; None and what is not finite is left out.
-
-        Args:
-            figures: Values by name.
-            step: Counted over all stages, so that it only rises.
-        """
+        """Add figures, without None and what is not finite, at a step counted over all stages."""
         finite = {name: float(v) for name, v in figures.items() if v is not None and math.isfinite(v)}
         with storing(self._folder):
             for tracker in self._open:

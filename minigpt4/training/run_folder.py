@@ -44,8 +44,6 @@ _OF_A_START = (RECIPE_FILE, SOURCES_FILE, LOCK_FILE, TENSORBOARD_FOLDER, WANDB_I
 _OF_THE_CHECKPOINT = ("trainable", "lora")
 """Keys that decide which tensors a checkpoint holds: `--force` cannot change them."""
 
-_AFTER_THE_END = "that run has ended and learns no more: set another output, or undo the change"
-
 
 def metrics_path(output: Path) -> Path:
     """Return the file of a run's figures, one JSON object a line."""
@@ -138,8 +136,10 @@ def check_recipe(recipe: Recipe, processes: int, *, force: bool) -> None:
         if differing and (final or not force):
             listed = ", ".join(f"{key} ({before.get(key)!r}, now {now.get(key)!r})" for key in differing[:5])
             hint = "set another output, undo the change, or go on with it by --force"
-            if final:
-                hint = _AFTER_THE_END if ended else "its checkpoints hold other numbers: set another output, or undo it"
+            if ended:
+                hint = "that run has ended and learns no more: set another output, or undo the change"
+            elif final:
+                hint = "its checkpoints hold other numbers: set another output, or undo it"
             raise ConfigError(f"the run in {recipe.output} began with another recipe: {listed}", hint=hint)
     with resumable(), write_file(path, "w") as file:
         json.dump(now, file, indent=1)

@@ -32,11 +32,7 @@ def learning_rate(stage: StageRecipe, step: int) -> float:
 
 
 def cut_rise(stage: StageRecipe) -> str:
-    """Return a warning if a stage ends before its learning rate has risen; else nothing.
-
-    Raises:
-        ConfigError: An epoch of the original's schedules is shorter than one update.
-    """
+    """Return a warning if a stage ends before its learning rate has risen; else nothing."""
     is_ours = stage.schedule == "cosine"
     steps = stage.steps if is_ours else batches_before(stage, stage.steps)
     if stage.warmup_steps <= steps:
@@ -54,20 +50,13 @@ def place_in_epoch(stage: StageRecipe, step: int) -> tuple[int, int]:
 
     The original updates after every `accumulation` batches of an epoch. Batches that are left over at its end make no
     update of their own: their gradients go into the first of the next epoch; see `num_batches`.
-
-    Raises:
-        ConfigError: An epoch is shorter than one update.
     """
     epoch, update = divmod(step, updates_per_epoch(stage))
     return epoch, (update + 1) * stage.accumulation - 1
 
 
 def num_batches(stage: StageRecipe, step: int) -> int:
-    """Return how many batches go into an update: `accumulation`, and what the original's last epoch left over.
-
-    Raises:
-        ConfigError: An epoch of the original's schedules is shorter than one update.
-    """
+    """Return how many batches go into an update: `accumulation`, and what the original's last epoch left over."""
     if stage.schedule == "cosine" or step == 0 or step % updates_per_epoch(stage):
         return stage.accumulation
     return stage.accumulation + _batches_per_epoch(stage) % stage.accumulation
@@ -108,7 +97,7 @@ def _cosine(stage: StageRecipe, step: int) -> float:
 def _linear_warmup_cosine(stage: StageRecipe, epoch: int, batch: int) -> float:
     """Rise within the epoch until `warmup_steps` batches are done, then follow a cosine that began with the stage.
 
-    The rise begins anew with each epoch that it reaches into, and the cosine takes over from where it would be by
+    The rise starts again with each epoch that it reaches into, and the cosine continues from where it would be by
     then, so the learning rate jumps there.
     """
     done = epoch * _batches_per_epoch(stage) + batch

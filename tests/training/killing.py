@@ -1,13 +1,12 @@
 """Kills toy runs again and again, at random moments, until each has ended; `python -m tests.training.killing --help`.
 
 A program of its own: it forks from an interpreter in which everything is imported and nothing has been computed, so a
-kill costs a fraction of a second. Every second run is killed once among the updates of each stage, at whatever
-instruction; the other moments are drawn over a whole run. Exits with 1 and a sentence if a killed run ended in other
-bits than a whole one, or if a stage was never hit.
+kill costs a fraction of a second. A kill comes at whatever instruction, a random time after a random update. Prints how
+many fell among the updates of each stage; exits with 1 and a sentence if a killed run ended in other bits than a whole
+one, or if a process was left waiting.
 """
 
 import argparse
-import faulthandler
 import json
 import os
 import random
@@ -28,9 +27,8 @@ from tests.training import toy_process
 
 UNEQUAL = ("seconds", "memory_bytes")  # figures of the clock and the machine
 STAGES = ("first", "second")  # of the toy recipe
-ELSEWHERE = "elsewhere"  # starting, between the stages, or ending
 MOST_RUNS = 10
-"""For a kill that was asked for, before a stage that none falls into is a mistake of this program."""
+"""For a kill that was asked for, before a stage without any is a mistake of this program."""
 
 
 def begin(output: Path, options: list[str], processes: int) -> list[int]:
@@ -43,7 +41,6 @@ def begin(output: Path, options: list[str], processes: int) -> list[int]:
         child = os.fork()
         if child == 0:
             os.setsid()
-            faulthandler.register(signal.SIGUSR1, where_is(output, rank).open("w"))
             if processes > 1:
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
@@ -57,8 +54,8 @@ def begin(output: Path, options: list[str], processes: int) -> list[int]:
     return children
 
 
-def end(output: Path, children: list[int], due: Callable[[], bool] | None, victim: int) -> bool:
-    """Wait for a run, or kill one of its processes once that is due; returns whether all ended well.
+def end(children: list[int], due: Callable[[], bool], victim: int) -> bool:
+    """Wait for a run, and kill one of its processes once that is due; returns whether all ended well.
 
     As torchrun does, the others are asked to end once one has failed; they have 30 s for it.
     """
@@ -70,35 +67,18 @@ def end(output: Path, children: list[int], due: Callable[[], bool] | None, victi
             if done:
                 waiting.remove(child)
                 codes.append(status)
-        if due is not None and waiting and due():
-            due = None
-            if children[victim] in waiting:
-                kill_group(children[victim])
+        if not codes and due():
+            kill_group(children[victim])
         if any(codes) and asked is None:
             asked = time.monotonic()
             for child in waiting:
                 os.kill(child, signal.SIGTERM)
         if asked is not None and time.monotonic() > asked + 30 and waiting:
-            sys.exit(left_waiting(output, {children.index(child): child for child in waiting}))
+            for child in waiting:
+                kill_group(child)
+            sys.exit("a process was left waiting for 30 s after another was killed")
         time.sleep(0.002)
     return not any(codes)
-
-
-def left_waiting(output: Path, children: dict[int, int]) -> str:
-    """Kill processes that did not end, by rank; returns a sentence that says where each was."""
-    told = "a process was left waiting for 30 s after another was killed"
-    for rank, child in children.items():
-        os.kill(child, signal.SIGUSR1)
-        time.sleep(1)
-        in_kernel = Path(f"/proc/{child}/wchan").read_text()
-        told += f"\nrank {rank}, in the kernel at {in_kernel}:\n{where_is(output, rank).read_text()}"
-        kill_group(child)
-    return told
-
-
-def where_is(output: Path, rank: int) -> Path:
-    """The file to which a process writes where it is when it is asked by a signal."""
-    return output.parent / f"{output.name}.{rank}.where"
 
 
 def kill_group(child: int) -> None:
@@ -109,53 +89,35 @@ def kill_group(child: int) -> None:
         os.kill(child, signal.SIGKILL)
 
 
-def after(seconds: float) -> Callable[[], bool]:
-    """Return what tells whether so much time has passed."""
-    moment = time.monotonic() + seconds
-    return lambda: time.monotonic() > moment
+def lines_of(output: Path) -> list[str]:
+    """The whole lines of a run's figures."""
+    path = output / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
 
 
-def among_updates(output: Path, stage: str, step: int, seconds: float) -> Callable[[], bool]:
-    """Return what tells whether a run that starts now made an update of a stage so many seconds ago."""
-    before = lines_of(output)
-    waited: Callable[[], bool] | None = None
+def after(output: Path, updates: int, seconds: float) -> Callable[[], bool]:
+    """Return what tells whether a run made so many updates, so many seconds ago."""
+    moment = float("inf")
 
     def due() -> bool:
-        nonlocal waited
-        if waited is None:
-            update = last_update(before, lines_of(output))
-            if update is None or update["stage"] != stage or update["step"] < step:
-                return False
-            waited = after(seconds)
-        return waited()
+        nonlocal moment
+        if moment == float("inf") and len(lines_of(output)) >= updates:
+            moment = time.monotonic() + seconds
+        return time.monotonic() > moment
 
     return due
 
 
-def lines_of(output: Path) -> str:
-    """The whole lines of a run's figures."""
-    path = output / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return text[: text.rfind("\n") + 1]
-
-
-def last_update(before: str, now: str) -> dict[str, Any] | None:
-    """The last update that a start of a run made, by its figures before and now; None where it made none."""
-    if before.startswith(now):  # they only became fewer
-        return None
-    update: dict[str, Any] = json.loads(now.splitlines()[-1])
-    return update
-
-
-def stage_killed(before: str, now: str) -> str:
+def stage_killed(before: list[str], now: list[str]) -> str:
     """Among which stage's updates a start of a run ended, by its figures before and now."""
-    update = last_update(before, now)
-    return ELSEWHERE if update is None or update["step"] == update["steps"] else update["stage"]
+    last = json.loads(now[-1]) if len(now) > len(before) else None
+    return "elsewhere" if last is None or last["step"] == last["steps"] else last["stage"]
 
 
 def result(output: Path) -> dict[str, Any]:
     """What must be equal: final tensors, the optimizer's last checkpoint, the figures."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in lines_of(output)]
     figures = [{key: value for key, value in line.items() if key not in UNEQUAL} for line in lines]
     last = sorted((output / CHECKPOINT_FOLDER).glob("stage1-*"))[-1]
     files = [output / "final.safetensors", last / "optimizer.safetensors"]
@@ -178,11 +140,11 @@ def main() -> None:
     drawn = random.Random(arguments.seed)
     whole = arguments.folder / "whole"
     started = time.monotonic()
-    if not end(whole, begin(whole, options, arguments.processes), None, 0):
+    if not end(begin(whole, options, arguments.processes), lambda: False, 0):
         sys.exit("the run that nobody kills failed")
     length = time.monotonic() - started
     expected = result(whole)
-    update = length / len(expected["figures"])
+    updates = len(expected["figures"])
     fell: Counter[str] = Counter()
     runs = 0
     while fell.total() < arguments.kills or not all(fell[stage] for stage in STAGES):
@@ -192,19 +154,14 @@ def main() -> None:
         output = arguments.folder / f"killed-{runs}"
         for attempt in range(4):
             before = lines_of(output)
-            due: Callable[[], bool] | None = None
-            if attempt < len(STAGES) and runs % 2:
-                due = among_updates(output, STAGES[attempt], drawn.randint(1, 2), drawn.uniform(0, update))
-            elif attempt < 3:
-                due = after(drawn.uniform(0, 1.1 * length))
+            due = after(output, drawn.randint(len(before), updates), drawn.uniform(0, 2 * length / updates))
             children = begin(output, options, arguments.processes)
-            if end(output, children, due, drawn.randrange(arguments.processes)):
+            if end(children, due if attempt < 3 else lambda: False, drawn.randrange(arguments.processes)):
                 break
             fell[stage_killed(before, lines_of(output))] += 1
         if result(output) != expected:
             sys.exit(f"run {runs}, killed and resumed, differs from one that was not")
-    places = ", ".join(f"{place} {fell[place]}" for place in (*STAGES, ELSEWHERE))
-    print(f"{fell.total()} kills over {runs} runs ({places}), each equal to the bit; a whole run takes {length:.1f} s")
+    print(json.dumps({"all": fell.total(), **fell}))
 
 
 if __name__ == "__main__":
