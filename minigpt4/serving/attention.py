@@ -47,7 +47,7 @@ class AttentionHandler:
         self._check_room()  # only from here on it takes room: a slow body keeps nobody out
         self._waiting += 1
         try:
-            messages = await open_messages(asked.messages, handler.settings, handler.pool, handler.picture_target)
+            messages = await open_messages(asked.messages, handler.settings, handler.pool, handler.info.image_size)
             span = None if asked.span is None else (asked.span[0], asked.span[1])
             loop = asyncio.get_running_loop()
             seen = await loop.run_in_executor(

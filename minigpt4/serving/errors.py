@@ -23,28 +23,16 @@ MAX_MESSAGE = 1000
 MAX_PLACE = 200
 MAX_SHOWN = 60
 
-_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    429: "rate_limit_error",
-}
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {
-    401: "invalid_api_key",
-    404: "not_found",
-    405: "method_not_allowed",
-    408: "request_timeout",
-    413: "request_too_large",
-    415: "unsupported_media_type",
-    429: "queue_full",
-    500: "internal_error",
+    401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 408: "request_timeout",
+    413: "request_too_large", 415: "unsupported_media_type", 429: "queue_full", 500: "internal_error",
     503: "unavailable",
-}
+}  # fmt: skip
 
 # By pydantic's names of errors, or by a field's name where that says more.
 _EXPECTED = EXPECTED | {
-    "string_type": "a string",
-    "model_type": "an object",
-    "model_attributes_type": "an object",
+    "string_type": "a string", "model_type": "an object", "model_attributes_type": "an object",
     "dict_type": "an object",
     "greater_than_equal": "at least {ge}",
     "less_than_equal": "at most {le}",
@@ -53,17 +41,19 @@ _EXPECTED = EXPECTED | {
     "content": "a string or a list of parts",
     "stop": "a string or a list of up to 4",
     "type": "'text' or 'image_url'",
-}
+}  # fmt: skip
 _UNQUOTED = frozenset({"bool_type", "int_type", "float_type"})
+_HELLO = '{"role": "user", "content": "Hello"}'
+_TEXT = '{"type": "text", "text": "Hello"}'
+_URL = '{"url": "data:image/jpeg;base64,..."}'
 _CURES = {
-    "messages": 'for instance "messages": [{"role": "user", "content": "Hello"}]',
-    "role": 'for instance {"role": "user", "content": "Hello"}',
-    "content": 'for instance {"role": "user", "content": "Hello"}',
-    "type": 'for instance {"type": "text", "text": "Hello"}'
-    ' or {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,..."}}',
-    "text": 'for instance {"type": "text", "text": "Hello"}',
-    "image_url": 'for instance "image_url": {"url": "data:image/jpeg;base64,..."}',
-    "url": 'for instance "url": "data:image/jpeg;base64,..."',
+    "messages": f'for instance "messages": [{_HELLO}]',
+    "role": f"for instance {_HELLO}",
+    "content": f"for instance {_HELLO}",
+    "type": f'for instance {_TEXT} or {{"type": "image_url", "image_url": {_URL}}}',
+    "text": f"for instance {_TEXT}",
+    "image_url": f'for instance "image_url": {_URL}',
+    "url": f"for instance {_URL[1:-1]}",
 }
 
 

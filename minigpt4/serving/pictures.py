@@ -32,28 +32,17 @@ _HINT = "open it in a picture viewer and save it as JPEG or PNG"
 _PACKAGE = Path(__file__).resolve().parents[2]
 
 
-@dataclass(frozen=True)
-class Target:
-    """The size that the model reads: width, height and Pillow's number of the way to get there."""
-
-    width: int
-    height: int
-    resample: int
+Size = tuple[int, int, int]
+"""Width, height and Pillow's resampling filter that pictures are brought to."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A picture as the model reads it.
+    """A picture as the model reads it."""
 
-    Args:
-        image: RGB, of the target's size.
-        key: Its content hash.
-        pixels: How many it had before.
-    """
-
-    image: Image.Image
-    key: str
-    pixels: int
+    image: Image.Image  # RGB, of the wanted size
+    key: str  # its content hash
+    pixels: int  # how many it had before
 
 
 class PicturePool:
@@ -107,12 +96,12 @@ class PicturePool:
         for child in list(self._decoded):
             await self._end(child)
 
-    async def decode(self, source: str | bytes, target: Target | None, max_pixels: int) -> Decoded:
+    async def decode(self, source: str | bytes, size: Size | None, max_pixels: int) -> Decoded:
         """Decode one picture.
 
         Args:
             source: A data URL or the bytes of a file.
-            target: The size that is wanted; None for its own.
+            size: The size that is wanted; None for its own.
             max_pixels: Most pixels it may have, besides the limits of every picture.
 
         Raises:
@@ -129,7 +118,7 @@ class PicturePool:
             self._check_open()
             child = child or await self._begin()
             async with asyncio.timeout(self.seconds):
-                decoded = await self._ask(child, source, target, max_pixels)
+                decoded = await self._ask(child, source, size, max_pixels)
             lives = True
             return decoded
         except ImageError:
@@ -151,11 +140,10 @@ class PicturePool:
         if self._closed:
             raise ApiError(503, "the server is closing")
 
-    async def _ask(self, child: Process, source: str | bytes, target: Target | None, max_pixels: int) -> Decoded:
+    async def _ask(self, child: Process, source: str | bytes, size: Size | None, max_pixels: int) -> Decoded:
         assert child.stdin is not None and child.stdout is not None
         self._decoded[child] += 1
         data = source.encode() if isinstance(source, str) else source
-        size = dataclasses.astuple(target) if target else None
         request = {"bytes": len(data), "url": isinstance(source, str), "max_pixels": max_pixels, "size": size}
         child.stdin.write(json.dumps(request).encode() + b"\n")
         child.stdin.write(data)
@@ -191,7 +179,7 @@ class PicturePool:
 
 
 async def open_messages(
-    messages: Sequence[Message], settings: Settings, pool: PicturePool, target: Target | None
+    messages: Sequence[Message], settings: Settings, pool: PicturePool, size: Size | None
 ) -> list[dict[str, Any]]:
     """Return the messages of a request as the engine's, with every picture decoded.
 
@@ -211,7 +199,7 @@ async def open_messages(
                 parts.append({"type": "text", "text": part.text})
                 continue
             try:
-                decoded = await pool.decode(await _source(part.image_url.url, settings), target, left)
+                decoded = await pool.decode(await _source(part.image_url.url, settings), size, left)
             except ImageError as error:
                 param = f"messages[{number}].content[{place}].image_url.url"
                 raise ApiError(400, error.message, error.hint, param=param, code="invalid_image") from error

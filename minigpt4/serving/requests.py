@@ -16,7 +16,7 @@ from starlette.responses import Response
 from minigpt4.serving.bodies import BodyReader, read_json
 from minigpt4.serving.errors import ApiError, validation_error
 from minigpt4.serving.metrics import Metrics
-from minigpt4.serving.pictures import PicturePool, Target, open_messages
+from minigpt4.serving.pictures import PicturePool, open_messages
 from minigpt4.serving.schema import AttentionRequest, ChatRequest, ImagePart, Message
 from minigpt4.serving.settings import Settings
 from minigpt4.serving.streaming import AnswerStream, EventQueue, PendingAnswer, Writer, whole_answer
@@ -65,12 +65,6 @@ class RequestHandler:
     def info(self) -> "ModelInfo":
         """The model; raises as `engine` does."""
         return self.engine.info
-
-    @property
-    def picture_target(self) -> Target | None:
-        """The size that the model reads, so that a decoder can bring a picture to it; None for no size."""
-        size = self.info.image_size
-        return Target(*size) if size is not None else None
 
     @property
     def is_ready(self) -> bool:
@@ -214,7 +208,7 @@ class RequestHandler:
 
     async def _submit(self, asked: ChatRequest, http: Request) -> PendingAnswer:
         engine, queue = self.engine, EventQueue()
-        messages = await open_messages(asked.messages, self.settings, self.pool, self.picture_target)
+        messages = await open_messages(asked.messages, self.settings, self.pool, self.info.image_size)
 
         def submit() -> "EngineRequest":
             submitted = engine.submit(

@@ -12,38 +12,20 @@ if TYPE_CHECKING:
     from minigpt4.inference.request import Answer
 
 # Fields of OpenAI's that change no answer; their values are not looked at.
-IGNORED = {
-    "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
-}  # fmt: skip
+IGNORED = {"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store",
+           "user"}  # fmt: skip
 
 # Fields of OpenAI's that would change the answer: only the value that changes nothing is taken.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "frequency_penalty": (0, 0.0),
-    "presence_penalty": (0, 0.0),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "web_search_options": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": (),
-}
-
-EMPTY_IN_ANSWERS = {
-    "annotations", "audio", "function_call", "parsed", "reasoning", "reasoning_content", "refusal", "tool_calls",
+    "n": (1,), "best_of": (1,), "frequency_penalty": (0, 0.0), "presence_penalty": (0, 0.0), "logit_bias": ({},),
+    "logprobs": (False,), "top_logprobs": (0,), "tools": ([],), "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False), "functions": ([],), "function_call": ("none", "auto"), "echo": (False,),
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (), "suffix": (),
+    "reasoning_effort": (), "verbosity": (), "web_search_options": (),
 }  # fmt: skip
+
+EMPTY_IN_ANSWERS = {"annotations", "audio", "function_call", "parsed", "reasoning", "reasoning_content", "refusal",
+                    "tool_calls"}  # fmt: skip
 """Fields of an answer that clients send back with it; ignored when empty."""
 
 OPTIONS = ("num_beams", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "length_penalty", "seed")
@@ -177,23 +159,18 @@ class ChatRequest(_Strict):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
+_OF_MAPS = "As for a chat completion; the last may be the assistant's, which is meant then."
+_SPAN = "First character and the one after the last of the answer's words that are meant; else all."
+
+
 class AttentionRequest(_Strict):
     """The body of `POST /v1/attention`."""
 
-    messages: Annotated[
-        list[Message],
-        Field(
-            min_length=1, description="As for a chat completion; the last may be the assistant's, which is meant then."
-        ),
-    ]
+    messages: Annotated[list[Message], Field(min_length=1, description=_OF_MAPS)]
     model: str | None = None
     span: Annotated[
         list[Annotated[int, Field(ge=0, le=1_000_000)]] | None,
-        Field(
-            min_length=2,
-            max_length=2,
-            description="First character and the one after the last of the answer's words that are meant; else all.",
-        ),
+        Field(min_length=2, max_length=2, description=_SPAN),
     ] = None
 
 
@@ -305,22 +282,12 @@ def finish_reason(answer: "Answer") -> FinishReason:
 
 def _refuse(name: str, neutral: tuple[Any, ...]) -> None:
     only = " or ".join(json.dumps(value) for n, value in enumerate(neutral) if value not in neutral[:n])
-    raise ApiError(
-        400,
-        f"{name} is not supported here" + (f" with another value than {only}" if only else ""),
-        "leave it out",
-        param=name,
-        code="unsupported_parameter",
-    )
+    message = f"{name} is not supported here" + (f" with another value than {only}" if only else "")
+    raise ApiError(400, message, "leave it out", param=name, code="unsupported_parameter")
 
 
 def _unknown(name: str, known: list[str]) -> None:
     close = difflib.get_close_matches(name[:80], known, 1)
-    shown = repr(name if len(name) <= 40 else f"{name[:40]}...")
-    raise ApiError(
-        400,
-        f"there is no parameter {shown}",
-        f"perhaps {close[0]} is meant" if close else "leave it out",
-        param=name[:80],
-        code="unknown_parameter",
-    )
+    message = f"there is no parameter {name if len(name) <= 40 else f'{name[:40]}...'!r}"
+    hint = f"perhaps {close[0]} is meant" if close else "leave it out"
+    raise ApiError(400, message, hint, param=name[:80], code="unknown_parameter")

@@ -18,70 +18,39 @@ _KEY = re.compile(r"[\x21-\x7e]{8,512}")
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits on what a request may bring and how long it may take.
+    """Limits on what requests may bring (bytes, characters, pixels) and how long they may take (seconds)."""
 
-    Args:
-        max_body_bytes: Length of a body. 32 MiB: one picture of 20 MiB in base64, or many small ones.
-        max_held_bytes: All bodies that are being read or prepared, together.
-        max_json_depth: Lists and objects inside each other; a request needs 6.
-        max_json_values: Values and names in a body, besides what texts may hold of JSON's punctuation.
-        max_messages: Turns of a conversation.
-        max_text: Characters of all messages together.
-        max_pictures: Pictures of a request.
-        max_total_pixels: Pixels of all pictures of a request together.
-        max_new_tokens: Longest answer that may be asked for.
-        max_beams: Beams of a search.
-        max_connections: Open connections; the one that has waited longest without a request is closed for a new one.
-        max_header_bytes: Request line and headers.
-        header_seconds: From the first byte, or the connection, to the end of the headers.
-        body_seconds: To the end of the body.
-        write_seconds: Until a client has to read what it was sent.
-        answer_seconds: From the request to the end of its answer, waiting included.
-        ping_seconds: Between comments in a stream that has nothing to say.
-        drain_seconds: From the order to stop until answers in progress are cancelled.
-        image: One picture.
-    """
-
-    max_body_bytes: int = 32 * 2**20
-    max_held_bytes: int = 256 * 2**20
-    max_json_depth: int = 16
-    max_json_values: int = 20_000
+    max_body_bytes: int = 32 * 2**20  # one picture of 20 MiB in base64, or many small ones
+    max_held_bytes: int = 256 * 2**20  # all bodies that are being read or prepared, together
+    max_json_depth: int = 16  # lists and objects inside each other; a request needs 6
+    max_json_values: int = 20_000  # values and names in a body, besides what texts hold of JSON's punctuation
     max_messages: int = 256
-    max_text: int = 131_072
+    max_text: int = 131_072  # all messages together
     max_pictures: int = 16
-    max_total_pixels: int = 100_000_000
+    max_total_pixels: int = 100_000_000  # all pictures of a request together
     max_new_tokens: int = 4096
     max_beams: int = 10
-    max_connections: int = 512
-    max_header_bytes: int = 16 * 1024
-    header_seconds: float = 10.0
+    max_connections: int = 512  # a new one closes the one that has waited longest without a request
+    max_header_bytes: int = 16 * 1024  # request line and headers
+    header_seconds: float = 10.0  # from the first byte, or the connection
     body_seconds: float = 30.0
-    write_seconds: float = 30.0
-    answer_seconds: float = 600.0
-    ping_seconds: float = 2.0
-    drain_seconds: float = 8.0
+    write_seconds: float = 30.0  # until a client has to read what it was sent
+    answer_seconds: float = 600.0  # from the request to the end of its answer, waiting included
+    ping_seconds: float = 2.0  # between comments in a stream that has nothing to say
+    drain_seconds: float = 8.0  # from the order to stop until answers in progress are cancelled
     image: ImageLimits = DEFAULT_LIMITS
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one server.
+    """Settings of one server."""
 
-    Args:
-        model_id: What clients call the model; never a path.
-        api_key: What every request but the one for `/health` must bring; None for no key.
-        hosts: Names and addresses that a Host header may say, without ports, in lower case; None for any.
-        image_hosts: Hosts, as `name` or `name:port`, that pictures may be fetched from.
-        limits: Limits on requests.
-        decoders: Child processes that decode pictures.
-    """
-
-    model_id: str
-    api_key: str | None = field(default=None, repr=False)
-    hosts: frozenset[str] | None = frozenset({"localhost", "127.0.0.1", "[::1]"})
-    image_hosts: frozenset[str] = frozenset()
+    model_id: str  # what clients call the model; never a path
+    api_key: str | None = field(default=None, repr=False)  # every request but the one for /health has to bring it
+    hosts: frozenset[str] | None = frozenset({"localhost", "127.0.0.1", "[::1]"})  # of Host headers; None for any
+    image_hosts: frozenset[str] = frozenset()  # that pictures may be fetched from, as `name` or `name:port`
     limits: Limits = Limits()
-    decoders: int = 2
+    decoders: int = 2  # child processes that decode pictures
 
 
 def read_key(path: Path | None) -> str | None:

@@ -1,7 +1,4 @@
-"""HTTP connections that cannot be held for nothing: deadlines for headers, bodies and reading, and a bound on number.
-
-The server library has none of them: a connection that sends nothing, or a byte a second, would stay for ever.
-"""
+"""Timeouts of connections, for headers, bodies and reading, and a bound on their number; uvicorn has none of them."""
 
 import asyncio
 import json
@@ -33,7 +30,8 @@ class _BoundedProtocol(H11Protocol):
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections:
             oldest = next(iter(self.idle), self)
-            oldest.give_way()
+            oldest._wait_for("")
+            oldest.transport.abort()
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -58,18 +56,12 @@ class _BoundedProtocol(H11Protocol):
         super().resume_writing()
 
     def _was_read(self) -> None:
-        """Forget the deadline for reading what was sent."""
         if self._unread is not None:
             self._unread.cancel()
             self._unread = None
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(ApiError(400, "this is not HTTP that can be understood, or its headers are too long"))
-
-    def give_way(self) -> None:
-        """Close at once."""
-        self._wait_for("")
-        self.transport.abort()
 
     def _watch(self) -> None:
         """Set the deadline for what the client has to send next."""

@@ -18,11 +18,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hypothesis import HealthCheck, given, settings
 
 from minigpt4.serving.settings import Limits, Settings
-from tests.serving import test_errors as bad
 from tests.serving.live import HELLO, MODEL, Live, data_url, live, picture_file, request_bytes, seeing
+from tests.serving.test_errors import Caller
 from tests.serving.test_pictures import bombs, mutants
 from tests.serving.test_requests import leave_in_the_middle
 from tests.serving.test_schema import keeps_its_description
@@ -46,13 +45,13 @@ def server() -> Iterator[Live]:
 
 
 @pytest.fixture(scope="module")
-def caller(server: Live) -> Iterator[bad.Caller]:
-    made = bad.Caller(server.port)
+def caller(server: Live) -> Iterator[Caller]:
+    made = Caller(server.port)
     yield made
     made.connection.close()
 
 
-def test_mutated_pictures(server: Live, caller: bad.Caller) -> None:
+def test_mutated_pictures(server: Live, caller: Caller) -> None:
     statuses: dict[int, int] = {}
     started = time.monotonic()
     for file in mutants(amount(10_000), seed=1):
@@ -79,20 +78,6 @@ def test_bombs(server: Live) -> None:
         assert status in (200, 400, 413), name
     print(f"\n{len(files)} bombs: server grew by {most / 2**20:.0f} MB at most, slowest {slowest:.1f} s")
     assert most < 64 * 2**20 + max(len(file) for _, file in files) * 3
-
-
-def test_generated_requests(caller: bad.Caller) -> None:
-    number = 0
-
-    @settings(max_examples=amount(5_000), suppress_health_check=list(HealthCheck), database=None)
-    @given(request=bad.REQUESTS)
-    def run(request: dict[str, object]) -> None:
-        nonlocal number
-        number += 1
-        bad.generated_is_answered(caller, request)
-
-    run()
-    print(f"\n{number} generated requests: 0 of 5xx")
 
 
 def test_requests_out_of_the_description() -> None:

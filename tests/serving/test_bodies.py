@@ -60,7 +60,8 @@ def test_sixteen_levels_are_read(server: Live) -> None:
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
-        ({"Content-Type": "text/plain"}, 415),
+        ({"Content-Type": "text/plain"}, 415),  # as forms of another site's page are
+        ({"Content-Type": "multipart/form-data; boundary=x"}, 415),
         ({"Content-Type": ""}, 415),
         ({"Content-Encoding": "gzip"}, 415),
         ({"Content-Type": "application/json; charset=utf-8"}, 200),

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from tests.serving.live import HELLO, Live, Reply, data_url, large_picture, live, picture_file
 
@@ -200,42 +198,6 @@ def test_a_name_of_a_megabyte_does_not_come_back(field: str, caller: Caller) -> 
     reply = caller.post(json.dumps({**HELLO, "stream": True, field: value}).encode())
     assert reply.status == 400 and len(reply.body) < 2000
     check(reply, field)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inside: st.lists(inside, max_size=4) | st.dictionaries(st.text(max_size=10), inside, max_size=4),
-    max_leaves=12,
-)
-FIELDS = st.sampled_from([*list(WRONG)[:16], "n", "tools", "user", "response_format", "logprobs", "extra"])
-MESSAGES = st.lists(
-    st.fixed_dictionaries(
-        {
-            "role": st.sampled_from(["user", "assistant", "system", "tool"]) | JSON,
-            "content": JSON | st.text(max_size=50),
-        }
-    ),
-    max_size=3,
-)
-REQUESTS = st.dictionaries(FIELDS, JSON, max_size=4).flatmap(
-    lambda fields: st.fixed_dictionaries({"messages": MESSAGES | JSON}).map(lambda messages: fields | messages)
-)
-
-
-def generated_is_answered(caller: Caller, request: dict[str, Any]) -> None:
-    given_tokens = request.get("max_tokens")
-    if given_tokens is None or (isinstance(given_tokens, int) and given_tokens > 3):
-        request = request | {"max_tokens": 2}
-    reply = caller.post(json.dumps(request).encode())
-    assert reply.status < 500, (reply.body, request)
-    if reply.status >= 400:
-        check(reply, request)
-
-
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(request=REQUESTS)
-def test_generated_requests_are_answered_or_refused(caller: Caller, request: dict[str, Any]) -> None:
-    generated_is_answered(caller, request)
 
 
 def test_a_fault_inside_is_told_without_its_text_and_the_server_goes_on(

@@ -17,11 +17,11 @@ from PIL import Image
 from minigpt4.errors import ImageError
 from minigpt4.processing.pictures import ImageLimits, content_hash, open_image
 from minigpt4.serving.errors import ApiError
-from minigpt4.serving.pictures import PicturePool, Target
+from minigpt4.serving.pictures import PicturePool
 from tests.serving.live import Live, data_url, large_picture, live, picture_file, seeing
 
 T = TypeVar("T")
-SIZE = Target(56, 56, int(Image.Resampling.BICUBIC))
+SIZE = (56, 56, int(Image.Resampling.BICUBIC))
 MUCH = 10**9
 
 
