@@ -15,7 +15,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from minigpt4 import __version__
 from minigpt4.serving.attention import AttentionHandler
 from minigpt4.serving.errors import ApiError, as_api_error, error_response
-from minigpt4.serving.middleware import Middleware
+from minigpt4.serving.middleware import COMPLETIONS, Middleware
 from minigpt4.serving.page import page_policy
 from minigpt4.serving.requests import RequestHandler
 from minigpt4.serving.schema import (
@@ -83,7 +83,7 @@ def make_app(engine: "Engine | None", settings: Settings, page: str | None = Non
         return error_response(as_api_error(error))
 
     app.add_exception_handler(HTTPException, as_json)
-    app.add_middleware(Middleware, settings=settings, metrics=handler.metrics)
+    app.add_middleware(Middleware, settings=settings, metrics=handler.metrics, admit=handler.check_room)
     _add_answers(app, handler)
     _add_models(app, handler)
     _add_state(app, handler)
@@ -99,7 +99,7 @@ def _add_answers(app: FastAPI, handler: RequestHandler) -> None:
         return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
     @app.post(
-        "/v1/chat/completions",
+        COMPLETIONS,
         response_model=ChatCompletion,
         responses=_ERRORS | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
         openapi_extra=body(ChatRequest),

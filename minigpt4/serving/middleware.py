@@ -7,6 +7,7 @@ router takes them, never out of an address that a Host header can bend.
 import base64
 import binascii
 import hmac
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,6 +17,7 @@ from minigpt4.serving.metrics import Metrics
 from minigpt4.serving.settings import HOST, Settings
 
 OPEN_PATHS = frozenset({"/health"})
+COMPLETIONS = "/v1/chat/completions"
 MAX_HEADERS = 100
 RESPONSE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -33,12 +35,15 @@ class Middleware:
         app: The application behind it.
         settings: Key, names and limits.
         metrics: Counts responses.
+        admit: Raises `ApiError` when the queue is full. A full server has the least time, and refuses most requests:
+            it is asked before a router looks at them.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, admit: Callable[[], None]) -> None:
         self.app = app
         self.settings = settings
         self.metrics = metrics
+        self.admit = admit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check a request before anything of it is read, and pass it on; every exception becomes a response."""
@@ -76,6 +81,8 @@ class Middleware:
         _check_lengths(scope, self.settings.limits.max_header_bytes)
         if scope["path"] not in OPEN_PATHS:
             check_access(Headers(scope=scope), self.settings)
+        if scope["path"] == COMPLETIONS and scope["method"] == "POST":
+            self.admit()
 
 
 def _check_lengths(scope: Scope, max_bytes: int) -> None:

@@ -97,16 +97,31 @@ class RequestHandler:
         if self._engine is not None:
             self._engine.close(0, patience=2)
 
+    def check_room(self) -> None:
+        """Refuse at once what the engine would refuse in the end.
+
+        Raises:
+            ApiError: 429 without room, 503 while the model is loading.
+        """
+        engine = self.engine
+        if self.closing or len(self._preparing) >= engine.room:
+            self.metrics.refused += 1
+            raise ApiError(
+                429,
+                "the server is closing" if self.closing else f"the server has {engine.counts.waiting} requests waiting",
+                "wait a few seconds and ask again",
+                headers={"Retry-After": "2"},
+            )
+
     async def chat(self, http: Request) -> Response:
-        """Answer a chat completion.
+        """Answer a chat completion that was admitted (`check_room`).
 
         Raises:
             ApiError: With what is wrong, and where.
             ConnectionError: The client left.
         """
-        self._check_room()
         async with self.bodies.read(http) as body:  # what is read is let go before the answer begins
-            self._check_room()  # only from here on it takes room: a slow body keeps nobody out
+            self.check_room()  # again: only from here on it takes room, so that a slow body keeps nobody out
             self._preparing.add(http)
             try:
                 asked = await self.run(partial(self._parsed_chat, body))
@@ -159,22 +174,6 @@ class RequestHandler:
                 await asyncio.wait_for(done.wait(), seconds + 0.5)
         await self.pool.close()
         self._thread.shutdown(wait=False)
-
-    def _check_room(self) -> None:
-        """Refuse at once what the engine would refuse in the end.
-
-        Raises:
-            ApiError: 429 without room, 503 while the model is loading.
-        """
-        engine = self.engine
-        if self.closing or len(self._preparing) >= engine.room:
-            self.metrics.refused += 1
-            raise ApiError(
-                429,
-                "the server is closing" if self.closing else f"the server has {engine.counts.waiting} requests waiting",
-                "wait a few seconds and ask again",
-                headers={"Retry-After": "2"},
-            )
 
     def _parsed_chat(self, body: bytearray) -> ChatRequest:
         asked, limits = self.parse(body, ChatRequest), self.settings.limits

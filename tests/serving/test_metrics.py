@@ -5,9 +5,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
+from minigpt4.serving import requests
+from minigpt4.serving.pictures import open_messages
 from tests.inference.slowness import slow_steps
 from tests.serving.live import HELLO, Live, live, picture_file, request_bytes, seeing
 from tests.serving.test_requests import LONG, occupy
@@ -55,13 +58,18 @@ def test_refusals_before_and_after_a_body_is_read_are_each_counted_once(slow: Li
 
 
 def test_a_refusal_by_the_engine_is_counted_once(slow: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(slow.server.handler), "_check_room", lambda self: None)
-    with occupy(slow), slow.connect() as second:
-        second.sendall(request_bytes(LONG))
-        while slow.engine.counts.waiting < 1:
-            time.sleep(0.01)
-        assert slow.chat(HELLO).status == 429
-        assert metrics(slow)['minigpt4_requests_total{outcome="refused"}'] == 1
+    others = []
+
+    async def fill_the_queue(*asked: Any) -> list[dict[str, Any]]:
+        for _ in range(2):
+            others.append(slow.engine.submit(LONG["messages"], {"max_new_tokens": 900}, lambda event: None))
+        return await open_messages(*asked)
+
+    monkeypatch.setattr(requests, "open_messages", fill_the_queue)
+    assert slow.chat(HELLO).status == 429
+    assert metrics(slow)['minigpt4_requests_total{outcome="refused"}'] == 1
+    for request in others:
+        request.cancel()
 
 
 def test_an_answer_whose_client_left_is_no_fast_answer(slow: Live) -> None:
