@@ -124,12 +124,7 @@ def cached_pictures(
 ) -> CachedPictures:
     """Compute what is missing of the features that a run reads, in the main process, and open them in all.
 
-    Args:
-        recipe: The run's.
-        prepared: Its model, not yet spread over processes.
-        here: The processes.
-        report: Called with the records read, in the main process.
-        opened: The run's sources.
+    The model is not yet spread over processes; `report` is called with the records read, in the main process.
 
     Raises:
         ConfigError: Features cannot be kept: the pictures are cropped, or the vision encoder learns.
@@ -149,9 +144,7 @@ def compute_features(
         The store's folder, and what there was to do.
 
     Raises:
-        ConfigError: Features cannot be kept: the pictures are cropped, or the vision encoder learns.
-        DataError: A source cannot be opened, or read for lack of memory; what was computed is kept.
-        StorageError: The store cannot be read or written.
+        MiniGPT4Error: As `cached_pictures`.
     """
     _, folder, counts = _computed(recipe, prepared, here, report, opened or RunSources(), recheck=True)
     return folder, counts
@@ -229,17 +222,11 @@ def num_places(batches: SourceBatches) -> int:
 
 
 class _Looked(NamedTuple):
-    """What stands at a place of the order.
+    """What stands at a place of the order."""
 
-    Args:
-        digest: The sha256 of the encoded picture; None without one.
-        pixels: `(3, height, width)`; None where the picture is known.
-        is_bad: The place's own record is bad: this is another's picture.
-    """
-
-    digest: bytes | None
-    pixels: Tensor | None
-    is_bad: bool
+    digest: bytes | None  # the sha256 of the encoded picture; None without one
+    pixels: Tensor | None  # (3, height, width); None where the picture is known
+    is_bad: bool  # the place's own record is bad: this is another's picture
 
 
 class _Pictures(Dataset[list[_Looked]]):
@@ -311,10 +298,7 @@ class _Maker:
     def run(self, recipe: Recipe, stages: Iterator[tuple[str, SourceBatches]], *, recheck: bool) -> Iterator[None]:
         """Compute what is missing; yields now and then.
 
-        Args:
-            recipe: The run's.
-            stages: Their names and batches.
-            recheck: Compare every byte that is kept, and read again the records of stages that are done.
+        `recheck` compares every byte that is kept, and reads again the records of stages that are done.
         """
         create_store(self.folder, self.fingerprint)
         done: set[str] = set()

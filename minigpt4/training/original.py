@@ -11,7 +11,8 @@ from typing import Any
 
 from minigpt4.errors import ConfigError
 from minigpt4.text import counted
-from minigpt4.training.recipe import LARGEST_SEED, Recipe, is_prompt_template, make_recipe
+from minigpt4.training.recipe import Recipe, make_recipe
+from minigpt4.training.recipe_yaml import LARGEST_SEED, is_prompt_template
 from minigpt4.weights.original.sizes import SECTIONS
 from minigpt4.weights.original.yaml import DATASET_YAMLS, Keys, OriginalYaml, is_placeholder, with_dataset_defaults
 

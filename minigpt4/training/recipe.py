@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, overload
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -22,13 +21,23 @@ from pydantic import (
 )
 
 from minigpt4.errors import ConfigError
-from minigpt4.training.recipe_yaml import complaint, is_of_the_original, named, read_yaml, set_value
-
-LARGEST = 10**9
-"""No count is larger."""
-
-LARGEST_SEED = 2**63 - 1
-"""What the library's generators take."""
+from minigpt4.training.recipe_yaml import (
+    LARGEST,
+    LARGEST_SEED,
+    Batch,
+    Count,
+    Decay,
+    Name,
+    Number,
+    Place,
+    Template,
+    complaint,
+    different,
+    is_of_the_original,
+    named,
+    read_yaml,
+    set_value,
+)
 
 ORIGINAL: dict[str, Any] = {
     "schedule": "linear_warmup_cosine_lr",
@@ -42,39 +51,6 @@ ORIGINAL: dict[str, Any] = {
     "bucket_batches": 1,
 }
 """What `compat: original` sets in every stage that says nothing else."""
-
-
-def is_prompt_template(text: str) -> bool:
-    """Return whether a text has one `{}`, for a prompt, and no other brace."""
-    return text.count("{}") == 1 and not set(text.replace("{}", "")) & set("{}")
-
-
-def _with_one_place(text: str) -> str:
-    if not is_prompt_template(text):
-        raise ValueError("expected one {} for the prompt, and no other brace")
-    return text
-
-
-def _not_empty(value: Any) -> Any:  # noqa: ANN401  (not validated yet)
-    """Refuse an empty name: an empty path would be the working directory."""
-    if isinstance(value, str) and (not value.strip() or "\0" in value):
-        raise ValueError("expected a name")
-    return value
-
-
-def _different(values: list[str]) -> list[str]:
-    if twice := [value for value in values if values.count(value) > 1]:
-        raise ValueError(f"{twice[0]} stands there twice")
-    return values
-
-
-Count = Annotated[int, Field(gt=0, le=LARGEST)]
-Number = Annotated[int, Field(ge=0, le=LARGEST)]
-Batch = Annotated[int, Field(gt=0, le=10**6)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, BeforeValidator(_not_empty)]
-Place = Annotated[Path, BeforeValidator(_not_empty)]
-Template = Annotated[str, AfterValidator(_with_one_place)]
 
 
 class _Section(BaseModel):
@@ -163,7 +139,7 @@ class LoraRecipe(_Section):
     rank: int = Field(16, gt=0, le=10_000)
     alpha: float = Field(32, gt=0)
     dropout: float = Field(0.05, ge=0, lt=1)
-    target_modules: Annotated[list[Name], Field(min_length=1), AfterValidator(_different)] | None = Field(
+    target_modules: Annotated[list[Name], Field(min_length=1), AfterValidator(different)] | None = Field(
         None, description="Left out: the library's choice for the model."
     )
 
@@ -283,7 +259,7 @@ class Recipe(_Section):
     joining_parts: Literal["trained", "new"] = "trained"
     output: Place
     seed: int = Field(1, ge=0, le=LARGEST_SEED)
-    trainable: Annotated[list[Trainable], Field(min_length=1), AfterValidator(_different)] | None = None
+    trainable: Annotated[list[Trainable], Field(min_length=1), AfterValidator(different)] | None = None
     lora: LoraRecipe = LoraRecipe()
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     quantize: Literal["none", "int8", "nf4"] = "none"
@@ -291,9 +267,7 @@ class Recipe(_Section):
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     features: Literal["compute", "cache"] = "compute"
     compat: Literal["none", "original"] = "none"
-    report_to: Annotated[list[Literal["tensorboard", "wandb"]], AfterValidator(_different)] = Field(
-        default_factory=list
-    )
+    report_to: Annotated[list[Literal["tensorboard", "wandb"]], AfterValidator(different)] = Field(default_factory=list)
     data: SourcesData | None = None
     validation: ValidationRecipe | None = None
     stages: list[StageRecipe] = Field(min_length=1)
@@ -367,13 +341,7 @@ def read_recipe(path: Path, overrides: list[str] | None = None, kind: type[Recip
 def make_recipe(
     content: dict[str, Any], origin: Path, overridden: Sequence[str] = (), kind: type[Recipe] = Recipe
 ) -> Recipe:
-    """Validate a recipe's content.
-
-    Args:
-        content: The keys.
-        origin: The file they come from, for the complaint.
-        overridden: Keys that come from the command line, by their places.
-        kind: The class that it is to be.
+    """Validate a recipe's keys, which come from the file `origin`, but for those `overridden` on the command line.
 
     Raises:
         ConfigError: An unknown key, a wrong value, or one that changes nothing, with its place.

@@ -1,17 +1,57 @@
-"""A recipe's YAML file as keys and values, values put in by `--set`, and what is wrong with them in a sentence.
+"""A recipe's YAML file as keys and values, what values may be, `--set`, and what is wrong with a value in a sentence.
 
 Does not know what a key means.
 """
 
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
 from minigpt4.errors import ConfigError
 from minigpt4.text import did_you_mean, expected
+
+LARGEST = 10**9
+"""No count is larger."""
+
+LARGEST_SEED = 2**63 - 1
+"""What the library's generators take."""
+
+
+def is_prompt_template(text: str) -> bool:
+    """Return whether a text has one `{}`, for a prompt, and no other brace."""
+    return text.count("{}") == 1 and not set(text.replace("{}", "")) & set("{}")
+
+
+def _with_one_place(text: str) -> str:
+    if not is_prompt_template(text):
+        raise ValueError("expected one {} for the prompt, and no other brace")
+    return text
+
+
+def _not_empty(value: Any) -> Any:  # noqa: ANN401  (not validated yet)
+    """Refuse an empty name: an empty path would be the working directory."""
+    if isinstance(value, str) and (not value.strip() or "\0" in value):
+        raise ValueError("expected a name")
+    return value
+
+
+def different(values: list[str]) -> list[str]:
+    """Refuse a list that names something twice."""
+    if twice := [value for value in values if values.count(value) > 1]:
+        raise ValueError(f"{twice[0]} stands there twice")
+    return values
+
+
+Count = Annotated[int, Field(gt=0, le=LARGEST)]
+Number = Annotated[int, Field(ge=0, le=LARGEST)]
+Batch = Annotated[int, Field(gt=0, le=10**6)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, BeforeValidator(_not_empty)]
+Place = Annotated[Path, BeforeValidator(_not_empty)]
+Template = Annotated[str, AfterValidator(_with_one_place)]
 
 
 class _Loader(yaml.SafeLoader):

@@ -41,69 +41,27 @@ BEST_ALIGNMENT_FOLDER = "alignment-best"
 """Of the checkpoint with the smallest validation loss, of runs that are validated."""
 
 
-def _nobody(*_: object) -> None:
-    """Hear what nobody wants to know."""
+def _ignore(*_: object) -> None:
+    """Report nothing."""
 
 
 @dataclass(frozen=True)
 class Reports:
-    """Who is told of what happens, in the main process.
+    """Functions that are called as a run goes on, in the main process.
 
     Args:
-        update: Of every update.
-        parts: Of frozen parts being fetched and converted.
-        features: Of pictures being looked at, with `features: cache`.
-        sources: Of what takes long before: shards without an index being read, and the like.
-        say: Of anything else, a sentence at a time.
+        update: With every update.
+        parts: With frozen parts that are fetched and converted.
+        features: With pictures whose features are computed, with `features: cache`.
+        sources: With what takes long before: shards without an index being read, and the like.
+        say: With anything else, a sentence at a time.
     """
 
-    update: Callable[[Progress], None] = _nobody
-    parts: Report = _nobody
-    features: Report = _nobody
-    sources: Report = _nobody
-    say: Callable[[str], None] = _nobody
-
-
-@dataclass
-class _Watcher(Callbacks):
-    """Passes updates on, and validates."""
-
-    recipe: Recipe
-    reports: Reports
-    validation: Validation | None
-    trackers: Trackers | None
-
-    def on_resume(self, state: State) -> None:
-        if state.stage < len(self.recipe.stages):
-            stage = self.recipe.stages[state.stage]
-            made = f"after {state.step:,} of {counted(stage.steps, 'update')} of stage {stage.name}"
-            if state.step > stage.steps:
-                made = f"behind stage {stage.name}: {state.step:,} updates of it were made, "
-                made += f"the recipe says {stage.steps:,}"
-            self.reports.say(f"goes on {made}")
-        else:
-            self.reports.say(
-                f"all updates of {self.recipe.output} were made before; to learn more, set another output, and "
-                f"{self.recipe.output / ALIGNMENT_FOLDER} as the model"
-            )
-
-    def on_update(self, progress: Progress) -> None:
-        self.reports.update(progress)
-        figures = {key: value for key, value in asdict(progress).items() if isinstance(value, int | float)}
-        self._track(progress.stage, progress.step, figures)
-
-    def on_stop_request(self) -> None:
-        self.reports.say("finishing this update, then saving; a second signal stops at once")
-
-    def on_validation(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
-        loss = self.validation.loss(module, stage, step) if self.validation else None
-        if loss is not None:
-            self._track(stage.name, step, {"validation_loss": loss})
-        return loss
-
-    def _track(self, stage: str, step: int, figures: dict[str, Any]) -> None:
-        if self.trackers:
-            self.trackers.log(figures, updates_before(self.recipe, stage) + step)
+    update: Callable[[Progress], None] = _ignore
+    parts: Report = _ignore
+    features: Report = _ignore
+    sources: Report = _ignore
+    say: Callable[[str], None] = _ignore
 
 
 def run(
@@ -118,7 +76,7 @@ def run(
 
     Args:
         recipe: What to do.
-        reports: Who is told.
+        reports: What is called as it goes on.
         force: Go on although the run began with another recipe.
         batches: Makes the batches that the recipe's `data` does not name, from the model and its processor. Item `i` of
             a stage's data set has to be a function of seed, stage and `i` alone, or a resumed run is another one.
@@ -131,115 +89,162 @@ def run(
         ConfigError: The recipe does not fit the machine, the model, or the run that it goes on with.
         DataError: The data cannot be used, or the loss stays no number.
         DownloadError: A frozen part is not here and cannot be fetched.
-        KeyboardInterrupt: The run was told to stop by SIGINT, and saved; likewise SystemExit by SIGTERM.
+        KeyboardInterrupt: The run was stopped by SIGINT, and saved; likewise SystemExit by SIGTERM.
         StorageError: The run's folder cannot be written.
         WeightsError: The model, or a checkpoint, cannot be used.
     """
     check_trackers(recipe.report_to)
     check_libraries(recipe)
     with joined() as here:
-        told = reports if reports and here.is_main_process else Reports()
+        reported = reports if reports and here.is_main_process else Reports()
         with only_run(recipe.output) if here.is_main_process else nullcontext():
-            _run(recipe, here, told, batches, objectives, force=force)
+            _Run(recipe, here, reported, RunSources(reported.sources), force).go(batches, objectives)
     return recipe.output / ALIGNMENT_FOLDER
 
 
-def _run(
-    recipe: Recipe,
-    here: PartialState,
-    told: Reports,
-    batches: Callable[[Prepared], Batches] | None,
-    objectives: Mapping[str, Objective] | None,
-    *,
-    force: bool,
-) -> None:
-    by_the_main_process(lambda: check_recipe(recipe, here.num_processes, force=force), here)
-    sources = RunSources(told.sources)
-    check_data(recipe, sources)
-    for sentence in sources.passed_over():
-        told.say(sentence)
-    by_the_main_process(lambda: _check_sources(recipe, sources, told.say, force=force), here)
-    with _tracking(recipe, here) as trackers:
-        prepared = _prepare_and_train(recipe, here, told, sources, trackers, batches, objectives)
-    with resumable():
-        _save(recipe, prepared, here, told.say)
+@dataclass
+class _Run(Callbacks):
+    """A run in one of its processes."""
+
+    recipe: Recipe
+    here: PartialState
+    reports: Reports
+    sources: RunSources
+    force: bool
+    trackers: Trackers | None = None
+    validation: Validation | None = None
+
+    def go(self, batches: Callable[[Prepared], Batches] | None, objectives: Mapping[str, Objective] | None) -> None:
+        """Check what can be checked before a model is loaded, train, and save."""
+        recipe, say = self.recipe, self.reports.say
+        by_the_main_process(lambda: check_recipe(recipe, self.here.num_processes, force=self.force), self.here)
+        check_data(recipe, self.sources)
+        for sentence in self.sources.passed_over():
+            say(sentence)
+        by_the_main_process(self._check_sources, self.here)
+        with self._tracking():
+            torch.manual_seed(recipe.seed)
+            prepared = prepare_model(recipe, self.here, self.reports.parts)
+            self._train(prepared, batches, objectives)
+        with resumable():
+            self._save(prepared)
+            if self.here.is_main_process:
+                _report_bad_samples(recipe.output, say)
+                _draw(recipe.output, say)
+
+    def _check_sources(self) -> None:
+        records, num_stages = records_of(self.recipe, self.sources), len(self.recipe.stages)
+        check_sources(self.recipe.output, records, num_stages=num_stages, force=self.force, say=self.reports.say)
+
+    def _train(
+        self,
+        prepared: Prepared,
+        make_batches: Callable[[Prepared], Batches] | None,
+        objectives: Mapping[str, Objective] | None,
+    ) -> None:
+        """Make the updates that are left."""
+        recipe, here, kept = self.recipe, self.here, None
+        if is_packed(recipe):
+            check_packing(prepared.model)
+        if recipe.features == "cache":
+            kept = cached_pictures(recipe, prepared, here, self.reports.features, self.sources)
+        batches = make_batches(prepared) if make_batches else stage_data(recipe, prepared, here, kept, self.sources)
+        if recipe.validation:
+            self.validation = Validation(recipe, recipe.validation, prepared, here, self.sources, kept)
         if here.is_main_process:
-            _say_what_was_bad(recipe.output, told.say)
-            _draw(recipe.output, told.say)
-
-
-def _check_sources(recipe: Recipe, opened: RunSources, say: Callable[[str], None], *, force: bool) -> None:
-    now, num_stages = records_of(recipe, opened), len(recipe.stages)
-    check_sources(recipe.output, now, num_stages=num_stages, force=force, say=say)
-
-
-def _prepare_and_train(
-    recipe: Recipe,
-    here: PartialState,
-    told: Reports,
-    sources: RunSources,
-    trackers: Trackers | None,
-    make_batches: Callable[[Prepared], Batches] | None,
-    objectives: Mapping[str, Objective] | None,
-) -> Prepared:
-    """Load the model, and make the updates that are left."""
-    torch.manual_seed(recipe.seed)
-    prepared = prepare_model(recipe, here, told.parts)
-    if is_packed(recipe):
-        check_packing(prepared.model)
-    kept = cached_pictures(recipe, prepared, here, told.features, sources) if recipe.features == "cache" else None
-    batches = make_batches(prepared) if make_batches else stage_data(recipe, prepared, here, kept, sources)
-    validation = None
-    if recipe.validation:
-        validation = Validation(recipe, recipe.validation, prepared, here, sources, kept)
-    if here.is_main_process:
-        _say_what_is_learnt(recipe, prepared, batches, told.say)
-    try:
-        train(recipe, prepared.model, batches, _Watcher(recipe, told, validation, trackers), here, objectives)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(_stopped(recipe) if here.is_main_process else "") from stop
-    except SystemExit:
-        told.say(_stopped(recipe))
-        raise
-    return prepared
-
-
-def _stopped(recipe: Recipe) -> str:
-    return f"stopped and saved in {recipe.output}; the same command goes on"
-
-
-def _save(recipe: Recipe, prepared: Prepared, here: PartialState, say: Callable[[str], None]) -> None:
-    """Write the alignment, and that of the best checkpoint; gathering is the work of all processes, writing of one."""
-    held = {name: whole(t) for name, t in alignment_tensors(prepared.model, prepared.origin).items()}
-    gather_parameters(prepared.model.get_input_embeddings())  # the language model is known by them
-
-    def write(name: str, tensors: dict[str, Tensor]) -> None:
-        target = recipe.output / name
-        origin = _named_from(target, recipe, prepared.origin)
-        save_alignment(target, prepared.model, prepared.processor, origin=origin, tensors=tensors, overwrite=True)
-
-    def write_both() -> None:
-        write(ALIGNMENT_FOLDER, held)
-        best = best_checkpoint(recipe.output)
-        if best is None:
-            return
+            _report_what_learns(recipe, prepared, batches, self.reports.say)
+        stopped = f"stopped and saved in {recipe.output}; the same command goes on"
         try:
-            trained = {name.removeprefix("model."): tensor for name, tensor in read_trained(best).items()}
-        except MiniGPT4Error as error:
-            say(f"the checkpoint with the smallest validation loss cannot be used: {error.message}")
-            return
-        write(BEST_ALIGNMENT_FOLDER, held | {name: trained[name] for name in held.keys() & trained.keys()})
-        where = _last_update(recipe, best)
-        say(f"{recipe.output / BEST_ALIGNMENT_FOLDER} is as after {where}, where the validation loss was smallest")
+            train(recipe, prepared.model, batches, self, here, objectives)
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(stopped if here.is_main_process else "") from stop
+        except SystemExit:
+            self.reports.say(stopped)
+            raise
 
-    by_the_main_process(write_both, here)
+    def on_resume(self, state: State) -> None:
+        """Say where the run goes on."""
+        if state.stage < len(self.recipe.stages):
+            stage = self.recipe.stages[state.stage]
+            made = f"after {state.step:,} of {counted(stage.steps, 'update')} of stage {stage.name}"
+            if state.step > stage.steps:
+                made = f"behind stage {stage.name}: {state.step:,} updates of it were made, "
+                made += f"the recipe says {stage.steps:,}"
+            self.reports.say(f"goes on {made}")
+        else:
+            self.reports.say(
+                f"all updates of {self.recipe.output} were made before; to learn more, set another output, and "
+                f"{self.recipe.output / ALIGNMENT_FOLDER} as the model"
+            )
 
+    def on_update(self, progress: Progress) -> None:
+        """Report an update, also to the trackers."""
+        self.reports.update(progress)
+        figures = {key: value for key, value in asdict(progress).items() if isinstance(value, int | float)}
+        self._track(progress.stage, progress.step, figures)
 
-def _last_update(recipe: Recipe, checkpoint: Path) -> str:
-    """Name the last update that a checkpoint holds."""
-    number, step = place_of(checkpoint)
-    stage = recipe.stages[number if step else number - 1]
-    return f"update {step or stage.steps:,} of stage {stage.name}"
+    def on_stop_request(self) -> None:
+        """Say that the run is about to stop."""
+        self.reports.say("finishing this update, then saving; a second signal stops at once")
+
+    def on_validation(self, module: TrainingStep, stage: StageRecipe, step: int) -> float | None:
+        """Return the validation loss, where it is time for one."""
+        loss = self.validation.loss(module, stage, step) if self.validation else None
+        if loss is not None:
+            self._track(stage.name, step, {"validation_loss": loss})
+        return loss
+
+    def _track(self, stage: str, step: int, figures: dict[str, Any]) -> None:
+        if self.trackers:
+            before = self.recipe.stages[: [s.name for s in self.recipe.stages].index(stage)]
+            self.trackers.log(figures, sum(s.steps for s in before) + step)
+
+    @contextmanager
+    def _tracking(self) -> Iterator[None]:
+        """Open the trackers, in the main process and before the model loads: one may not be logged in."""
+        recipe = self.recipe
+
+        def begin() -> None:
+            found = last_checkpoint(recipe.output)
+            state = found[1] if found else State()
+            first = sum(stage.steps for stage in recipe.stages[: state.stage]) + state.step
+            self.trackers = Trackers(recipe.report_to, recipe.output, recipe.model_dump(mode="json"), first_step=first)
+
+        by_the_main_process(begin, self.here)
+        try:
+            yield
+        finally:
+            if self.trackers:
+                self.trackers.finish()
+
+    def _save(self, prepared: Prepared) -> None:
+        """Write the alignment, and that of the best checkpoint; all processes gather, one writes."""
+        held = {name: whole(t) for name, t in alignment_tensors(prepared.model, prepared.origin).items()}
+        gather_parameters(prepared.model.get_input_embeddings())  # the language model is known by them
+
+        def write(name: str, tensors: dict[str, Tensor]) -> None:
+            target = self.recipe.output / name
+            origin = _named_from(target, self.recipe, prepared.origin)
+            save_alignment(target, prepared.model, prepared.processor, origin=origin, tensors=tensors, overwrite=True)
+
+        def write_both() -> None:
+            write(ALIGNMENT_FOLDER, held)
+            if (best := best_checkpoint(self.recipe.output)) is None:
+                return
+            try:
+                trained = {name.removeprefix("model."): tensor for name, tensor in read_trained(best).items()}
+            except MiniGPT4Error as error:
+                self.reports.say(f"the checkpoint with the smallest validation loss cannot be used: {error.message}")
+                return
+            write(BEST_ALIGNMENT_FOLDER, held | {name: trained[name] for name in held.keys() & trained.keys()})
+            number, step = place_of(best)
+            stage = self.recipe.stages[number if step else number - 1]
+            self.reports.say(
+                f"{self.recipe.output / BEST_ALIGNMENT_FOLDER} is as after update {step or stage.steps:,} of stage "
+                f"{stage.name}, where the validation loss was smallest"
+            )
+
+        by_the_main_process(write_both, self.here)
 
 
 def _named_from(target: Path, recipe: Recipe, origin: Origin) -> Origin:
@@ -256,7 +261,20 @@ def _named_from(target: Path, recipe: Recipe, origin: Origin) -> Origin:
     return replace(origin, frozen_parts=os.path.relpath(origin.frozen_parts, target.resolve()))
 
 
-def _say_what_was_bad(output: Path, say: Callable[[str], None]) -> None:
+def _report_what_learns(recipe: Recipe, prepared: Prepared, batches: Batches, say: Callable[[str], None]) -> None:
+    """Say what learns, and how long the texts of each stage are."""
+    parameters = [p for p in prepared.model.parameters() if p.requires_grad]
+    parts = recipe.trainable or prepared.model.config.trainable_parts
+    say(f"{sum(p.numel() for p in parameters):,} numbers learn, in {', '.join(parts)}")
+    for number, stage in enumerate(recipe.stages):
+        data = batches(number, stage)
+        if isinstance(data, SourceBatches):
+            say(describe_texts(data, stage.name))
+        if warning := cut_rise(stage):
+            say(warning)
+
+
+def _report_bad_samples(output: Path, say: Callable[[str], None]) -> None:
     path = output / BAD_SAMPLES_FILE
     count = len(path.read_bytes().splitlines()) if path.exists() else 0
     if count:
@@ -269,41 +287,3 @@ def _draw(output: Path, say: Callable[[str], None]) -> None:
         say(f"curves: {plot_metrics(output)}")
     except ConfigError as error:
         say(f"no curves were drawn: {error.message}" + (f" ({error.hint})" if error.hint else ""))
-
-
-@contextmanager
-def _tracking(recipe: Recipe, here: PartialState) -> Iterator[Trackers | None]:
-    """Open the trackers, in the main process and before the model loads: one may not be logged in."""
-    trackers: Trackers | None = None
-
-    def begin() -> None:
-        nonlocal trackers
-        found = last_checkpoint(recipe.output)
-        state = found[1] if found else State()
-        first = sum(stage.steps for stage in recipe.stages[: state.stage]) + state.step
-        trackers = Trackers(recipe.report_to, recipe.output, recipe.model_dump(mode="json"), first_step=first)
-
-    by_the_main_process(begin, here)
-    try:
-        yield trackers
-    finally:
-        if trackers:
-            trackers.finish()
-
-
-def updates_before(recipe: Recipe, stage: str) -> int:
-    """Return how many updates the stages before one have."""
-    return sum(s.steps for s in recipe.stages[: [s.name for s in recipe.stages].index(stage)])
-
-
-def _say_what_is_learnt(recipe: Recipe, prepared: Prepared, batches: Batches, say: Callable[[str], None]) -> None:
-    """Say what learns, and how long the texts of each stage are."""
-    parameters = [p for p in prepared.model.parameters() if p.requires_grad]
-    parts = recipe.trainable or prepared.model.config.trainable_parts
-    say(f"{sum(p.numel() for p in parameters):,} numbers learn, in {', '.join(parts)}")
-    for number, stage in enumerate(recipe.stages):
-        data = batches(number, stage)
-        if isinstance(data, SourceBatches):
-            say(describe_texts(data, stage.name))
-        if warning := cut_rise(stage):
-            say(warning)

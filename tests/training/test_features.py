@@ -547,17 +547,3 @@ def test_what_changes_every_time_is_refused(source: Path, tmp_path: Path) -> Non
         norm.requires_grad_(True)
     with pytest.raises(ConfigError, match="the vision encoder learns"):
         cached(recipe_of(tmp_path / "run", source), made)
-
-
-def test_digests_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
-    made, recipe = prepared(), recipe_of(tmp_path / "run", made_source(tmp_path / "source"))
-    fingerprint = run_fingerprint(recipe, made, processes())
-    create_store(tmp_path / "store", fingerprint)
-    digests = [b"\x00" * 8 + bytes([n]) * 24 for n in (3, 1, 2)]
-    for number, digest in enumerate(digests):
-        writer = feature_store.ShardWriter(tmp_path / "store")
-        writer.add([digest], {"qformer_outputs": torch.full((1, 2, 2), float(number))})
-        writer.write()
-    store = FeatureStore(tmp_path / "store", fingerprint)
-    assert [store.read(digest)["qformer_outputs"][0, 0].item() for digest in digests] == [0.0, 1.0, 2.0]
-    assert b"\x00" * 32 not in store

@@ -366,13 +366,6 @@ def test_a_tracker_that_is_not_logged_in_is_told_before_the_model_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
-def test_figures_go_to_tensorboard_too(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    run(recipe(model_folder, pictures, output, report_to=["tensorboard"]))
-
-    assert [path for path in output.rglob("events.out.tfevents.*") if path.stat().st_size > 0]
-
-
 @pytest.mark.parametrize("fault", ["no captions", "no tar"])
 def test_a_shard_that_gives_nothing_is_refused_before_the_model_is_loaded(fault: str, tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
