@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minigpt4.data.sources.tar_members import FILE, members
+from minigpt4.data.sources.tar_shards import TarReader
 from minigpt4.errors import DataError
 
 MAX_MEMBER_BYTES = 64 * 1024 * 1024
@@ -79,12 +79,12 @@ def index_shard(shard: Path) -> list[Sample]:
     """
     found: dict[str, dict[str, tuple[int, int]]] = {}
     with shard.open("rb") as file:
-        for member in members(file, shard.stat().st_size, shard.name):
+        for member in TarReader(file, shard.name):
             key, _, kind = member.name.rpartition("/")[2].partition(".")
             if member.size > MAX_MEMBER_BYTES:
                 raise DataError(f"{shard.name}: {member.name} has {member.size:,} bytes, up to 64 MiB are read")
-            if member.kind == FILE and kind in ("jpg", "json"):
-                found.setdefault(key, {})[kind] = (member.data, member.size)
+            if member.isreg() and kind in ("jpg", "json"):
+                found.setdefault(key, {})[kind] = (member.offset_data, member.size)
     incomplete = [key for key, parts in found.items() if len(parts) != 2]
     if incomplete:
         raise DataError(f"{shard.name}: sample {incomplete[0]} has a picture or a record, expected both")

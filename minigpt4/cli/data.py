@@ -11,6 +11,7 @@ import typer
 
 from minigpt4.cli.app import AsJson, data_app, examples
 from minigpt4.cli.terminal import is_watched, note, parts_bar, quiet
+from minigpt4.data.sources.formats import NAMES, open_source
 from minigpt4.errors import DataError, UsageError
 from minigpt4.text import counted
 
@@ -27,12 +28,7 @@ BAD_SHARE = 0.01
 
 Text = Annotated[str | None, typer.Option(help="Column or key that holds the caption.", metavar="NAME")]
 Where = Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, a file, DIR/{00000..00099}.tar or hub:NAME.")]
-Kind = Annotated[
-    str,
-    typer.Option(
-        "--format", help="auto, shards, captions, alignment, conversations, vqa, parquet or hub.", metavar="KIND"
-    ),
-]
+Kind = Annotated[str, typer.Option("--format", help=f"{', '.join(NAMES[:-1])} or {NAMES[-1]}.", metavar="KIND")]
 Images = Annotated[Path | None, typer.Option(help="Where the pictures lie that a list names.", metavar="DIR")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Count its tokens too.", metavar="MODEL")]
 MaxTokens = Annotated[int, typer.Option("--max-text-tokens", min=1, help="Longer answers will be cut off.")]
@@ -65,9 +61,7 @@ def check(
             f"{contact_sheet} is no name for a contact sheet, expected FILE.png", "--contact-sheet sheet.png"
         )
     quiet(hub=source.startswith("hub:") or kind == "hub")
-    from minigpt4.data.sources import open_source
-    from minigpt4.data.sources.checking import check_source
-    from minigpt4.data.sources.contact_sheet import write_contact_sheet
+    from minigpt4.data.sources.checking import check_source, write_contact_sheet
 
     processor = _processor_of(model) if model else None
     count_tokens = _token_counter(processor) if processor else None
@@ -126,7 +120,7 @@ def _refuse_too_many_bad(seen: "SourceCheck") -> None:
 
 
 def _cure(seen: "SourceCheck") -> str:
-    from minigpt4.data.sources.faults import ADDRESS, MISSING_PICTURE, OUTSIDE, WHOLE_PATH
+    from minigpt4.data.sources.safe_files import ADDRESS, MISSING_PICTURE, OUTSIDE, WHOLE_PATH
 
     kind, fault = max(seen.faults.items(), key=lambda item: item[1].count)
     named = "name the folder of the pictures with --images (`images` of a source in a recipe)"

@@ -20,7 +20,7 @@ from minigpt4.data.memory import lacks_memory, memory_for_record
 from minigpt4.data.order import Order, bucketed
 from minigpt4.data.record import Record, Source, Turns
 from minigpt4.data.side_by_side import branches_of, side_by_side
-from minigpt4.data.sources.faults import kind_of
+from minigpt4.data.sources.safe_files import kind_of
 from minigpt4.errors import DataError, ImageError, PromptError
 
 MAX_ATTEMPTS = 100
@@ -38,7 +38,7 @@ class BadSample:
         group: Its shard, or what else it came in.
         key: Its own name.
         reason: Why, in a sentence.
-        kind: Why, in a few words to count by, of `minigpt4.data.sources.faults`.
+        kind: Why, in a few words to count by, of `minigpt4.data.sources.safe_files`.
     """
 
     source: str

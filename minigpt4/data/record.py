@@ -1,10 +1,10 @@
 """One training example as its source has it: an encoded picture and what is said about it.
 
-What every source of examples offers stands here; where they come from (`minigpt4.data.sources`) and what a model makes
-of them (`minigpt4.data.examples`) does not.
+Here is what every source of examples offers; where they come from (`minigpt4.data.sources`) and what a model makes of
+them (`minigpt4.data.examples`) is not known here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,14 +43,27 @@ class Source(Protocol):
     def text_lengths(self) -> Sequence[int] | None:
         """Length of each record's text in bytes where the index knows it, for batches of like length; else None."""
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How much was passed over, by kind."""
+
     def __len__(self) -> int:
         """How many records there are, bad ones included."""
 
     def group(self, number: int) -> str:
         """Return what a record came in, such as its shard: a group without one good record stops a run."""
 
-    def read(self, number: int) -> Record:
-        """Return a record.
+    def barren(self) -> Sequence[str]:
+        """Return the groups that are known, without reading, to have no good record."""
+
+    def known_bad(self) -> Sequence[int]:
+        """Return the numbers of the records that are known, without reading, to be bad."""
+
+    def together(self) -> Iterable[Sequence[int]] | None:
+        """Yield the numbers of the records of each picture, each bad one alone; None: no picture has two texts."""
+
+    def read(self, number: int, *, with_picture: bool = True) -> Record:
+        """Return a record, whose picture may be left out.
 
         Raises:
             DataError: It is bad: no picture, no text, text of another kind than expected. The picture is not opened.

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from minigpt4.data.sources.formats import NAMES
 from minigpt4.errors import ConfigError
 from minigpt4.training.recipe_yaml import (
     LARGEST,
@@ -67,6 +68,12 @@ class _Section(BaseModel):
         return value
 
 
+def _known_format(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"expected {', '.join(NAMES[:-1])} or {NAMES[-1]}")
+    return name
+
+
 class SourceRecipe(_Section):
     """One place examples come from; see `minigpt4.data.sources`.
 
@@ -74,7 +81,7 @@ class SourceRecipe(_Section):
     """
 
     path: Name
-    format: Literal["auto", "shards", "captions", "alignment", "conversations", "vqa", "parquet", "hub"] = "auto"
+    format: Annotated[str, AfterValidator(_known_format)] = "auto"
     share: float = Field(1.0, gt=0, le=LARGEST)
     images: Place | None = Field(None, description="Where the pictures lie that a list of conversations names.")
     text: Name | None = Field(None, description="Name of the column or key that holds the caption.")

@@ -14,7 +14,6 @@ from minigpt4.data.order import Order
 from minigpt4.data.record import Source
 from minigpt4.data.sources import open_source
 from minigpt4.data.sources.by_picture import by_picture
-from minigpt4.data.sources.shards import ShardSource
 from minigpt4.errors import ConfigError, DataError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.processing import MiniGPT4Processor
@@ -83,7 +82,7 @@ def check_data(recipe: Recipe, opened: RunSources) -> None:
         prompts_of(stage, data)
         for source in opened.open(data.sources):
             # Who leaves such shards out without a word learns from less.
-            if isinstance(source, ShardSource) and (barren := source.barren()):
+            if barren := source.barren():
                 more = f", and {len(barren) - 1:,} more" if len(barren) > 1 else ""
                 raise DataError(
                     f"{source.name}: no sample of {barren[0]} can be used{more}",

@@ -4,10 +4,10 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from tarfile import BLOCKSIZE as BLOCK
 
 import pytest
 
-from minigpt4.data.sources.tar_members import BLOCK
 from minigpt4.errors import DataError
 from nano.shards import index_shard, index_shards
 
@@ -85,7 +85,7 @@ def test_damaged_header_is_refused_with_its_place(tmp_path: Path) -> None:
     [
         (b"77777777777\0", "runs past the end"),
         (b"00000100000\0", "runs past the end"),
-        (b"-0000000001\0", "no tar header"),
+        (b"-0000000001\0", "no tar header|runs past the end"),
         (b"zzzzzzzzzzz\0", "no tar header"),
         (b"\x80" + bytes(7) + b"\xff\xff\xff\xff", "no tar header|runs past the end"),
         (b"\xff" * 12, "no tar header|runs past the end"),

@@ -14,7 +14,7 @@ import pytest
 from torch.utils.data import Dataset
 
 from minigpt4.data.batches import BadSample
-from minigpt4.data.sources.faults import NO_PICTURE
+from minigpt4.data.sources.safe_files import NO_PICTURE
 from minigpt4.errors import DataError
 from minigpt4.training.checkpoint import State, last_checkpoint
 from minigpt4.training.data_loader import BAD_GROUP_LIMIT, BAD_WINDOW, BadSamples, read_ahead, stop_requests
@@ -79,7 +79,7 @@ KILLED_READER = """
 import os, signal, sys
 from pathlib import Path
 from minigpt4.data.batches import BadSample
-from minigpt4.data.sources.faults import NO_PICTURE
+from minigpt4.data.sources.safe_files import NO_PICTURE
 from minigpt4.errors import DataError
 from minigpt4.training.checkpoint import State, last_checkpoint
 from minigpt4.training.loop import train
@@ -163,7 +163,7 @@ COMPLAINT = """
 import sys
 from pathlib import Path
 from minigpt4.data.batches import BadSample
-from minigpt4.data.sources.faults import NO_PICTURE
+from minigpt4.data.sources.safe_files import NO_PICTURE
 from minigpt4.errors import DataError
 from minigpt4.training.checkpoint import State, last_checkpoint
 from minigpt4.training.loop import train

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from minigpt4.data.batches import BadSample
-from minigpt4.data.sources.faults import NO_PICTURE
+from minigpt4.data.sources.safe_files import NO_PICTURE
 from minigpt4.errors import StorageError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.training.checkpoint import best_checkpoint, last_checkpoint

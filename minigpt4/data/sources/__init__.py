@@ -4,7 +4,6 @@ Each reader refuses what leaves its folder, bounds what it reads, and says of a 
 wrong. Knows pictures as bytes and text as strings; opens no picture, knows no tokenizer and no model.
 """
 
-from minigpt4.data.sources.faults import BadRecordError
-from minigpt4.data.sources.opening import CheckableSource, Format, open_source
+from minigpt4.data.sources.formats import FORMATS, open_source
 
-__all__ = ["BadRecordError", "CheckableSource", "Format", "open_source"]
+__all__ = ["FORMATS", "open_source"]

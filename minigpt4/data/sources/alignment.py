@@ -4,36 +4,27 @@ Captions are taken raw, case and punctuation as they are, as the original does.
 """
 
 from pathlib import Path
+from typing import Any
 
-from minigpt4.data.sources.faults import WRONG_TEXT, BadRecordError, checked_text
-from minigpt4.data.sources.guarded_folder import GuardedFolder
-from minigpt4.data.sources.listed import Count, ListSource, Rows, list_source, picture_name, read_json
+from minigpt4.data.sources.formats import Place, Request
+from minigpt4.data.sources.lists import ListSource, Rows, list_source, numbered, picture_name, read_json
+from minigpt4.data.sources.safe_files import WRONG_TEXT, BadRecordError, checked_text
 from minigpt4.errors import DataError
 
 LIST_NAME = "filter_cap.json"
 
 
-def open_alignment(
-    path: Path,
-    *,
-    images: Path | None = None,
-    text: str | None = None,
-    within: Path | None = None,
-    count: Count | None = None,
-) -> ListSource:
-    """Open pairs of the second stage.
+def sniff(place: Place) -> Path | None:
+    """Return a folder with the list, or a list of annotations without COCO's list of images."""
+    if LIST_NAME in place.files and place.path.is_dir():
+        return place.path
+    found = isinstance(place.content, dict) and "annotations" in place.content
+    return place.only_list if found and not {"images", "questions"} & set(place.content) else None
 
-    Args:
-        path: The folder, or its list.
-        images: Where `ID.jpg` lie; left out: in `image` beside the list.
-        text: The caption's key.
-        within: Links may lead anywhere in this folder.
-        count: Told of the rows read.
 
-    Raises:
-        DataError: The list is missing or of another form.
-    """
-    file = path / LIST_NAME if path.is_dir() else path
+def open_source(request: Request) -> ListSource:
+    """Open the pairs of a list, or of a folder with one."""
+    file = request.path / LIST_NAME if request.path.is_dir() else request.path
     content = read_json(file)
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list):
@@ -41,15 +32,13 @@ def open_alignment(
             f'{file} is not of the form {{"annotations": [{{"image_id": ..., "caption": ...}}]}}',
             "a list of captions of another form is read with format: captions",
         )
-    rows = Rows(count=count)
-    for number, item in enumerate(annotations, 1):
-        key = f"{file.name}:{number}"
-        try:
-            if not isinstance(item, dict):
-                raise BadRecordError(WRONG_TEXT, f"{key} is not an object with image_id and caption")
-            name = f"{picture_name(item.get('image_id'), key)}.jpg"
-            key = f"image/{name}"
-            rows.add(key, [name], [("", checked_text(item.get(text or "caption"), key))])
-        except BadRecordError as error:
-            rows.add_bad(error)
-    return list_source(str(path), file, GuardedFolder(images or file.parent / "image", within), rows)
+
+    def add(rows: Rows, key: str, item: Any) -> None:  # noqa: ANN401  (whatever a list holds)
+        if not isinstance(item, dict):
+            raise BadRecordError(WRONG_TEXT, f"{key} is not an object with image_id and caption")
+        name = f"{picture_name(item.get('image_id'), key)}.jpg"
+        caption = checked_text(item.get(request.text or "caption"), f"image/{name}")
+        rows.add(f"image/{name}", [name], [("", caption)])
+
+    rows = Rows(request.count).add_all(numbered(file, annotations), add)
+    return list_source(request, file, file.parent / "image", rows)

@@ -7,30 +7,29 @@ picture are bad records: counted, not passed over in silence.
 """
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from minigpt4.data.sources.faults import (
+from minigpt4.data.sources.formats import Place, Request
+from minigpt4.data.sources.lists import ListSource, Rows, list_source, picture_name
+from minigpt4.data.sources.safe_files import (
     MISSING_PICTURE,
     NO_PICTURE,
     NO_TEXT,
+    PICTURE_SUFFIXES,
     WRONG_TEXT,
     BadRecordError,
     checked_text,
-)
-from minigpt4.data.sources.guarded_folder import (
-    PICTURE_SUFFIXES,
-    GuardedFolder,
     files_in,
+    files_of_split,
+    is_other_split,
     is_picture,
     leaves_folder,
     refuse_address,
+    skipped_rows,
 )
-from minigpt4.data.sources.listed import Count, ListSource, Rows, list_source, picture_name
-from minigpt4.data.sources.splits import ROW_LEFT_OUT, is_of_another
-from minigpt4.data.sources.tables import SPLIT, Row, captions_in, columns_of, rows_of, table_in
+from minigpt4.data.sources.tables import FILE_COLUMNS, SPLIT, Row, captions_in, columns_of, is_table, rows_of, table_in
 from minigpt4.errors import DataError
 
 _FOLDERS = ("", "images/", "image/")
@@ -38,41 +37,61 @@ _FOLDER_COLUMN = "filepath"
 """In Karpathy's lists of COCO: the folder of a row's picture."""
 
 
-def open_captions(
-    path: Path,
-    *,
-    images: Path | None = None,
-    text: str | None = None,
-    within: Path | None = None,
-    count: Count | None = None,
-) -> ListSource:
-    """Open pictures with captions.
+def sniff(place: Place) -> Path | None:
+    """Return a folder with a table of captions in it or in one below, or with texts beside pictures; or a table."""
+    if place.path.is_dir() and not place.deep:
+        return place.path if table_in(place.path) is not None else None
+    if place.deep and place.has(".parquet"):  # img2dataset leaves tables without pictures beside pictures with texts
+        return place.path
+    if (path := place.only_list) is not None and _is_list(path, place):
+        return path
+    if place.deep and not place.lists and (below := _folder_with_table(place.path)) is not None:
+        return below
+    return place.path if place.deep and place.has(*PICTURE_SUFFIXES) and place.has(".txt") else None
 
-    Args:
-        path: A folder, or a table.
-        images: Where the pictures lie; left out: beside the table.
-        text: The caption's column.
-        within: Links may lead anywhere in this folder.
-        count: Told of the rows read.
 
-    Raises:
-        DataError: There is nothing of the kind, or the table has no such columns.
-    """
+def _is_list(path: Path, place: Place) -> bool:
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return True
+    content = place.content
+    if isinstance(content, dict):
+        entries = list(content.values())
+        named = bool(entries) and all(isinstance(entry, str | list) for entry in entries)
+        if isinstance(content.get("images"), list) or named:
+            return True
+    return bool(place.keys.intersection(FILE_COLUMNS)) or (content is None and is_table(path))
+
+
+def _folder_with_table(folder: Path) -> Path | None:
+    """Return the one folder below that has a table, as hubs lay out splits."""
+    below = [path for pattern in ("*/", "*/*/") for path in sorted(folder.glob(pattern)) if not path.is_symlink()]
+    names, _ = files_of_split([path.relative_to(folder).as_posix() for path in below if table_in(path) is not None])
+    if len(names) > 1:
+        raise DataError(
+            f"{folder} has tables of captions in {len(names)} folders: {', '.join(names[:8])}",
+            "name each of them as a source of its own",
+        )
+    return folder / names[0] if names else None
+
+
+def open_source(request: Request) -> ListSource:
+    """Open pictures with captions: a folder, or a table."""
+    path = request.path
     table = path if path.is_file() else table_in(path)
-    folder = images or (path.parent if path.is_file() else path)
-    files = {} if images and table else dict(files_in(folder))
-    rows = Rows(count=count)
-    if table is None and text:
-        raise DataError(f"{path} has captions in text files, so `text` changes nothing", "leave text out")
+    folder = request.images or (path.parent if path.is_file() else path)
+    files = {} if request.images and table else dict(files_in(folder))
+    rows = Rows(request.count)
     if table is None:
+        request.refuse("text", "captions in text files")
         _add_sidecars(rows, files)
     else:
-        reading = _Reading(table, text, folder, None if images else files)
+        reading = _Reading(table, request.text, folder, None if request.images else files)
         reading.add_to(rows)
-        if path.is_dir():
-            _add_unnamed(rows, files, reading.named, table.name)
+        for name in files if path.is_dir() else ():
+            if is_picture(name) and name not in reading.named:
+                rows.add_bad(BadRecordError(NO_TEXT, f"{name} has no caption, {table.name} does not name it"))
     sizes = sorted((name, size) for name, size in files.items() if is_picture(name))
-    return list_source(str(path), table or path, GuardedFolder(folder, within), rows, sizes)
+    return list_source(request, table or path, folder, rows, sizes)
 
 
 def _add_sidecars(rows: Rows, files: Mapping[str, int]) -> None:
@@ -92,47 +111,11 @@ def _add_sidecars(rows: Rows, files: Mapping[str, int]) -> None:
             rows.add_bad(BadRecordError(NO_PICTURE, f"{name} has no picture of its name{other}"))
 
 
-def _add_unnamed(rows: Rows, files: Mapping[str, int], named: set[str], table: str) -> None:
-    for name in files:
-        if is_picture(name) and name not in named:
-            rows.add_bad(BadRecordError(NO_TEXT, f"{name} has no caption, {table} does not name it"))
-
-
-def _places(name: str, folders: Iterable[str]) -> list[str]:
-    """Return where the picture of a name may lie: an id stands for a file with the usual endings."""
-    if "//" in name or "./" in name or name.endswith("/"):
-        name = str(PurePosixPath(name))  # "./cat.jpg" and "a//cat.jpg" are names that programs write
-    endings = ("",) if is_picture(name) else ("", *PICTURE_SUFFIXES)
-    return [f"{folder}{name}{ending}" for folder in folders for ending in endings]
-
-
 def _plain(name: str) -> str:
     """Return a name in lower case, its accents one way: systems write them in two (Unicode's NFC and NFD)."""
     return unicodedata.normalize("NFC", name).lower()
 
 
-def _in_other_letters(name: str, files: Mapping[str, str], folders: Sequence[str]) -> str:
-    """Say which of the files, by their plain names, a picture that is not there may be.
-
-    A name may have been written on another system, with backslashes, or begin with folders above this one.
-    """
-    parts = PurePosixPath(name.replace("\\", "/")).parts
-    places = [_plain(place) for start in range(len(parts)) for place in _places("/".join(parts[start:]), folders)]
-    found = next((files[place] for place in places if place in files), None)
-    if not found:
-        return ""
-    accents = found.lower() != _plain(found) or name.lower() != _plain(name)
-    return f", but {found} is{', its accents written another way (Unicode NFC or NFD)' if accents else ''}"
-
-
-def _behind_a_link(name: str, links: Sequence[str]) -> str:
-    """Say which of the links to folders a picture that is not there may lie behind."""
-    above = PurePosixPath(name).parts[:1]
-    link = next((link for link in links if link in above), next(iter(links), ""))
-    return f", and {link} is a link to a folder, which is not followed" if link else ""
-
-
-@dataclass
 class _Reading:
     """The reading of a table.
 
@@ -141,18 +124,14 @@ class _Reading:
         text: The caption's column, where it was named.
         folder: Of the pictures.
         files: What lies in that folder; None where that is not known.
-        named: The pictures that its rows named.
-        columns: Of picture and caption, as soon as they are known.
-        complaint: That a row had no such columns.
     """
 
-    table: Path
-    text: str | None
-    folder: Path
-    files: Mapping[str, int] | None
-    named: set[str] = field(default_factory=set)
-    columns: tuple[str, str] | None = None
-    complaint: DataError | None = None
+    def __init__(self, table: Path, text: str | None, folder: Path, files: Mapping[str, int] | None) -> None:
+        self.table, self.text, self.folder, self.files = table, text, folder, files
+        self.named: set[str] = set()
+        """The pictures that its rows named."""
+        self._columns: tuple[str, str] | None = None
+        self._complaint: DataError | None = None
 
     def add_to(self, rows: Rows) -> None:
         """Add the table's rows; those of another split are passed over, if not all are.
@@ -160,17 +139,20 @@ class _Reading:
         Raises:
             DataError: The table cannot be read, or has no such columns.
         """
-        for left_out in (True, False):
+        others = 0
+        for row in rows_of(self.table):
+            if isinstance(row.fields, Mapping) and is_other_split(row.fields.get(SPLIT)):
+                others += 1
+                self._name(row)
+            else:
+                self._add(rows, row)
+        if others and not len(rows):
             for row in rows_of(self.table):
-                if left_out and isinstance(row.fields, Mapping) and is_of_another(row.fields.get(SPLIT)):
-                    self._name(row)
-                    rows.skipped[ROW_LEFT_OUT] += 1
-                else:
-                    self._add(rows, row)
-            if len(rows) or not rows.skipped.pop(ROW_LEFT_OUT, 0):
-                break
-        if self.columns is None and self.complaint:
-            raise self.complaint
+                self._add(rows, row)
+        else:
+            rows.skipped.update(skipped_rows(others))
+        if self._columns is None and self._complaint:
+            raise self._complaint
 
     def _add(self, rows: Rows, row: Row) -> None:
         """Add the records of a row: one for each caption, or one that is bad."""
@@ -184,7 +166,7 @@ class _Reading:
             rows.add_bad(error)
             return
         except DataError as error:  # a row without the columns; perhaps the others have them
-            self.complaint = self.complaint or error
+            self._complaint = self._complaint or error
             message = f"{row.key}: the row has no picture and caption under the usual names"
             rows.add_bad(BadRecordError(WRONG_TEXT, message))
             return
@@ -204,7 +186,7 @@ class _Reading:
     def _picture_and_words(self, row: Row) -> tuple[str, object]:
         if not isinstance(row.fields, Mapping):
             raise BadRecordError(WRONG_TEXT, f"{row.key} is not an object with a picture and a caption")
-        picture, caption = self.columns = self.columns or columns_of(row.fields, self.text, self.table)
+        picture, caption = self._columns = self._columns or columns_of(row.fields, self.text, self.table)
         return picture_name(row.fields.get(picture), row.key), row.fields.get(caption)
 
     def _places_of(self, name: str, row: Row) -> list[str]:
@@ -214,38 +196,50 @@ class _Reading:
             BadRecordError: It is not there.
         """
         above = row.fields.get(_FOLDER_COLUMN)
-        folders = [f"{above}/", *self._folders] if isinstance(above, str) and above else self._folders
+        folders = (f"{above}/", *self._folders) if isinstance(above, str) and above else self._folders
         places = [place for written in dict.fromkeys((name, name.strip())) for place in _places(written, folders)]
         if self.files is None:
             return places
         if leaves_folder(name):
-            self._name_whole_path(name)
+            path, folder = Path(name), self.folder.absolute()
+            if path.is_relative_to(folder):  # which is told when it is read
+                self.named.add(path.relative_to(folder).as_posix())
             return places
         refuse_address(name, row.key)
         found = next((place for place in places if place in self.files), None)
         if found is None:
-            alike = _in_other_letters(name, self._plain_names, self._folders) or _behind_a_link(name, self._links)
-            raise BadRecordError(MISSING_PICTURE, f"{row.key}: the picture {name[:200]!r} is not there{alike}")
+            message = f"{row.key}: the picture {name[:200]!r} is not there{self._alike(name)}"
+            raise BadRecordError(MISSING_PICTURE, message)
         self.named.add(found)
         return [found]
 
     @cached_property
     def _folders(self) -> tuple[str, ...]:
-        """Where pictures may lie; the one folder that has any belongs to these, whatever its name."""
+        """Where pictures may lie; the one folder that has any is among these, whatever its name."""
         above = {name.rpartition("/")[0] for name in self.files or () if is_picture(name)}
         return (*_FOLDERS, *(f"{folder}/" for folder in above if folder and len(above) == 1))
 
-    def _name_whole_path(self, name: str) -> None:
-        """Count a picture of the folder that is named by its whole path, which is told later, as named."""
-        path, folder = Path(name), self.folder.absolute()
-        if path.is_relative_to(folder):
-            self.named.add(path.relative_to(folder).as_posix())
+    def _alike(self, name: str) -> str:
+        """Say which file a picture that is not there may be: its name has other letters, or folders above this one.
 
-    @cached_property
-    def _links(self) -> list[str]:
-        """The folder's links to folders."""
-        return sorted(path.name for path in self.folder.iterdir() if path.is_symlink() and path.is_dir())
+        A link to a folder, which is not followed, is told too.
+        """
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        written = ["/".join(parts[start:]) for start in range(len(parts))]
+        places = [_plain(place) for name in written for place in _places(name, self._folders)]
+        if found := next((self._plain_names[place] for place in places if place in self._plain_names), None):
+            return f", but {found} is"
+        link = next((path.name for path in sorted(self.folder.iterdir()) if path.is_symlink() and path.is_dir()), None)
+        return f", and {link} is a link to a folder, which is not followed" if link else ""
 
     @cached_property
     def _plain_names(self) -> Mapping[str, str]:
         return {_plain(file): file for file in self.files or ()}
+
+
+def _places(name: str, folders: tuple[str, ...]) -> list[str]:
+    """Return where the picture of a name may lie: an id stands for a file with the usual endings."""
+    if "//" in name or "./" in name or name.endswith("/"):
+        name = str(PurePosixPath(name))  # "./cat.jpg" and "a//cat.jpg" are names that programs write
+    endings = ("",) if is_picture(name) else ("", *PICTURE_SUFFIXES)
+    return [f"{folder}{name}{ending}" for folder in folders for ending in endings]

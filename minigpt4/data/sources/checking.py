@@ -5,19 +5,22 @@ is known to be bad. What a record becomes for a model is not known here.
 """
 
 import hashlib
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from minigpt4.data.record import Record
-from minigpt4.data.sources.faults import kind_of
-from minigpt4.data.sources.opening import CheckableSource
-from minigpt4.data.sources.shard_index import Report
+from minigpt4.data.record import Record, Source
+from minigpt4.data.sources.formats import Report
+from minigpt4.data.sources.safe_files import kind_of
 from minigpt4.errors import DataError, ImageError
 from minigpt4.processing.pictures import open_image
+from minigpt4.weights.files.atomic import write_file
 
 ALL_UP_TO = 10_000
 """Records of a source that is read whole."""
@@ -27,6 +30,11 @@ EXAMPLES = 3
 """Sentences kept of each fault."""
 SHOWN = 12
 """Records for a contact sheet."""
+COLUMNS, CELL, MARGIN = 4, (280, 330), 16
+"""Of a contact sheet; width and height of a record, and the space between them, in pixels."""
+PICTURE = (280, 210)
+"""Largest width and height of a picture there."""
+_LINE, _LETTERS, _LINES = 17, 44, 6
 
 
 @dataclass
@@ -115,19 +123,18 @@ class SourceCheck:
 class _Seen:
     """What is gathered while looking."""
 
-    widths: list[int] = field(default_factory=list)
-    heights: list[int] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
     characters: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     pictures: set[bytes] = field(default_factory=set)
     records: set[bytes] = field(default_factory=set)
     turns: Counter[int] = field(default_factory=Counter)
-    good: list[int] = field(default_factory=list)
+    shown: list[int] = field(default_factory=list)
     surprises: int = 0  # bad records that were not known to be
 
 
 def check_source(
-    source: CheckableSource,
+    source: Source,
     *,
     everything: bool = False,
     seed: int = 1,
@@ -143,10 +150,7 @@ def check_source(
         seed: Of the sample of a large one.
         count_tokens: Counts a text's tokens as a model does.
         max_text_tokens: Answers with more, their end symbol included, will be cut off.
-        report: Told of the records looked at.
-
-    Returns:
-        What was seen.
+        report: Called after each record.
     """
     known_bad = set(source.known_bad())
     whole = everything or len(source) <= ALL_UP_TO
@@ -165,16 +169,20 @@ def check_source(
             _note(check, error, source, number)
             seen.surprises += number not in known_bad
         else:
-            _measure(check, seen, record, size, count_tokens)
+            _measure(check, seen, record, count_tokens)
             if size:
-                seen.good.append(number)
+                seen.sizes.append(size)
+                seen.shown.append(number)
         if report:
             report("checking records", done, len(numbers))
-    check.bad_share = _bad_share(check, seen, len(known_bad.intersection(numbers)), len(numbers))
-    return _summed_up(check, seen, count_tokens is not None)
+    known = len(known_bad.intersection(numbers))  # all of them were looked at; the others are a sample of their kind
+    surprising = seen.surprises / max(1, len(numbers) - known) * (check.records - known)
+    check.bad_share = (check.bad - seen.surprises + surprising) / max(1, check.records)
+    _sum_up(check, seen)
+    return check
 
 
-def _note(check: SourceCheck, error: DataError | ImageError, source: CheckableSource, number: int) -> None:
+def _note(check: SourceCheck, error: DataError | ImageError, source: Source, number: int) -> None:
     message = error.message
     if isinstance(error, ImageError):
         message = f"{source.read(number).key}: {message.replace('the given data', 'the picture')}"
@@ -184,20 +192,7 @@ def _note(check: SourceCheck, error: DataError | ImageError, source: CheckableSo
         fault.examples.append(message)
 
 
-def _bad_share(check: SourceCheck, seen: _Seen, known: int, looked_at: int) -> float:
-    """Return the part of all records that is bad: every known one was looked at, the others speak for their kind."""
-    others = check.records - known
-    surprising = seen.surprises / max(1, looked_at - known) * others
-    return (check.bad - seen.surprises + surprising) / max(1, check.records)
-
-
-def _measure(
-    check: SourceCheck,
-    seen: _Seen,
-    record: Record,
-    size: tuple[int, int] | None,
-    count_tokens: Callable[[str], int] | None,
-) -> None:
+def _measure(check: SourceCheck, seen: _Seen, record: Record, count_tokens: Callable[[str], int] | None) -> None:
     check.good += 1
     seen.turns[len(record.turns)] += 1
     seen.characters.append(sum(len(answer) for _, answer in record.turns))
@@ -206,11 +201,9 @@ def _measure(
         seen.tokens.append(sum(counts))
         if check.max_text_tokens is not None:
             check.cut = (check.cut or 0) + sum(count > check.max_text_tokens for count in counts)
-    if record.picture is None or size is None:
+    if record.picture is None:
         check.text_only += 1
         return
-    seen.widths.append(size[0])
-    seen.heights.append(size[1])
     picture = hashlib.sha256(record.picture).digest()
     whole = hashlib.sha256(picture + repr(record.turns).encode("utf-8", "surrogatepass")).digest()
     check.same_picture += picture in seen.pictures
@@ -219,18 +212,52 @@ def _measure(
     seen.records.add(whole)
 
 
-def _summed_up(check: SourceCheck, seen: _Seen, has_tokens: bool) -> SourceCheck:
-    check.widths, check.heights, check.characters = map(_spread, (seen.widths, seen.heights, seen.characters))
-    check.tokens = _spread(seen.tokens) if has_tokens else None
+def _sum_up(check: SourceCheck, seen: _Seen) -> None:
+    check.widths, check.heights = (_spread([size[side] for size in seen.sizes]) for side in (0, 1))
+    check.characters, check.tokens = _spread(seen.characters), _spread(seen.tokens)
     check.turns = dict(sorted(seen.turns.items()))
     check.faults = dict(sorted(check.faults.items(), key=lambda item: -item[1].count))
-    count = min(SHOWN, len(seen.good))
-    check.samples = [seen.good[i * len(seen.good) // count] for i in range(count)]
-    return check
+    count = min(SHOWN, len(seen.shown))
+    check.samples = [seen.shown[i * len(seen.shown) // count] for i in range(count)]
 
 
 def _spread(numbers: Sequence[int]) -> Spread | None:
-    if not numbers:
-        return None
     ordered = sorted(numbers)
-    return Spread(ordered[0], ordered[len(ordered) // 2], ordered[-1])
+    return Spread(ordered[0], ordered[len(ordered) // 2], ordered[-1]) if ordered else None
+
+
+def write_contact_sheet(target: Path, records: Sequence[Record]) -> None:
+    """Write records, four in a row, each with its words under its picture, as a PNG file.
+
+    Raises:
+        ImageError: A picture cannot be opened.
+        StorageError: The place cannot be written.
+    """
+    width, height = (side + MARGIN for side in CELL)
+    page = Image.new("RGB", (COLUMNS * width + MARGIN, -(-len(records) // COLUMNS) * height + MARGIN), "white")
+    draw, font = ImageDraw.Draw(page), _font()
+    for number, record in enumerate(records):
+        x, y = MARGIN + number % COLUMNS * width, MARGIN + number // COLUMNS * height
+        if record.picture is not None:
+            picture = ImageOps.contain(open_image(record.picture), PICTURE)
+            page.paste(picture, (x + (PICTURE[0] - picture.width) // 2, y + PICTURE[1] - picture.height))
+        said = "\n".join(f"{question} - {answer}" if question else answer for question, answer in record.turns)
+        lines = [line for part in said.splitlines() for line in textwrap.wrap(_printable(part), _LETTERS)]
+        if len(lines) > _LINES:
+            lines[_LINES - 1 :] = [f"{lines[_LINES - 1][: _LETTERS - 4]} ..."]
+        for at, line in enumerate([_printable(record.key)[-_LETTERS:], *lines]):
+            draw.text((x, y + PICTURE[1] + 2 + at * _LINE), line, "black" if at else "gray", font)
+    with write_file(target) as file:
+        page.save(file, "PNG")
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    try:
+        return ImageFont.truetype("DejaVuSans.ttf", 11)  # has more letters than Pillow's own, where a system has it
+    except OSError:
+        return ImageFont.load_default(13)
+
+
+def _printable(text: str) -> str:
+    """Replace what no font can show by its escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.replace("\t", " "))

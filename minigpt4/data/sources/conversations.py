@@ -12,9 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from minigpt4.data.sources.faults import NO_PICTURE, NO_TEXT, WRONG_TEXT, BadRecordError, checked_text
-from minigpt4.data.sources.guarded_folder import GuardedFolder
-from minigpt4.data.sources.listed import Count, ListSource, Rows, items_of, list_source
+from minigpt4.data.sources.formats import Place, Request
+from minigpt4.data.sources.lists import ListSource, Rows, items_of, list_source
+from minigpt4.data.sources.safe_files import NO_PICTURE, NO_TEXT, WRONG_TEXT, BadRecordError, checked_text
+from minigpt4.errors import DataError
 
 TURNS = ("conversations", "conversation", "messages")
 """Names of the list of turns."""
@@ -25,38 +26,30 @@ _MARK = re.compile(r"\n*<image>\n*")
 _ASKS, _ANSWERS = frozenset(["human", "user"]), frozenset(["gpt", "assistant"])
 
 
-def open_conversations(
-    path: Path, *, images: Path | None = None, within: Path | None = None, count: Count | None = None
-) -> ListSource:
-    """Open conversations.
+def sniff(place: Place) -> Path | None:
+    """Return the one list, if its entries have turns."""
+    return place.only_list if place.keys.intersection(TURNS) else None
 
-    Args:
-        path: The list (`.json` or `.jsonl`).
-        images: Where the pictures lie; left out: beside the list.
-        within: Links may lead anywhere in this folder.
-        count: Told of the rows read.
 
-    Raises:
-        DataError: The file cannot be read, or is no list.
-    """
-    rows = Rows(count=count)
-    for place, item in items_of(path):
-        try:
-            _add(rows, place, item)
-        except BadRecordError as error:
-            rows.add_bad(error)
-    return list_source(str(path), path, GuardedFolder(images or path.parent, within), rows)
+def open_source(request: Request) -> ListSource:
+    """Open a list of conversations (`.json` or `.jsonl`), or the one list of a folder."""
+    request.refuse("text", "the turns of its conversations and no captions")
+    path = request.path
+    if path.is_dir():
+        found = sorted([*path.glob("*.json"), *path.glob("*.jsonl")])
+        if len(found) != 1:
+            raise DataError(f"{path} has {len(found)} JSON lists, expected one", "name the list itself")
+        path = found[0]
+    return list_source(request, path, path.parent, Rows(request.count).add_all(items_of(path), _add))
 
 
 def coco_names(name: str) -> list[str]:
-    """Return where a picture of COCO may lie: under its name, or under the long one of 2014."""
+    """Return where a picture of COCO may lie: under its name, or the long one of 2014."""
     folder, slash, base = name.rpartition("/")
     return [name] if base.startswith("COCO_") else [name, f"{folder}{slash}{COCO_PREFIX}{base}"]
 
 
 def _add(rows: Rows, place: str, item: Any) -> None:  # noqa: ANN401  (whatever a list holds)
-    if isinstance(item, BadRecordError):
-        raise item
     turns = next((item[name] for name in TURNS if name in item), None) if isinstance(item, dict) else None
     if not isinstance(turns, list) or not turns:
         raise BadRecordError(WRONG_TEXT, f"{place} has no list of conversations")
@@ -80,7 +73,7 @@ def _add(rows: Rows, place: str, item: Any) -> None:  # noqa: ANN401  (whatever 
 
 
 def _said(turn: Any) -> tuple[Any, Any]:  # noqa: ANN401  (whatever a list holds)
-    """Return who says a turn, and what."""
+    """Return the role of a turn, and its text."""
     if not isinstance(turn, dict):
         return None, None
     said = turn.get("value", turn.get("content"))

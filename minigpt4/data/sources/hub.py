@@ -1,17 +1,17 @@
-"""Data sets of the Hugging Face hub: `hub:owner/name` or `hub:owner/name@revision` becomes a folder on this machine.
+"""Data sets of the Hugging Face hub: `owner/name` or `owner/name@revision` becomes a folder on this machine.
 
 The hub's own client fetches and keeps the files, with its settings (`HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE`, ...).
-Lists, tables, shards and pictures are taken, and nothing that could run. The readers of this package do the rest.
+Lists, tables, shards and pictures are taken, and nothing that could run.
 """
 
 from pathlib import Path
 
-from minigpt4.data.sources.guarded_folder import PICTURE_SUFFIXES
-from minigpt4.data.sources.shard_index import Report
+from minigpt4.data.sources.formats import Report
+from minigpt4.data.sources.safe_files import PICTURE_SUFFIXES
 from minigpt4.errors import DownloadError
+from minigpt4.text import first_line
 from minigpt4.weights.hub import HUB_ID
 
-PREFIX = "hub:"
 _ENDINGS = (".parquet", ".tar", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", *PICTURE_SUFFIXES)
 FILES = ["*" + "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in ending) for ending in _ENDINGS]
 """Patterns of what is fetched, in large or small letters."""
@@ -21,16 +21,16 @@ def dataset_folder(name: str, report: Report | None = None) -> Path:
     """Return the folder of a data set of the hub, fetching what is not here yet.
 
     Args:
-        name: `hub:owner/name` or `hub:owner/name@revision`.
-        report: Told that the hub is asked.
+        name: `owner/name` or `owner/name@revision`.
+        report: Called when the hub is asked.
 
     Raises:
         DownloadError: There is no such data set, or it is not here and cannot be fetched.
     """
-    match = HUB_ID.fullmatch(name.removeprefix(PREFIX))
+    match = HUB_ID.fullmatch(name)
     if match is None:
         raise DownloadError(
-            f"{name} is no id of a hub, expected hub:owner/name or hub:owner/name@revision",
+            f"hub:{name} is no id of a hub, expected hub:owner/name or hub:owner/name@revision",
             "the id is in the address of the data set's page; a folder here is named without hub:",
         )
     # The client reads its settings when it is first imported.
@@ -38,19 +38,17 @@ def dataset_folder(name: str, report: Report | None = None) -> Path:
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2, as it was built
 
     if report and not constants.HF_HUB_OFFLINE:
-        report(f"asking the hub for {match[0]}", 0, 0)
+        report(f"asking the hub for {name}", 0, 0)
     try:
-        return Path(
-            snapshot_download(
-                match["repository"], repo_type="dataset", revision=match["revision"], allow_patterns=FILES
-            )
+        folder = snapshot_download(
+            match["repository"], repo_type="dataset", revision=match["revision"], allow_patterns=FILES
         )
     except (OSError, ValueError, HTTPError) as error:  # the client's own errors are kinds of these
-        reason = next(iter(str(error).strip().splitlines()), "").rstrip(".:") or type(error).__name__
-        hint = "check the name, the network and HF_HUB_OFFLINE, `hf auth login` for private ones, or name a folder"
         raise DownloadError(
-            f"the data set {match[0]} is not here, and the hub does not give it: {reason}", hint
+            f"the data set {name} is not here, and the hub does not give it: {first_line(error)}",
+            "check the name, the network and HF_HUB_OFFLINE, `hf auth login` for private ones, or name a folder",
         ) from error
+    return Path(folder)
 
 
 def cache_of(snapshot: Path) -> Path:

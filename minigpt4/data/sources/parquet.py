@@ -3,7 +3,7 @@
 The picture is a column of bytes, of `{bytes, path}` (the Hugging Face form), or of file names; the caption one of text,
 or of lists with several, of which each is a record. A row group is held in memory at a time, so reading in order costs
 each group once, and reading at random reads a group for every record: for a long training write the pictures as tar
-shards.
+shards. Which columns are meant, and which rows make which records, is in `parquet_rows`.
 """
 
 import hashlib
@@ -12,15 +12,19 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from minigpt4.data.record import Record
-from minigpt4.data.sources.faults import LARGE_PICTURE, NO_PICTURE, BadRecordError, checked_text
-from minigpt4.data.sources.guarded_folder import GuardedFolder
-from minigpt4.data.sources.listed import Count
-from minigpt4.data.sources.parquet_files import Columns, RowGroup, damaged, describe_files, opened
-from minigpt4.data.sources.parquet_rows import RowIndex, index_rows
-from minigpt4.data.sources.splits import LEFT_OUT, training_files
+from minigpt4.data.sources.formats import Place, Request
+from minigpt4.data.sources.parquet_rows import Columns, RowGroup, RowIndex, describe_files, index_rows, opened
+from minigpt4.data.sources.safe_files import (
+    LARGE_PICTURE,
+    NO_PICTURE,
+    BadRecordError,
+    SafeFolder,
+    checked_text,
+    files_of_split,
+)
 from minigpt4.data.sources.tables import captions_in
 from minigpt4.errors import DataError
 from minigpt4.processing.pictures import DEFAULT_LIMITS
@@ -36,10 +40,10 @@ class ParquetSource:
         files: Their names in it.
         groups: Their row groups.
         columns: Of picture and captions.
+        rows: Which records the rows make.
         pictures: Where the pictures lie, if the files hold names.
         identity: A digest of names, sizes, groups and which records the rows make.
-        rows: Which records the rows make; None where it is one each.
-        left_out: Files that are for testing.
+        skipped: How many files and rows are passed over, by kind.
     """
 
     name: str
@@ -47,25 +51,19 @@ class ParquetSource:
     files: tuple[str, ...]
     groups: tuple[RowGroup, ...]
     columns: Columns
-    pictures: GuardedFolder
+    rows: RowIndex
+    pictures: SafeFolder
     identity: str
-    rows: RowIndex | None = None
-    left_out: int = 0
+    skipped: dict[str, int]
     _held: dict[RowGroup, tuple[Any, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def text_lengths(self) -> Sequence[int] | None:
-        """Bytes of each caption, where they stand in lists; else not known without reading everything."""
-        return None if self.rows is None else cast("Sequence[int] | None", self.rows.lengths)
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """Files and rows that are for testing, and rows without a picture that say why."""
-        files = {LEFT_OUT: self.left_out} if self.left_out else {}
-        return files | (self.rows.left_out if self.rows else {})
+        """Bytes of each caption, where they are in lists; else not known without reading everything."""
+        return None if self.rows.lengths is None else self.rows.lengths  # type: ignore[return-value]  # an array
 
     def __len__(self) -> int:
-        return len(self.rows) if self.rows else self.groups[-1].start + self.groups[-1].rows
+        return len(self.rows)
 
     def __getstate__(self) -> dict[str, object]:
         """Go to another process without the row group that is held."""
@@ -75,20 +73,20 @@ class ParquetSource:
         """Return the name of a record's file."""
         return self.files[self._place(number)[0].file]
 
+    def barren(self) -> Sequence[str]:
+        """Return no file: which pictures are missing is not known."""
+        return ()
+
     def known_bad(self) -> list[int]:
         """Return the numbers of captions in lists that are none; nothing else is known without reading."""
-        return self.rows.known_bad() if self.rows else []
+        return self.rows.known_bad()
 
-    def together(self) -> Iterable[Sequence[int]]:
+    def together(self) -> Iterable[Sequence[int]] | None:
         """Yield the numbers of the records of each row, which have its picture; those of bad ones by themselves."""
-        return self.rows.together() if self.rows else ([number] for number in range(len(self)))
+        return None if self.rows.lengths is None else self.rows.together()
 
     def read(self, number: int, *, with_picture: bool = True) -> Record:
-        """Return a record.
-
-        Args:
-            number: Which.
-            with_picture: Read its picture; else it has none.
+        """Return a record, whose picture may be left out.
 
         Raises:
             BadRecordError: It has no picture or no caption.
@@ -105,18 +103,14 @@ class ParquetSource:
         """Return a record's row group, its row, and its place among the records of that row."""
         if not 0 <= number < len(self):
             raise DataError(f"{self.name} has no record {number}, it has {len(self):,}")
-        row, at = self.rows.place(number) if self.rows else (number, 0)
+        row, at = self.rows.place(number)
         return self.groups[bisect_right(self.groups, row, key=lambda group: group.start) - 1], row, at
 
     def _columns_of(self, group: RowGroup) -> tuple[Any, Any]:
         if group not in self._held:
-            path = self.folder / self.files[group.file]
-            try:
-                with opened(path) as file:
-                    wanted = [self.columns.picture, *self.columns.leaves(file)]
-                    table = file.read_row_group(group.number, columns=wanted, use_threads=False)
-            except (OSError, ValueError, MemoryError) as error:  # the library's own errors are kinds of these
-                raise damaged(path, error) from error
+            with opened(self.folder / self.files[group.file]) as file:
+                wanted = [self.columns.picture, *self.columns.leaves(file)]
+                table = file.read_row_group(group.number, columns=wanted, use_threads=False)
             self._held.clear()
             self._held[group] = table.column(self.columns.picture), table.column(self.columns.caption)
         return self._held[group]
@@ -136,43 +130,44 @@ class ParquetSource:
         return value
 
 
-def open_parquet(
-    path: Path,
-    *,
-    images: Path | None = None,
-    text: str | None = None,
-    within: Path | None = None,
-    count: Count | None = None,
-) -> ParquetSource:
-    """Open parquet files.
+def sniff(place: Place) -> Path | None:
+    """Return a parquet file, or a folder with some in it or below, but for tables beside pictures with texts."""
+    found = place.has(".parquet") and (place.deep or not place.path.is_dir()) and not place.has_pairs
+    return place.path if found else None
 
-    Args:
-        path: A file, or a folder of files, which may lie in folders; those for testing are left out.
-        images: Where the pictures lie, if the files hold names; left out: in `path`.
-        text: The caption's column.
-        within: Links may lead anywhere in this folder.
-        count: Told of the rows whose lists of captions are read.
+
+def open_source(request: Request) -> ParquetSource:
+    """Open a file, or a folder of files, which may lie in folders; those for testing are left out.
 
     Raises:
         DataError: pyarrow is not installed, there is no such file, it is damaged, or has no such columns.
     """
+    path = request.path
     folder = path if path.is_dir() else path.parent
     found = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not found:
         raise DataError(f"no parquet files in {path}", "name the folder that holds them")
-    files = training_files([file.relative_to(folder).as_posix() for file in found])
-    columns, groups = describe_files(folder, files, text)
-    if columns is None or not groups:
+    files, skipped = files_of_split([file.relative_to(folder).as_posix() for file in found])
+    columns, groups = describe_files(folder, files, request.text)
+    if not groups:
         raise DataError(f"the parquet files of {path} have no rows", "fetch them again")
-    rows = index_rows(folder, files, groups, columns, count)
-    if rows is not None and not len(rows):
+    rows = index_rows(folder, files, groups, columns, request.count)
+    if not len(rows):
         why = ", ".join(f"{number:,} x {what}" for what, number in rows.left_out.items()) or "empty lists of captions"
         raise DataError(f"the parquet files of {path} have no rows to learn from: {why}", "fetch them again")
     named = [columns.picture, columns.caption]
     described = [named, [(name, (folder / name).stat().st_size) for name in files], [vars(group) for group in groups]]
     digest = hashlib.sha256(json.dumps(described).encode())
-    if rows is not None:
+    if rows.first is not None:
         digest.update(rows.first.tobytes() + (b"" if rows.lengths is None else rows.lengths.tobytes()))
-    pictures = GuardedFolder(images or folder, within)
-    left_out = len(found) - len(files)
-    return ParquetSource(str(path), folder, tuple(files), groups, columns, pictures, digest.hexdigest(), rows, left_out)
+    return ParquetSource(
+        request.name,
+        folder,
+        tuple(files),
+        groups,
+        columns,
+        rows,
+        SafeFolder(request.images or folder, request.within),
+        digest.hexdigest(),
+        skipped | rows.left_out,
+    )

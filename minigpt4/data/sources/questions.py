@@ -13,51 +13,40 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4.data.sources.conversations import coco_names
-from minigpt4.data.sources.faults import NO_PICTURE, NO_TEXT, WRONG_TEXT, BadRecordError, checked_text
-from minigpt4.data.sources.guarded_folder import PICTURE_SUFFIXES, GuardedFolder
-from minigpt4.data.sources.listed import Count, ListSource, Rows, items_of, list_source, read_json
+from minigpt4.data.sources.formats import Place, Request
+from minigpt4.data.sources.lists import ListSource, Rows, items_of, list_source, numbered, read_json
+from minigpt4.data.sources.safe_files import (
+    NO_PICTURE,
+    NO_TEXT,
+    PICTURE_SUFFIXES,
+    WRONG_TEXT,
+    BadRecordError,
+    checked_text,
+)
+from minigpt4.data.sources.tables import table_in
 from minigpt4.errors import DataError
 
 _IMAGE_KEYS = ("image", "image_id", "imageId", "img", "file_name")
 _ANSWER_KEYS = ("answers", "direct_answers", "answer", "label")
 
 
-def open_questions(
-    path: Path, *, images: Path | None = None, within: Path | None = None, count: Count | None = None
-) -> ListSource:
-    """Open questions with answers.
-
-    Args:
-        path: A folder with a list of questions and one of annotations, or a list.
-        images: Where the pictures lie; left out: beside the list.
-        within: Links may lead anywhere in this folder.
-        count: Told of the rows read.
-
-    Raises:
-        DataError: A list is missing or of another form.
-    """
-    file = find_questions(path) if path.is_dir() else path
-    rows = Rows(count=count)
-    for key, item in _items(file):
-        try:
-            if isinstance(item, BadRecordError):
-                raise item
-            if not isinstance(item, Mapping):
-                raise BadRecordError(WRONG_TEXT, f"{key} is not an object with a question and an answer")
-            pictures = _pictures(item, key)
-            turn = checked_text(item.get("question"), key, "question"), _answer(item, key)
-            rows.add(key, pictures, [turn])
-        except BadRecordError as error:
-            rows.add_bad(error)
-    return list_source(str(path), file, GuardedFolder(images or file.parent, within), rows)
+def sniff(place: Place) -> Path | None:
+    """Return a folder with a list of questions and no table of captions, or the one list, if it has questions."""
+    if place.path.is_dir() and not place.deep:
+        there = any("question" in name.lower() and name.endswith(".json") for name in place.files)
+        return place.path if there and table_in(place.path) is None else None
+    has = "question" in place.keys or (isinstance(place.content, dict) and "questions" in place.content)
+    return place.only_list if has else None
 
 
-def find_questions(folder: Path) -> Path:
-    """Return the one list of questions in a folder.
+def open_source(request: Request) -> ListSource:
+    """Open a list of questions with answers, or a folder with one of questions and one of annotations."""
+    request.refuse("text", "questions and answers and no captions")
+    file = _list_in(request.path) if request.path.is_dir() else request.path
+    return list_source(request, file, file.parent, Rows(request.count).add_all(_items(file), _add))
 
-    Raises:
-        DataError: There is none, or more than one.
-    """
+
+def _list_in(folder: Path) -> Path:
     found = sorted(path for path in folder.glob("*.json") if "question" in path.name.lower())
     if len(found) != 1:
         raise DataError(
@@ -66,26 +55,31 @@ def find_questions(folder: Path) -> Path:
     return found[0]
 
 
+def _add(rows: Rows, key: str, item: Any) -> None:  # noqa: ANN401  (whatever a list holds)
+    if not isinstance(item, Mapping):
+        raise BadRecordError(WRONG_TEXT, f"{key} is not an object with a question and an answer")
+    pictures = _pictures(item, key)
+    rows.add(key, pictures, [(checked_text(item.get("question"), key, "question"), _answer(item, key))])
+
+
 def most_frequent(answers: list[str]) -> str:
     """Return the answer given most often, the first of those given as often."""
     return Counter(answers).most_common(1)[0][0]
 
 
 def _items(file: Path) -> Iterator[tuple[str, Any]]:
-    if file.suffix.lower() == ".jsonl":
-        yield from items_of(file)
-        return
+    if file.suffix.lower() != ".json":
+        return items_of(file)
     content = read_json(file)
     if isinstance(content, list):
-        yield from ((f"{file.name}:{number}", item) for number, item in enumerate(content, 1))
-    elif isinstance(content, dict) and isinstance(content.get("questions"), list):
-        yield from _joined(file, content)
-    elif isinstance(content, dict) and isinstance(content.get("data"), list):  # TextVQA
-        yield from ((f"{file.name}:{number}", item) for number, item in enumerate(content["data"], 1))
-    elif isinstance(content, dict) and "annotations" not in content:
-        yield from ((f"{file.name}:{name[:80]}", item) for name, item in content.items())
-    else:
+        return numbered(file, content)
+    if isinstance(content, dict) and isinstance(content.get("questions"), list):
+        return _joined(file, content)
+    if isinstance(content, dict) and isinstance(content.get("data"), list):  # TextVQA
+        return numbered(file, content["data"])
+    if not isinstance(content, dict) or "annotations" in content:
         raise DataError(f"{file} holds no questions", "name the list of questions; that of the annotations lies beside")
+    return ((f"{file.name}:{name[:80]}", item) for name, item in content.items())
 
 
 def _joined(file: Path, content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -95,12 +89,11 @@ def _joined(file: Path, content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]
     listed = annotations.get("annotations") if isinstance(annotations, dict) else None
     if not isinstance(listed, list):
         raise DataError(f"{partner} has no list of annotations", "fetch it again")
-    answers = {item.get("question_id"): item for item in listed if isinstance(item, dict)}
+    answers = {str(item.get("question_id")): item for item in listed if isinstance(item, dict)}
     split = content.get("data_subtype")
-    for number, item in enumerate(content["questions"], 1):
-        key = f"{file.name}:{number}"
+    for key, item in numbered(file, content["questions"]):
         if isinstance(item, dict):
-            found = answers.get(item.get("question_id"), {})
+            found = answers.get(str(item.get("question_id")), {})
             kept = {name: found[name] for name in ("answers", "multiple_choice_answer") if name in found}
             item = {**item, **kept, "data_subtype": split}
         yield key, item

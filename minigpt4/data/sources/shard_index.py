@@ -1,8 +1,8 @@
-"""The index of a folder of tar shards: where each sample lies, in one file that is mapped and not read.
+"""The index of some tar shards: where each sample lies, in one file that is mapped and not read.
 
 The file `minigpt4.index` beside the shards: one line of JSON (the shards with size and time, what was passed over,
-what is damaged), blanks up to a multiple of 64 bytes, then 32 bytes for each sample (`shard_contents.ROW`). Five
-million samples are 160 MB on disk and open in well under a second, since only what is asked for is read.
+what is damaged), blanks up to a multiple of 64 bytes, then 32 bytes for each sample (`tar_shards.ROW`). Five million
+samples are 160 MB on disk and open in well under a second, since only what is asked for is read.
 
 An index that does not fit its shards any more is refused, never mended behind one's back.
 """
@@ -10,14 +10,15 @@ An index that does not fit its shards any more is refused, never mended behind o
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minigpt4.data.sources.shard_contents import GOOD, ROW, look_through
+from minigpt4.data.sources.formats import Report
+from minigpt4.data.sources.tar_shards import GOOD, ROW, look_through
 from minigpt4.errors import DataError
 from minigpt4.weights.files.atomic import write_file
 
@@ -26,19 +27,10 @@ FORMAT = "minigpt4 shard index 1"
 MAX_HEADER_BYTES = 256 * 1024**2
 _ALIGNMENT = 64
 
-Report = Callable[[str, int, int], None]
-"""Told what is done, how many of it are, and of how many."""
-
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard as it was when it was indexed.
-
-    Args:
-        name: Relative to the index's folder, with `/`.
-        size: In bytes.
-        mtime_ns: Time of its last change.
-    """
+    """A shard as it was when it was indexed: its name relative to the index's folder, its size, its time of change."""
 
     name: str
     size: int
@@ -78,20 +70,14 @@ class ShardIndex:
 def make_index(folder: Path, names: Sequence[str], caption_key: str, report: Report | None = None) -> ShardIndex:
     """Read through shards and list their samples.
 
-    Args:
-        folder: Holds the shards.
-        names: Of the shards, relative to the folder.
-        caption_key: What holds the caption in a JSON record.
-        report: Told of each shard.
-
     Raises:
         DataError: A shard cannot be read at all; damage within one is noted.
     """
-    shards, parts = [], []
+    shards, parts = [], [np.zeros(0, ROW)]
     skipped: Counter[str] = Counter()
     damage: dict[str, str] = {}
     for number, name in enumerate(names):
-        shards.append(_shard(folder, name))
+        shards.append(_as_it_is(folder, name))
         contents = look_through(folder / name, caption_key)
         contents.rows["shard"] = number
         parts.append(contents.rows)
@@ -100,21 +86,13 @@ def make_index(folder: Path, names: Sequence[str], caption_key: str, report: Rep
             damage[name] = contents.damage
         if report:
             report("reading shards", number + 1, len(names))
-    rows = np.concatenate(parts) if parts else np.zeros(0, ROW)
-    return ShardIndex(
-        folder, tuple(shards), rows, caption_key, dict(skipped), damage, _identity(shards, rows, caption_key)
-    )
+    rows = np.concatenate(parts)
+    identity = _identity(shards, rows, caption_key)
+    return ShardIndex(folder, tuple(shards), rows, caption_key, dict(skipped), damage, identity)
 
 
 def write_index(index: ShardIndex) -> Path:
-    """Write an index beside its shards.
-
-    Returns:
-        The file.
-
-    Raises:
-        StorageError: The folder cannot be written, or is full.
-    """
+    """Write an index beside its shards; return the file."""
     header = {
         "format": FORMAT,
         "samples": len(index.rows),
@@ -123,7 +101,7 @@ def write_index(index: ShardIndex) -> Path:
         "identity": index.identity,
         "skipped": index.skipped,
         "damage": index.damage,
-        "shards": [list(asdict(shard).values()) for shard in index.shards],
+        "shards": [astuple(shard) for shard in index.shards],
     }
     line = json.dumps(header).encode()
     line += b" " * (-(len(line) + 1) % _ALIGNMENT) + b"\n"
@@ -145,16 +123,13 @@ def read_index(folder: Path) -> ShardIndex:
         with path.open("rb") as file:
             line = file.readline(MAX_HEADER_BYTES)
         header = json.loads(line)
-        if header["format"] != FORMAT:
-            raise ValueError
         samples = int(header["samples"])
-        if path.stat().st_size != len(line) + samples * ROW.itemsize:
+        if header["format"] != FORMAT or path.stat().st_size != len(line) + samples * ROW.itemsize:
             raise ValueError
-        rows = np.memmap(path, ROW, "r", len(line), samples) if samples else np.zeros(0, ROW)
         return ShardIndex(
             folder=folder,
             shards=tuple(Shard(str(name), int(size), int(time)) for name, size, time in header["shards"]),
-            rows=rows,
+            rows=np.memmap(path, ROW, "r", len(line), samples) if samples else np.zeros(0, ROW),
             caption_key=str(header["caption_key"]),
             skipped={str(what): int(count) for what, count in header["skipped"].items()},
             damage={str(name): str(what) for name, what in header["damage"].items()},
@@ -162,28 +137,28 @@ def read_index(folder: Path) -> ShardIndex:
             file=path,
         )
     except OSError as error:
-        raise DataError(f"the index {path} cannot be read: {error.strerror}", _again(folder)) from error
+        raise DataError(f"the index {path} cannot be read: {error.strerror}", again(folder)) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path} is not an index of this version, or it is damaged", _again(folder)) from error
+        raise DataError(f"{path} is not an index of this version, or it is damaged", again(folder)) from error
 
 
-def check_fresh(index: ShardIndex, names: Sequence[str]) -> None:
-    """Compare an index with the shards that lie there now.
-
-    Args:
-        index: As it was read.
-        names: Of the shards that are wanted.
+def refuse_stale(index: ShardIndex, names: Sequence[str], is_whole: bool) -> None:
+    """Refuse an index that does not know some shards as they are now, or of a whole folder, knows others.
 
     Raises:
-        DataError: One is not in the index, or has another size or time.
+        DataError: It is stale.
     """
-    known = {shard.name: shard for shard in index.shards}
-    new = [name for name in names if name not in known]
-    changed = [name for name in names if name in known and known[name] != _shard(index.folder, name)]
-    what = f"does not know {new[0]}" if new else f"was made before {changed[0]} changed" if changed else ""
-    if what:
-        others = f" and {len(new) + len(changed) - 1:,} others" if len(new) + len(changed) > 1 else ""
-        raise DataError(f"the index {index.folder / INDEX_NAME} is stale: it {what}{others}", _again(index.folder))
+    known, wanted = {shard.name: shard for shard in index.shards}, set(names)
+    wrong = [f"does not know {name}" for name in names if name not in known]
+    wrong += [
+        f"was made before {name} changed"
+        for name in names
+        if name in known and known[name] != _as_it_is(index.folder, name)
+    ]
+    wrong += [f"knows {name}, which is gone" for name in known if is_whole and name not in wanted]
+    if wrong:
+        others = f" and {len(wrong) - 1:,} others" if len(wrong) > 1 else ""
+        raise DataError(f"the index {index.folder / INDEX_NAME} is stale: it {wrong[0]}{others}", again(index.folder))
 
 
 def part_of(index: ShardIndex, names: Sequence[str]) -> ShardIndex:
@@ -196,11 +171,17 @@ def part_of(index: ShardIndex, names: Sequence[str]) -> ShardIndex:
     rows["shard"] = np.searchsorted(numbers, rows["shard"])
     shards = tuple(index.shards[number] for number in numbers)
     damage = {name: what for name, what in index.damage.items() if name in wanted}
-    identity = _identity(shards, rows, index.caption_key)
-    return ShardIndex(index.folder, shards, rows, index.caption_key, index.skipped, damage, identity)
+    return replace(
+        index,
+        shards=shards,
+        rows=rows,
+        damage=damage,
+        identity=_identity(shards, rows, index.caption_key),
+        file=None,
+    )
 
 
-def _shard(folder: Path, name: str) -> Shard:
+def _as_it_is(folder: Path, name: str) -> Shard:
     try:
         status = (folder / name).stat()
     except OSError as error:
@@ -216,5 +197,6 @@ def _identity(shards: Sequence[Shard], rows: np.ndarray, caption_key: str) -> st
     return digest.hexdigest()
 
 
-def _again(folder: Path) -> str:
+def again(folder: Path) -> str:
+    """Return the command that makes an index again."""
     return f"minigpt4 data index {folder}"

@@ -9,13 +9,33 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 import numpy as np
 
 from minigpt4.data.record import Record
-from minigpt4.data.sources.faults import DAMAGED, DOUBLED, LARGE_PICTURE, NO_PICTURE, NO_TEXT, BadRecordError
-from minigpt4.data.sources.shard_contents import (
+from minigpt4.data.sources.formats import Place, Report, Request
+from minigpt4.data.sources.safe_files import (
+    DAMAGED,
+    DOUBLED,
+    LARGE_PICTURE,
+    NO_PICTURE,
+    NO_TEXT,
+    BadRecordError,
+    files_of_split,
+)
+from minigpt4.data.sources.shard_index import (
+    INDEX_NAME,
+    Shard,
+    ShardIndex,
+    again,
+    make_index,
+    part_of,
+    read_index,
+    refuse_stale,
+    write_index,
+)
+from minigpt4.data.sources.tar_shards import (
     FAULT_DAMAGE,
     FAULT_DOUBLED,
     FAULT_LARGE,
@@ -23,31 +43,18 @@ from minigpt4.data.sources.shard_contents import (
     GOOD,
     MORE_DOTS,
     NOWHERE,
+    TarReader,
     caption_of,
-    member_at,
-    read_content,
     sample_key,
 )
-from minigpt4.data.sources.shard_index import (
-    INDEX_NAME,
-    Report,
-    Shard,
-    ShardIndex,
-    check_fresh,
-    make_index,
-    part_of,
-    read_index,
-    write_index,
-)
-from minigpt4.data.sources.splits import LEFT_OUT, training_files
 from minigpt4.errors import DataError
 from minigpt4.processing.pictures import DEFAULT_LIMITS
 from minigpt4.text import counted
 
 CAPTION_KEY = "caption"
 MAX_SHARDS = 1_000_000
+_BELOW = "shard in a folder below"
 _AS_SOURCES = "name them as several sources"
-BELOW = "shard in a folder below"
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})")
 
@@ -92,7 +99,7 @@ class ShardSource:
         """Send a mapped index to another process as the name of its file."""
         state = dict(self.__dict__)
         if self.index.file:
-            state["index"] = replace(self.index, rows=np.zeros(0, self.index.rows.dtype))
+            state["index"] = replace(self.index, rows=self.index.rows[:0].copy())
         return state
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -103,10 +110,6 @@ class ShardSource:
         """Return the name of a record's shard."""
         return self._shard(self.index.rows[number]).name
 
-    def known_bad(self) -> list[int]:
-        """Return the numbers of the records that are bad without being read."""
-        return [int(number) for number in np.flatnonzero(self.index.rows["fault"] != GOOD)]
-
     def barren(self) -> list[str]:
         """Return the names of the shards that have samples, or are damaged, and of which the index knows none good."""
         if self.text_lengths is None:
@@ -115,8 +118,15 @@ class ShardSource:
         bad = np.setdiff1d(shards, shards[faults == GOOD])
         return [self.index.shards[int(number)].name for number in bad]
 
-    def read(self, number: int) -> Record:
-        """Return a sample.
+    def known_bad(self) -> list[int]:
+        """Return the numbers of the records that are bad without being read."""
+        return [int(number) for number in np.flatnonzero(self.index.rows["fault"] != GOOD)]
+
+    def together(self) -> None:
+        """Return None: a shard has one text for each picture."""
+
+    def read(self, number: int, *, with_picture: bool = True) -> Record:
+        """Return a sample, whose picture may be left out.
 
         Raises:
             BadRecordError: It has no picture or no caption, or the shard is damaged.
@@ -129,7 +139,7 @@ class ShardSource:
         path = self.index.folder / shard.name
         try:
             with path.open("rb") as file:
-                return self._read(file, row, shard.name, shard.size)
+                return self._read(TarReader(file, shard.name), row, with_picture)
         except OSError as error:
             raise DataError(f"shard {path} cannot be read: {error.strerror}", "check the path and the disk") from error
 
@@ -137,17 +147,16 @@ class ShardSource:
         if (number := int(row["shard"])) >= len(self.index.shards):
             raise DataError(
                 f"the index of {self.name} speaks of shard {number}, it has {len(self.index.shards):,}",
-                f"minigpt4 data index {self.index.folder}",
+                again(self.index.folder),
             )
         return self.index.shards[number]
 
-    def _read(self, file: BinaryIO, row: np.void, shard: str, end: int) -> Record:
+    def _read(self, reader: TarReader, row: np.void, with_picture: bool) -> Record:
         picture, text = (
-            None if row[part] == NOWHERE else member_at(file, int(row[part]), end, shard)
-            for part in ("picture", "text")
+            None if row[part] == NOWHERE else reader.member_at(int(row[part])) for part in ("picture", "text")
         )
         named = picture or text
-        key = f"{shard}:{sample_key(named.name)[0]}" if named else shard
+        key = f"{reader.name}:{sample_key(named.name)[0]}" if named else reader.name
         if row["fault"] == FAULT_DOUBLED:
             raise BadRecordError(DOUBLED, f"{key} stands twice in its shard")
         if picture is None or row["fault"] == FAULT_NO_PICTURE:
@@ -158,52 +167,49 @@ class ShardSource:
                 LARGE_PICTURE, f"{key}: the picture has {picture.size:,} bytes, up to {limit} MiB are read"
             )
         if picture.size != row["picture_size"]:
-            raise DataError(f"{key} is not what the index says", f"minigpt4 data index {self.index.folder}")
+            raise DataError(f"{key} is not what the index says", again(self.index.folder))
         if text is None:
             raise BadRecordError(NO_TEXT, f"{key} has no caption")
         if not picture.size:
             raise BadRecordError(NO_PICTURE, f"{key}: the picture is empty")
-        caption = caption_of(file, text, key, self.caption_key, is_json=bool(row["is_json"]))
-        return Record(key, read_content(file, picture), (("", caption),))
+        caption = caption_of(reader, text.offset_data, text.size, key, self.caption_key if row["is_json"] else None)
+        content = reader.read(picture.offset_data, picture.size) if with_picture else None
+        return Record(key, content, (("", caption),))
 
 
-def open_shards(path: str, *, text: str | None = None, report: Report | None = None) -> ShardSource:
-    """Open shards.
+def sniff(place: Place) -> Path | None:
+    """Return a folder with tar files, a tar file, or a pattern of some."""
+    return place.path if place.has(".tar") else None
 
-    Args:
-        path: A folder of `*.tar`, one of them, or a pattern with braces.
-        text: What holds the caption in a JSON record.
-        report: Told of each shard while an index is made.
+
+def open_source(request: Request) -> ShardSource:
+    """Open a folder of `*.tar`, one of them, or a pattern with braces.
 
     Raises:
         DataError: There are no shards or no samples in them, some of a pattern are missing, or the index is stale.
     """
-    key = text or CAPTION_KEY
+    request.refuse("images", "its pictures in its shards")
+    path, key = str(request.path), request.text or CAPTION_KEY
     folder, names, passed_over = find_shards(path)
     index = read_index(folder) if (folder / INDEX_NAME).is_file() else None
-    if index is None or _is_about_others(index, path, names):
-        index = make_index(folder, names, key, report)
-        _refuse_nothing(path, index)
-        return ShardSource(path, index, key, passed_over)
-    check_fresh(index, names)
-    if Path(path).is_dir() and len(names) != len(index.shards):
-        missing = next(shard.name for shard in index.shards if shard.name not in set(names))
-        raise DataError(
-            f"the index {folder / INDEX_NAME} is stale: it knows {missing}, which is gone",
-            f"minigpt4 data index {folder}",
-        )
-    part = part_of(index, names)
-    _refuse_nothing(path, part)
-    return ShardSource(path, part, key, passed_over)
+    is_whole = request.path.is_dir()
+    # Shards that are named themselves may be none of the index: those for testing, which it leaves out.
+    if index is None or (not is_whole and {shard.name for shard in index.shards}.isdisjoint(names)):
+        index = make_index(folder, names, key, request.report)
+    else:
+        refuse_stale(index, names, is_whole)
+        index = part_of(index, names)
+    _refuse_nothing(path, index)
+    return ShardSource(request.name, index, key, passed_over)
 
 
 def index_folder(path: str, *, text: str | None = None, report: Report | None = None) -> tuple[Path, ShardIndex]:
     """Make the index of a folder of shards and write it there.
 
     Args:
-        path: As for `open_shards`.
+        path: As for `open_source`.
         text: What holds the caption in a JSON record.
-        report: Told of each shard.
+        report: Called after each shard.
 
     Returns:
         The index file and what it says; shards of the folder that are not read count as passed over.
@@ -216,11 +222,6 @@ def index_folder(path: str, *, text: str | None = None, report: Report | None = 
     index = make_index(folder, names, text or CAPTION_KEY, report)
     _refuse_nothing(path, index)
     return write_index(index), replace(index, skipped={**index.skipped, **passed_over})
-
-
-def _is_about_others(index: ShardIndex, path: str, names: Sequence[str]) -> bool:
-    """Tell whether shards that are named themselves are none of the index: those for testing, which it leaves out."""
-    return not Path(path).is_dir() and {shard.name for shard in index.shards}.isdisjoint(names)
 
 
 def _refuse_nothing(path: str, index: ShardIndex) -> None:
@@ -248,9 +249,18 @@ def find_shards(path: str) -> tuple[Path, list[str], dict[str, int]]:
     Raises:
         DataError: There are none, or some of a pattern are missing.
     """
-    if "{" in path and not Path(path).exists():
-        return _of_pattern(path)
     given = Path(path)
+    if "{" in path and not given.exists():
+        paths = [Path(path) for path in expand_braces(path)]
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            raise DataError(
+                f"{len(missing):,} of {counted(len(paths), 'shard')} of {path} "
+                f"{'is' if len(missing) == 1 else 'are'} missing, the first is {missing[0]}",
+                "fetch them, or name the shards that are there: a folder stands for all in it",
+            )
+        folder = Path(os.path.commonpath([path.parent for path in paths]))
+        return folder, [path.relative_to(folder).as_posix() for path in paths], {}
     if given.is_file():
         return given.parent, [given.name], {}
     if not given.is_dir():
@@ -259,22 +269,9 @@ def find_shards(path: str) -> tuple[Path, list[str], dict[str, int]]:
     found = [shard for shard in everywhere if shard.parent == given] or everywhere
     if not found:
         raise DataError(f"no tar shards in {path}", "name the folder that holds files like 00000.tar")
-    names = training_files([shard.relative_to(given).as_posix() for shard in found])
-    counts = {LEFT_OUT: len(found) - len(names), BELOW: len(everywhere) - len(found)}
-    return given, names, {what: count for what, count in counts.items() if count}
-
-
-def _of_pattern(pattern: str) -> tuple[Path, list[str], dict[str, int]]:
-    paths = [Path(path) for path in expand_braces(pattern)]
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise DataError(
-            f"{len(missing):,} of {counted(len(paths), 'shard')} of {pattern} "
-            f"{'is' if len(missing) == 1 else 'are'} missing, the first is {missing[0]}",
-            "fetch them, or name the shards that are there: a folder stands for all in it",
-        )
-    folder = Path(os.path.commonpath([path.parent for path in paths]))
-    return folder, [path.relative_to(folder).as_posix() for path in paths], {}
+    names, skipped = files_of_split([shard.relative_to(given).as_posix() for shard in found])
+    below = len(everywhere) - len(found)
+    return given, names, skipped | ({_BELOW: below} if below else {})
 
 
 def expand_braces(pattern: str) -> list[str]:

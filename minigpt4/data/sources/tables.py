@@ -11,13 +11,11 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
-from minigpt4.data.sources.faults import LARGE_TEXT, WRONG_TEXT, BadRecordError
-from minigpt4.data.sources.guarded_folder import is_address, is_picture
-from minigpt4.data.sources.listed import items_of, read_json, read_json_pairs
+from minigpt4.data.sources.lists import MAX_LINE_BYTES, items_of, numbered, read_json
+from minigpt4.data.sources.safe_files import LARGE_TEXT, WRONG_TEXT, BadRecordError, is_address, is_picture
 from minigpt4.errors import DataError
 
 FILE_COLUMNS = (
@@ -32,25 +30,18 @@ WORDS = ("raw", "caption", "text", "sentence")
 SPLIT = "split"
 """A column that says what a row is for."""
 
-USUAL_NAMES = [f"{stem}.{suffix}" for stem in ("captions", "metadata") for suffix in ("csv", "tsv", "json", "jsonl")]
-_FLICKR = ("captions.txt", "results.csv", "flickr8k.token.txt", "results_20130124.token")
+_USUAL = [f"{stem}.{suffix}" for stem in ("captions", "metadata") for suffix in ("csv", "tsv", "json", "jsonl")]
+_FLICKR = ["captions.txt", "results.csv", "flickr8k.token.txt", "results_20130124.token"]
 """Names of Flickr8k's and Flickr30k's tables, of which other files have some as well."""
 _TOKEN = re.compile(r"([^\t#]+)#\d+\t(.*)", re.DOTALL)
 """A line of the older ones: `cat.jpg#0`, a tab and a caption."""
 ADDRESS_COLUMNS = ("url", "image_url", "img_url", "coco_url", "link")
 _DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
-_LONGEST_HEADER = 65536
+_MAX_HEADER = 65536
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row of a table.
-
-    Args:
-        key: Its name for people.
-        fields: What stands in it; of a bad row, what is known of it.
-        fault: What is wrong with it.
-    """
+class Row(NamedTuple):
+    """A row of a table: its name for people, what is in it (of a bad row, what is known), and what is wrong with it."""
 
     key: str
     fields: Any
@@ -59,17 +50,17 @@ class Row:
 
 def table_in(folder: Path) -> Path | None:
     """Return a folder's table by its usual names, in large or small letters; of several the first in their order."""
-    alike = sorted(path for path in folder.iterdir() if path.name.lower() in (*USUAL_NAMES, *_FLICKR))
-    found = [path for path in alike if path.is_file() and (path.name.lower() in USUAL_NAMES or is_table(path))]
-    names = [*USUAL_NAMES, *_FLICKR]
+    names = [*_USUAL, *_FLICKR]
+    alike = sorted(path for path in folder.iterdir() if path.name.lower() in names)
+    found = [path for path in alike if path.is_file() and (path.name.lower() in _USUAL or is_table(path))]
     return min(found, key=lambda path: names.index(path.name.lower()), default=None)
 
 
 def is_table(path: Path) -> bool:
-    """Tell whether a file's first line names columns of picture and caption."""
+    """Return whether a file's first line names columns of picture and caption."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            header = file.readline(_LONGEST_HEADER)
+            header = file.readline(_MAX_HEADER)
         names = {name.strip().lower() for name in next(csv.reader([header], delimiter=_delimiter(header)), ())}
     except (OSError, UnicodeDecodeError, csv.Error):
         return False
@@ -104,17 +95,21 @@ def columns_of(row: Mapping[str, Any], text: str | None, table: Path) -> tuple[s
     usual = {"picture": FILE_COLUMNS, "caption": (text.lower(),) if text else TEXT_COLUMNS}
     chosen = {what: next((names[name] for name in usual[what] if name in names), None) for what in usual}
     picture, caption = chosen["picture"], chosen["caption"]
-    if picture is None or caption is None:
-        if picture is None and (set(names).intersection(ADDRESS_COLUMNS) or any(map(is_address, names))):
-            raise addresses_instead(table)
-        _refuse_first_row(row, table)
-        lacking = [what for what, found in chosen.items() if found is None]
-        expected = " and ".join(f"no column for the {what}, expected {' or '.join(usual[what])}" for what in lacking)
-        there = ", ".join(map(str, row))[:200] or "none"
-        renamed = " and ".join({"picture": "file_name", "caption": usual["caption"][0]}[what] for what in lacking)
-        named = ", or name the caption's column with `text` (--text)" if caption is None else ""
-        raise DataError(f"{table} has {expected}, but it has {there}", f"rename a column to {renamed}{named}")
-    return picture, caption
+    if picture is not None and caption is not None:
+        return picture, caption
+    there = ", ".join(map(str, row))[:200] or "none"
+    if picture is None and (set(names).intersection(ADDRESS_COLUMNS) or any(map(is_address, names))):
+        raise addresses_instead(table)
+    if any(map(is_picture, names)):
+        raise DataError(
+            f"the first line of {table} is a row, expected the names of its columns: {there}",
+            "write a line above it, such as file_name,caption",
+        )
+    lacking = [what for what, found in chosen.items() if found is None]
+    expected = " and ".join(f"no column for the {what}, expected {' or '.join(usual[what])}" for what in lacking)
+    renamed = " and ".join({"picture": "file_name", "caption": usual["caption"][0]}[what] for what in lacking)
+    named = ", or name the caption's column with `text` (--text)" if caption is None else ""
+    raise DataError(f"{table} has {expected}, but it has {there}", f"rename a column to {renamed}{named}")
 
 
 def addresses_instead(table: Path) -> DataError:
@@ -125,33 +120,13 @@ def addresses_instead(table: Path) -> DataError:
     )
 
 
-def _refuse_first_row(row: Mapping[str, Any], table: Path) -> None:
-    """Refuse a table whose first line names no columns."""
-    if any(is_picture(str(name)) for name in row):
-        raise DataError(
-            f"the first line of {table} is a row, expected the names of its columns: {', '.join(map(str, row))[:200]}",
-            "write a line above it, such as file_name,caption",
-        )
-
-
 def captions_in(said: object) -> list[object]:
-    """Return the captions that a table has for a picture: those of a list, or the one that is no list.
-
-    Args:
-        said: What stands in the caption's column. Of an object (COCO's `sentences`) its words are taken.
-
-    Returns:
-        At least one, which need not be text.
-    """
-    if isinstance(said, list | tuple):
-        return [_words(item) for item in said] or [None]
-    return [_words(said)]
+    """Return the captions in a field of a table, at least one, which need not be text: of an object its words."""
+    return [_words(item) for item in said] or [None] if isinstance(said, list | tuple) else [_words(said)]
 
 
 def _words(said: object) -> object:
-    if not isinstance(said, Mapping):
-        return said
-    return next((said[name] for name in WORDS if name in said), said)
+    return next((said[name] for name in WORDS if name in said), said) if isinstance(said, Mapping) else said
 
 
 def _is_token(line: str) -> bool:
@@ -166,7 +141,7 @@ def _delimiter(header: str) -> str:
 def _csv_rows(table: Path, delimiter: str) -> Iterator[Row]:
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
-            header = file.readline(_LONGEST_HEADER)
+            header = file.readline(_MAX_HEADER)
             file.seek(0)
             if _is_token(header):
                 yield from _token_rows(table.name, file)
@@ -174,21 +149,18 @@ def _csv_rows(table: Path, delimiter: str) -> Iterator[Row]:
             delimiter = delimiter or _delimiter(header)
             lines: list[str] = []
             reader = csv.DictReader(_noted(file, lines), delimiter=delimiter)
-            columns = _names_of(reader, table)
-            while True:
+            columns, row = _names_of(reader, table), None
+            while row != {}:
                 lines.clear()
                 try:
-                    row = next(reader)
-                except StopIteration:
-                    return
+                    row = next(reader, {})
                 except csv.Error as error:  # a field beyond the library's limit of 128 KiB
                     key = f"{table.name}:{reader.reader.line_num}"
                     known = dict(zip(columns, lines[0].split(delimiter), strict=False))
                     yield Row(key, known, BadRecordError(LARGE_TEXT, f"{key}: the row cannot be read: {error}"))
-                    continue
-                # Spreadsheets leave rows of nothing but delimiters.
-                if any("".join(value or "").strip() for value in row.values()):
-                    yield _csv_row(f"{table.name}:{reader.line_num}", row, lines, delimiter)
+                else:  # spreadsheets leave rows of nothing but delimiters
+                    if any("".join(value or "").strip() for value in row.values()):
+                        yield _csv_row(f"{table.name}:{reader.line_num}", row, lines, delimiter)
     except UnicodeDecodeError as error:
         raise DataError(f"{table} is not UTF-8", "save it as UTF-8") from error
     except OSError as error:
@@ -228,7 +200,7 @@ def _listed(field: str | None) -> object:
         return field
     try:
         found = json.loads(field)
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             with warnings.catch_warnings(action="ignore"):  # of a backslash that means nothing
                 found = ast.literal_eval(field)  # reads values and runs nothing
@@ -248,8 +220,8 @@ def _names_of(reader: "csv.DictReader[str]", table: Path) -> Sequence[str]:
     return names
 
 
-def _noted(file: Iterable[str], lines: list[str]) -> Iterator[str]:
-    for line in file:
+def _noted(file: TextIO, lines: list[str]) -> Iterator[str]:
+    while line := file.readline(MAX_LINE_BYTES):
         lines.append(line)
         yield line
 
@@ -263,25 +235,30 @@ def _is_well_quoted(lines: Sequence[str], delimiter: str) -> bool:
 
 
 def _json_items(table: Path) -> Iterator[tuple[str, Any]]:
-    content = read_json(table)
+    outermost: list[tuple[str, Any]] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        outermost[:] = pairs  # the last object that ends is the one round all others
+        return dict(pairs)
+
+    content = read_json(table, keep)
     if isinstance(content, list):
-        yield from ((f"{table.name}:{number}", item) for number, item in enumerate(content, 1))
-    elif isinstance(content, dict) and isinstance(content.get("annotations"), list):
-        files = _coco_files(content.get("images"))
-        for number, item in enumerate(content["annotations"], 1):
-            key = f"{table.name}:{number}"
-            if files and isinstance(item, dict):
-                item = {"file_name": files.get(str(item.get("image_id"))), **item}
-            yield key, item
-    elif isinstance(content, dict) and isinstance(content.get("images"), list):
-        yield from ((f"{table.name}:{number}", item) for number, item in enumerate(content["images"], 1))
-    elif isinstance(content, dict) and isinstance(content.get("data"), list):  # TextCaps
-        yield from ((f"{table.name}:{number}", item) for number, item in enumerate(content["data"], 1))
-    elif isinstance(content, dict):
-        for name, caption in read_json_pairs(table):  # a picture may stand there twice
-            yield f"{table.name}:{name[:80]}", {"file_name": name, "caption": caption}
-    else:
+        return numbered(table, content)
+    if not isinstance(content, dict):
         raise DataError(f"{table} is neither a list nor an object", "write a list of pictures with captions")
+    if isinstance(content.get("annotations"), list):
+        files = _coco_files(content.get("images"))
+        items = numbered(table, content["annotations"])
+        return ((key, _with_file(item, files) if files and isinstance(item, dict) else item) for key, item in items)
+    for name in ("images", "data"):  # Karpathy's; TextCaps
+        if isinstance(content.get(name), list):
+            return numbered(table, content[name])
+    # Of the pairs, not of the dict: a picture may be there twice.
+    return ((f"{table.name}:{name[:80]}", {"file_name": name, "caption": said}) for name, said in outermost)
+
+
+def _with_file(item: dict[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
+    return {"file_name": files.get(str(item.get("image_id"))), **item}
 
 
 def _coco_files(images: object) -> Mapping[str, str]:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from minigpt4.data.record import Record
-from minigpt4.data.sources import BadRecordError, open_source
+from minigpt4.data.sources import open_source
+from minigpt4.data.sources.safe_files import BadRecordError
 from minigpt4.errors import DataError
 from tests.data.sources.source_files import picture, write
 

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from minigpt4.data.sources import BadRecordError, CheckableSource, open_source
+from minigpt4.data.record import Source
+from minigpt4.data.sources import open_source
 from minigpt4.data.sources.by_picture import by_picture
+from minigpt4.data.sources.safe_files import BadRecordError
 from minigpt4.errors import ConfigError
 from tests.data.sources.source_files import picture, samples, shard, write
 
@@ -19,14 +21,14 @@ ASKED = [
 
 
 @pytest.fixture
-def questions(tmp_path: Path) -> CheckableSource:
+def questions(tmp_path: Path) -> Source:
     write(tmp_path / "questions.json", ASKED)
     for number, name in enumerate("ab"):
         write(tmp_path / f"{name}.jpg", picture(number))
     return open_source(tmp_path / "questions.json")
 
 
-def test_records_of_a_picture_become_one_in_the_lists_order(questions: CheckableSource) -> None:
+def test_records_of_a_picture_become_one_in_the_lists_order(questions: Source) -> None:
     joined = by_picture(questions, 8)
 
     record = joined.read(0)
@@ -37,7 +39,7 @@ def test_records_of_a_picture_become_one_in_the_lists_order(questions: Checkable
     assert joined.read(1).beside == ()
 
 
-def test_more_than_are_wanted_become_another(questions: CheckableSource) -> None:
+def test_more_than_are_wanted_become_another(questions: Source) -> None:
     joined = by_picture(questions, 2)
 
     assert len(joined) == 4
@@ -46,7 +48,7 @@ def test_more_than_are_wanted_become_another(questions: CheckableSource) -> None
     assert joined.read(1).picture == picture(0)
 
 
-def test_a_bad_record_stays_by_itself(questions: CheckableSource) -> None:
+def test_a_bad_record_stays_by_itself(questions: Source) -> None:
     joined = by_picture(questions, 8)
 
     assert len(joined) == 3
@@ -54,7 +56,7 @@ def test_a_bad_record_stays_by_itself(questions: CheckableSource) -> None:
         joined.read(2)
 
 
-def test_a_missing_picture_is_told_for_all_of_its_texts(questions: CheckableSource, tmp_path: Path) -> None:
+def test_a_missing_picture_is_told_for_all_of_its_texts(questions: Source, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").unlink()
 
     with pytest.raises(BadRecordError, match=r"a\.jpg"):
@@ -77,7 +79,7 @@ def test_texts_without_a_picture_stay_apart(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_the_length_is_that_of_all_texts(questions: CheckableSource) -> None:
+def test_the_length_is_that_of_all_texts(questions: Source) -> None:
     joined = by_picture(questions, 2)
 
     lengths = questions.text_lengths
@@ -85,7 +87,7 @@ def test_the_length_is_that_of_all_texts(questions: CheckableSource) -> None:
     assert joined.text_lengths == [lengths[0] + lengths[2], lengths[4], lengths[1], lengths[3]]
 
 
-def test_another_number_of_texts_is_another_source(questions: CheckableSource) -> None:
+def test_another_number_of_texts_is_another_source(questions: Source) -> None:
     identities = {questions.identity, *(by_picture(questions, most).identity for most in (2, 3))}
 
     assert len(identities) == 3

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from minigpt4.data.record import Record
 from minigpt4.data.sources import checking, open_source
-from minigpt4.data.sources.checking import Spread, check_source
+from minigpt4.data.sources.checking import CELL, COLUMNS, MARGIN, PICTURE, Spread, check_source, write_contact_sheet
 from tests.data.sources.source_files import picture, sample, samples, shard, write
+from tests.processing.picture_files import saved
 
 
 def words(text: str) -> int:
@@ -104,3 +107,45 @@ def test_shown_records_are_spread_over_the_source(tmp_path: Path) -> None:
     shard(tmp_path / "0.tar", samples(48))
 
     assert check_source(open_source(tmp_path)).samples == list(range(0, 48, 4))
+
+
+def shown(path: Path, *records: Record) -> Image.Image:
+    write_contact_sheet(path, records)
+    with Image.open(path) as page:
+        assert page.format == "PNG"
+        return page.convert("RGB")
+
+
+def of_colour(colour: str, caption: str = "a cat", size: tuple[int, int] = (40, 30)) -> Record:
+    return Record(f"{colour}.png", saved(Image.new("RGB", size, colour), "PNG"), (("", caption),))
+
+
+def test_pictures_of_a_contact_sheet_are_four_in_a_row_in_their_order(tmp_path: Path) -> None:
+    colours = ["red", "green", "blue", "yellow", "purple"]
+
+    page = shown(tmp_path / "new" / "sheet.png", *map(of_colour, colours))
+
+    width, height = (side + MARGIN for side in CELL)
+    corners = [(MARGIN + i % COLUMNS * width, MARGIN + i // COLUMNS * height) for i in range(len(colours))]
+    expected = [Image.new("RGB", (1, 1), colour).getpixel((0, 0)) for colour in colours]
+    assert [page.getpixel((x + PICTURE[0] // 2, y + 150)) for x, y in corners] == expected
+    assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["sheet.png"]
+
+
+def test_words_of_a_contact_sheet_are_drawn_whatever_they_are(tmp_path: Path) -> None:
+    pages = [
+        shown(tmp_path / "sheet.png", of_colour("white", text))
+        for text in (
+            "a cat",
+            "a cat on a mat " * 8,
+            "a cat " * 500,
+            "a\0b\x1b[31m\ud800",
+            "\n\n",
+            "\u202eabc",
+            "x" * 5000,
+        )
+    ]
+    pages.append(shown(tmp_path / "sheet.png", of_colour("white", size=(1, 900)), Record("text", None, (("q", "a"),))))
+
+    assert len({page.size for page in pages}) == 1
+    assert len({page.tobytes() for page in pages}) == len(pages)

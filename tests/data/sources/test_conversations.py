@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from minigpt4.data.record import Record
-from minigpt4.data.sources import BadRecordError, open_source
-from minigpt4.data.sources.faults import MAX_TEXT_BYTES
+from minigpt4.data.sources import open_source
+from minigpt4.data.sources.safe_files import MAX_TEXT_BYTES, BadRecordError
 from minigpt4.errors import DataError
 from tests.data.sources.source_files import picture, write
 

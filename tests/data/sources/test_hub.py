@@ -6,8 +6,9 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 
-from minigpt4.data.sources import BadRecordError, open_source
+from minigpt4.data.sources import open_source
 from minigpt4.data.sources.hub import FILES
+from minigpt4.data.sources.safe_files import BadRecordError
 from minigpt4.errors import DownloadError
 from tests.data.sources.source_files import picture, samples, shard, write
 

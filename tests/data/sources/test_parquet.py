@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from minigpt4.data.record import Record
-from minigpt4.data.sources import BadRecordError, open_source, parquet
+from minigpt4.data.sources import open_source, parquet
+from minigpt4.data.sources.safe_files import BadRecordError
 from minigpt4.errors import DataError
 from minigpt4.processing.pictures import DEFAULT_LIMITS
 from tests.data.sources.source_files import picture, write

@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader
 from minigpt4.data.batches import SourceBatches
 from minigpt4.data.examples import Layout
 from minigpt4.data.order import Order
-from minigpt4.data.sources import BadRecordError, listed, open_source, parquet, parquet_rows
+from minigpt4.data.sources import lists, open_source, parquet, parquet_rows
 from minigpt4.data.sources.by_picture import by_picture
 from minigpt4.data.sources.checking import check_source
+from minigpt4.data.sources.safe_files import BadRecordError
 from minigpt4.errors import ConfigError, DataError
 from tests import tiny_chat
 from tests.data.sources.source_files import picture
@@ -160,24 +161,13 @@ def test_no_picture_is_read_to_count_captions_and_one_row_group_is_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
-    plain = parquet_rows.opened
+    plain = pq.ParquetFile.iter_batches
 
-    class Watched:
-        def __init__(self, path: Path) -> None:
-            self.file = plain(path)
-            self.schema = self.file.schema
+    def iter_batches(file: object, rows: int, *, columns: list[str], **options: Any) -> Iterator[Any]:
+        asked.append(columns)
+        return plain(file, rows, columns=columns, **options)
 
-        def __enter__(self) -> "Watched":
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            self.file.close()
-
-        def iter_batches(self, rows: int, *, columns: list[str], **options: Any) -> Iterator[Any]:
-            asked.append(columns)
-            yield from self.file.iter_batches(rows, columns=columns, **options)
-
-    monkeypatch.setattr(parquet_rows, "opened", Watched)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
     path = table(tmp_path / "x.parquet", image=PICTURES, sentences=as_sentences(SAID))
 
     source = open_source(path)
@@ -231,8 +221,8 @@ def test_whoever_waits_for_many_lists_is_told(tmp_path: Path, monkeypatch: pytes
     open_source(path, report=tell)
     assert told == []
 
-    monkeypatch.setattr(listed, "TOLD_EVERY", 3)
-    monkeypatch.setattr(parquet_rows, "TOLD_EVERY", 3)
+    monkeypatch.setattr(lists, "ROWS_PER_REPORT", 3)
+    monkeypatch.setattr(parquet_rows, "ROWS_PER_REPORT", 3)
     monkeypatch.setattr(parquet_rows, "_ROWS_AT_ONCE", 2)
     open_source(path, report=tell)
     assert told == [("reading x.parquet", done, 5) for done in (2, 4, 5)]

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from minigpt4.data.sources import BadRecordError, open_source
+from minigpt4.data.sources import open_source
 from minigpt4.data.sources.questions import most_frequent
+from minigpt4.data.sources.safe_files import BadRecordError
 from minigpt4.errors import DataError
 from tests.data.sources.source_files import picture, write
 

@@ -13,19 +13,20 @@ import numpy as np
 import pytest
 
 from minigpt4.data.record import Record
-from minigpt4.data.sources import BadRecordError, open_source
+from minigpt4.data.sources import open_source
 from minigpt4.data.sources.checking import check_source
-from minigpt4.data.sources.faults import (
+from minigpt4.data.sources.safe_files import (
     LARGE_PICTURE,
     LARGE_TEXT,
     MAX_TEXT_BYTES,
     NO_PICTURE,
     NO_TEXT,
     WRONG_TEXT,
+    BadRecordError,
 )
-from minigpt4.data.sources.shard_contents import MAX_JSON_BYTES
 from minigpt4.data.sources.shard_index import INDEX_NAME
 from minigpt4.data.sources.shards import ShardSource, expand_braces, index_folder
+from minigpt4.data.sources.tar_shards import MAX_JSON_BYTES
 from minigpt4.errors import DataError
 from minigpt4.processing.pictures import DEFAULT_LIMITS
 from tests.data.sources.source_files import picture, sample, samples, shard, special_member, write

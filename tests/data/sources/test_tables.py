@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from minigpt4.data.sources import BadRecordError, CheckableSource, open_source
+from minigpt4.data.record import Source
+from minigpt4.data.sources import open_source
 from minigpt4.data.sources.checking import check_source
+from minigpt4.data.sources.safe_files import BadRecordError
 from minigpt4.errors import DataError
 from tests.data.sources.source_files import picture, write
 
@@ -17,14 +19,14 @@ FLICKR30K = (
 )  # fmt: skip
 
 
-def said(source: CheckableSource) -> list[tuple[str, str]]:
+def said(source: Source) -> list[tuple[str, str]]:
     """Each sound record's name and words."""
     bad = set(source.known_bad())
     records = [source.read(number) for number in range(len(source)) if number not in bad]
     return [(record.key, record.turns[0][1]) for record in records]
 
 
-def told(source: CheckableSource) -> list[str]:
+def told(source: Source) -> list[str]:
     sentences = []
     for number in source.known_bad():
         with pytest.raises(BadRecordError) as error:

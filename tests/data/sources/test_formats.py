@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from minigpt4.data.sources import listed, open_source
-from minigpt4.data.sources.opening import recognise
+from minigpt4.data.sources import lists, open_source
+from minigpt4.data.sources.formats import recognise
 from minigpt4.errors import DataError
 from tests.data.sources.source_files import picture, samples, shard, write
 
@@ -80,7 +80,10 @@ def test_what_is_no_source_is_refused_with_what_was_looked_for(files: dict[str, 
     for name, content in files.items():
         write(tmp_path / name, content)
 
-    with pytest.raises(DataError, match=r"is not a source of examples, expected \*\.tar \(shards\), filter_cap\.json"):
+    with pytest.raises(
+        DataError,
+        match=r"is not a source of examples, expected \*\.tar \(shards\), \*\.parquet ",
+    ):
         open_source(tmp_path)
 
 
@@ -162,7 +165,7 @@ def test_missing_path_is_refused(format: str, tmp_path: Path) -> None:
 
 
 def test_unknown_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="the format 'csv' is not known, expected auto, shards, captions") as told:
+    with pytest.raises(DataError, match="the format 'csv' is not known, expected auto, shards, parquet") as told:
         open_source(tmp_path, format="csv")
 
     assert told.value.hint == "leave it out and the source is recognised; a table (.csv, .tsv) is captions"
@@ -207,7 +210,7 @@ def test_whoever_waits_for_a_long_list_is_told_and_nobody_of_a_short_one(
     open_source(tmp_path / name, report=tell)
     assert told == []
 
-    monkeypatch.setattr(listed, "TOLD_EVERY", 3)
+    monkeypatch.setattr(lists, "ROWS_PER_REPORT", 3)
     source = open_source(tmp_path / name, report=tell)
     assert told == [(f"reading {name}", done, total) for done, total in ((3, 0), (6, 0), (7, 7))]
     assert len(pickle.loads(pickle.dumps(source))) == 7, "who waits stays here when the rows go to a reader"
@@ -220,7 +223,7 @@ def test_whoever_waits_for_a_long_list_is_told_and_nobody_of_a_short_one(
         ([f"{name}.csv" for name in "abcdef"], "name one of its lists (a.csv, b.csv, c.csv, d.csv, ...), and the"),
         (["Captions.xlsx", "1.jpg"], "save Captions.xlsx as captions.csv"),
         (["photos.zip"], "unpack photos.zip first"),
-        (["one.json"], "name its format, or another folder"),
+        (["one.json"], "name its format, or another path"),
     ],
 )
 def test_a_folder_that_is_no_source_has_a_cure(names: list[str], hint: str, tmp_path: Path) -> None:

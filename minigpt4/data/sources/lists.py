@@ -1,35 +1,38 @@
 """A source of records that a list names: one line of a file says which picture belongs to which words.
 
 The lists themselves (captions, conversations, questions) are read by their own modules; what they have in common is
-here: the lines, kept as one stretch of bytes, so that a million of them cost what their text costs and processes that
-read ahead share them, and the pictures, read from a guarded folder when they are asked for.
+here: JSON, the lines, kept as one stretch of bytes, so that a million of them cost what their text costs and processes
+that read ahead share them, and the pictures, read from a safe folder when they are asked for.
 """
 
 import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minigpt4.data.record import Record
-from minigpt4.data.sources.faults import LARGE_TEXT, MAX_TEXT_BYTES, BadRecordError, text_bytes
-from minigpt4.data.sources.guarded_folder import GuardedFolder
+from minigpt4.data.sources.formats import Request
+from minigpt4.data.sources.safe_files import (
+    LARGE_TEXT,
+    MAX_TEXT_BYTES,
+    NO_PICTURE,
+    BadRecordError,
+    SafeFolder,
+    text_bytes,
+)
 from minigpt4.errors import DataError
 
 MAX_LIST_BYTES = 2 * 1024**3
 """Of a JSON list; reading one takes several times its size for a moment."""
 MAX_LINE_BYTES = 1024**2
 """Of a line of a JSON Lines file."""
-
-TOLD_EVERY = 10_000
-"""Rows after which whoever waits for a list is told."""
+ROWS_PER_REPORT = 10_000
 
 Turns = Sequence[tuple[str, str]]
-Count = Callable[[int, int], None]
-"""Told how many rows were read, and of how many: 0 while nobody knows."""
 
 
 @dataclass
@@ -37,20 +40,20 @@ class Rows:
     """Lines of a list, packed.
 
     Args:
+        report: Called with the number of rows, and that of all: 0 until all are there. Short lists are not reported.
         text: All lines as JSON, one after another.
         ends: Where each ends.
         lengths: Bytes of what each says.
         bad: Numbers of those that are bad as they stand.
         skipped: What was passed over, by kind.
-        count: Told of the rows until all are there.
     """
 
+    report: Callable[[int, int], None] | None = None
     text: bytearray = field(default_factory=bytearray)
     ends: "array[int]" = field(default_factory=lambda: array("Q"))
     lengths: "array[int]" = field(default_factory=lambda: array("L"))
     bad: list[int] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
-    count: Count | None = None
 
     def add(self, key: str, pictures: Sequence[str] | None, turns: Turns) -> None:
         """Add a record.
@@ -76,18 +79,28 @@ class Rows:
         self.bad.append(len(self.ends))
         self._append([error.kind, error.message], 0)
 
+    def add_all(self, items: Iterable[tuple[str, Any]], add: Callable[["Rows", str, Any], None]) -> "Rows":
+        """Add what `add` makes of each item of a list, and as bad the items that it refuses or that could not be read.
+
+        Args:
+            items: Names for people, and contents.
+            add: Adds a row to this; may raise a `BadRecordError`.
+        """
+        for key, item in items:
+            try:
+                if isinstance(item, BadRecordError):
+                    raise item
+                add(self, key, item)
+            except BadRecordError as error:
+                self.add_bad(error)
+        return self
+
     def _append(self, row: list[Any], length: int) -> None:
         self.text += json.dumps(row).encode()
         self.ends.append(len(self.text))
         self.lengths.append(length)
-        if self.count is not None and len(self) % TOLD_EVERY == 0:
-            self.count(len(self), 0)
-
-    def all_there(self) -> None:
-        """Tell that no row follows, if anything was told."""
-        if self.count is not None and len(self) >= TOLD_EVERY:
-            self.count(len(self), len(self))
-        self.count = None  # rows go to other processes, and who waits does not
+        if self.report is not None and len(self) % ROWS_PER_REPORT == 0:
+            self.report(len(self), 0)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -111,12 +124,12 @@ class ListSource:
 
     name: str
     file: str
-    pictures: GuardedFolder
+    pictures: SafeFolder
     rows: Rows
     identity: str
 
     @property
-    def text_lengths(self) -> Sequence[int] | None:
+    def text_lengths(self) -> Sequence[int]:
         """Bytes of what is said in each record."""
         return self.rows.lengths
 
@@ -132,6 +145,10 @@ class ListSource:
         """Return the name of the list; all its records came in it."""
         return self.file
 
+    def barren(self) -> Sequence[str]:
+        """Return no group: a list is one, and what is missing of its pictures is not known."""
+        return ()
+
     def known_bad(self) -> list[int]:
         """Return the numbers of the records that are bad without being read."""
         return self.rows.bad
@@ -146,11 +163,7 @@ class ListSource:
         return found.values()
 
     def read(self, number: int, *, with_picture: bool = True) -> Record:
-        """Return a record.
-
-        Args:
-            number: Which.
-            with_picture: Read its picture; else it has none.
+        """Return a record, whose picture may be left out.
 
         Raises:
             BadRecordError: It is bad as it stands, or its picture cannot be had.
@@ -167,13 +180,13 @@ class ListSource:
         return Record(key, picture, tuple((question, answer) for question, answer in turns))
 
 
-def list_source(name: str, file: Path, pictures: GuardedFolder, rows: Rows, sizes: object = ()) -> ListSource:
+def list_source(request: Request, file: Path, pictures: Path, rows: Rows, sizes: object = ()) -> ListSource:
     """Make a source of rows that have been read.
 
     Args:
-        name: What a person calls it.
+        request: What was asked for.
         file: The list.
-        pictures: Where the pictures lie.
+        pictures: Where the pictures lie, unless the request says.
         rows: The lines.
         sizes: What else is known of the pictures, for the identity.
 
@@ -182,27 +195,14 @@ def list_source(name: str, file: Path, pictures: GuardedFolder, rows: Rows, size
     """
     if not len(rows):
         raise DataError(f"{file} names no records", "add some, or name another file")
-    rows.all_there()
+    if rows.report is not None and len(rows) >= ROWS_PER_REPORT:
+        rows.report(len(rows), len(rows))
+    rows.report = None  # rows go to other processes, and who waits does not
     digest = hashlib.sha256(rows.text)
     digest.update(rows.ends.tobytes())
     digest.update(json.dumps(sizes).encode())
-    return ListSource(name, file.name, pictures, rows, digest.hexdigest())
-
-
-def read_json_pairs(path: Path) -> list[tuple[str, Any]]:
-    """Read a JSON file that holds an object, as its keys and values: a key that stands there twice is there twice.
-
-    Raises:
-        DataError: As for `read_json`.
-    """
-    outermost: list[tuple[str, Any]] = []
-
-    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        outermost[:] = pairs  # the last object that ends is the one round all others
-        return dict(pairs)
-
-    read_json(path, keep)
-    return outermost
+    folder = SafeFolder(request.images or pictures, request.within)
+    return ListSource(request.name, file.name, folder, rows, digest.hexdigest())
 
 
 def read_json(path: Path, as_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:  # noqa: ANN401  (whatever a file holds)
@@ -233,56 +233,61 @@ def read_json(path: Path, as_object: Callable[[list[tuple[str, Any]]], Any] | No
         raise DataError(f"{path} is not JSON: {' '.join(str(error).split())[:200]}", hint) from error
 
 
-def read_json_lines(path: Path) -> Iterable[tuple[int, Any]]:
-    """Yield line number and content of a JSON Lines file; a bad line is a `BadRecordError` in the content's place.
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield a name for people and the content of each line; a bad line is a `BadRecordError` in the content's place.
 
     Raises:
         DataError: The file cannot be read.
     """
+    number = 0
     try:
         with path.open("rb") as file:
-            number = 0
             while line := file.readline(MAX_LINE_BYTES):
                 number += 1
+                content: Any
                 if not line.endswith(b"\n") and len(line) == MAX_LINE_BYTES:
                     while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
                         pass
-                    yield number, BadRecordError(LARGE_TEXT, f"{path.name}: line {number} is longer than 1 MiB")
-                elif line.strip():
-                    yield number, _line(line, path.name, number)
+                    content = BadRecordError(LARGE_TEXT, f"{path.name}: line {number} is longer than 1 MiB")
+                elif not line.strip():
+                    continue
+                else:
+                    try:
+                        content = json.loads(line)
+                    except (ValueError, RecursionError):
+                        content = BadRecordError("line that is not JSON", f"{path.name}: line {number} is not JSON")
+                yield f"{path.name}:{number}", content
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}", "check the path") from error
 
 
-def _line(line: bytes, name: str, number: int) -> Any:  # noqa: ANN401  (whatever a line holds)
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return BadRecordError("line that is not JSON", f"{name}: line {number} is not JSON")
+def numbered(path: Path, items: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Yield a name for people and the content of each item of a file."""
+    return ((f"{path.name}:{number}", item) for number, item in enumerate(items, 1))
 
 
-def items_of(path: Path) -> Iterable[tuple[str, Any]]:
+def items_of(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield a name for people and content of each item of a JSON list or JSON Lines file.
 
     Raises:
         DataError: The file cannot be read, or holds something else than a list.
     """
     if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return ((f"{path.name}:{number}", item) for number, item in read_json_lines(path))
+        return read_json_lines(path)
     content = read_json(path)
     if not isinstance(content, list):
         raise DataError(f"{path} is not a list", "name the format, or another file")
-    return ((f"{path.name}:{number}", item) for number, item in enumerate(content, 1))
+    return numbered(path, content)
 
 
 def picture_name(value: object, key: str) -> str:
     """Return the name of a picture that a list gives as text or as a number.
 
     Raises:
-        BadRecordError: It is nothing of both.
+        BadRecordError: It is neither.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, str) and value.strip():
         return value
-    raise BadRecordError("no picture", f"{key} names no picture")
+    raise BadRecordError(NO_PICTURE, f"{key} names no picture")
