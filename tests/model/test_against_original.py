@@ -5,15 +5,12 @@ importer is tested elsewhere. Tolerances: 2e-5 for image embeddings, 1e-4 for lo
 the recorded gap between the best two words is wide.
 """
 
-import json
 import re
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaTokenizer
 
@@ -21,19 +18,14 @@ from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from minigpt4.processing.messages import Message
 from minigpt4.processing.prompts import template
 from minigpt4.processing.text_encoding import TextEncoder
+from tests import golden
 
-TINY = Path(__file__).resolve().parents[2].parent / "shared" / "reference" / "tiny-original"
 IMAGE = {"type": "image"}
 IMAGE_TOKEN_ID = 399  # an id that none of the texts encodes to
 CLEAR = 1e-3  # a gap between the best two words that rounding cannot close
 PICTURE = {"rtol": 0.0, "atol": 2e-5}
 
-pytestmark = [
-    pytest.mark.reference,
-    pytest.mark.skipif(
-        not TINY.is_dir(), reason="the recorded outputs of the original code are not beside the project"
-    ),
-]
+pytestmark = pytest.mark.reference
 
 RENAMED = [  # regular expressions, tried in this order
     (r"^cls_token$", "model.vision_model.embeddings.class_embedding"),
@@ -54,13 +46,8 @@ RENAMED = [  # regular expressions, tried in this order
 NOT_USED = r"^(head|norm|t5_proj)\.|position_ids$|inv_freq$"
 
 
-def golden(path: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((TINY / path).read_text(encoding="utf-8"))
-    return content
-
-
 def read(path: str) -> dict[str, Tensor]:
-    content: dict[str, Any] = torch.load(TINY / path, weights_only=True)
+    content: dict[str, Any] = torch.load(golden.ROOT / path, weights_only=True)
     tensors: dict[str, Tensor] = content.get("model", content)
     return {name: tensor.float() for name, tensor in tensors.items()}
 
@@ -81,9 +68,9 @@ def fold_lora(tensors: dict[str, Tensor], scale: float) -> None:
 
 def original(*files: str, qformer: bool, lora_scale: float = 0.0) -> MiniGPT4ForConditionalGeneration:
     """Build the model from the original's files; a later file's tensors replace an earlier one's."""
-    sizes = golden("configs/tiny_dims.json")
+    sizes = golden.content("configs/tiny_dims.json")
     vit, queries = sizes["vit"], sizes["qformer"]
-    language_dir = next(file for file in files if (TINY / file).is_dir())
+    language_dir = next(file for file in files if (golden.ROOT / file).is_dir())
     config = MiniGPT4Config(
         vision_config={
             "hidden_size": vit["embed_dim"],
@@ -103,15 +90,16 @@ def original(*files: str, qformer: bool, lora_scale: float = 0.0) -> MiniGPT4For
         }
         if qformer
         else None,
-        text_config={**golden(f"{language_dir}/config.json"), "dtype": "float32"},  # the files hold float16
+        text_config={**golden.content(f"{language_dir}/config.json"), "dtype": "float32"},  # the files hold float16
         num_query_tokens=queries["query_length"],
         image_token_id=IMAGE_TOKEN_ID,
     )
     tensors: dict[str, Tensor] = {}
     for file in files:
-        parts = sorted((TINY / file).glob("*.bin")) if (TINY / file).is_dir() else [TINY / file]
+        path = golden.recorded(file)
+        parts = sorted(path.glob("*.bin")) if path.is_dir() else [path]
         for part in parts:
-            tensors |= read(str(part.relative_to(TINY)))
+            tensors |= read(str(part.relative_to(golden.ROOT)))
     fold_lora(tensors, lora_scale)
     used = {
         renamed(name): tensor
@@ -151,16 +139,16 @@ def second_version(checkpoint: str = "minigptv2_checkpoint.pth") -> MiniGPT4ForC
 
 @cache
 def llama(folder: str) -> LlamaTokenizer:
-    return LlamaTokenizer.from_pretrained(TINY / folder)
+    return LlamaTokenizer.from_pretrained(golden.ROOT / folder)
 
 
 def picture_values() -> Tensor:
-    return load_file(TINY / "inputs/pixel_values.safetensors")["pixel_values"]
+    return golden.tensors("inputs/pixel_values.safetensors")["pixel_values"]
 
 
 @torch.no_grad()
 def test_picture_is_the_originals_after_every_layer_of_the_first_version() -> None:
-    model, recorded = first_version().model, load_file(TINY / "golden/vision.safetensors")
+    model, recorded = first_version().model, golden.tensors("golden/vision.safetensors")
     seen = model.vision_model(recorded["pixel_values"], output_hidden_states=True)
     queries = model.query_tokens.expand(3, -1, -1)
     read_out = model.qformer(
@@ -182,7 +170,7 @@ def test_picture_is_the_originals_after_every_layer_of_the_first_version() -> No
 
 @torch.no_grad()
 def test_small_inputs_tell_the_original_norms_epsilon_from_the_librarys() -> None:
-    model, recorded = first_version().model, load_file(TINY / "golden/vision.safetensors")
+    model, recorded = first_version().model, golden.tensors("golden/vision.safetensors")
     small = recorded["vit_output"] * 1e-3
     norm = model.vision_model.post_layernorm
     expected = torch.nn.functional.layer_norm(small, small.shape[-1:], norm.weight, norm.bias, eps=1e-5)
@@ -200,7 +188,7 @@ def test_small_inputs_tell_the_original_norms_epsilon_from_the_librarys() -> Non
     ],
 )
 def test_picture_is_the_originals_without_a_qformer(checkpoint: str, recorded_in: str) -> None:
-    model, recorded = second_version(checkpoint).model, load_file(TINY / "v2/golden" / recorded_in)
+    model, recorded = second_version(checkpoint).model, golden.tensors(f"v2/golden/{recorded_in}")
     features = model.get_image_features(picture_values(), output_hidden_states=True)
     torch.testing.assert_close(features.pooler_output, recorded["inputs_llama"], **PICTURE)
     if "vit_output" in recorded:
@@ -211,12 +199,12 @@ def test_picture_is_the_originals_without_a_qformer(checkpoint: str, recorded_in
 @torch.no_grad()
 def test_wrapped_pictures_reach_the_language_model_as_recorded() -> None:
     model, encoder = first_version(), TextEncoder(llama("weights/vicuna"))
-    recorded, pixels = load_file(TINY / "golden/prompt_wrap.safetensors"), picture_values()
+    recorded, pixels = golden.tensors("golden/prompt_wrap.safetensors"), picture_values()
     given: dict[str, Tensor] = {}
     hook = model.model.language_model.register_forward_pre_hook(
         lambda _module, _args, kwargs: given.update(kwargs), with_kwargs=True
     )
-    for wrap in golden("golden/prompt_wrap.json")["wraps"]:
+    for wrap in golden.content("golden/prompt_wrap.json")["wraps"]:
         halves = wrap["prompt"].split("<ImageHere>")
         ids = [IMAGE_TOKEN_ID] * 5
         if len(halves) == 2:
@@ -232,11 +220,9 @@ def test_wrapped_pictures_reach_the_language_model_as_recorded() -> None:
 
 def turns() -> list[tuple[str, int]]:
     """Greedy turns by name and number, those that compare at all."""
-    if not TINY.is_dir():
-        return []
     return [
         (dialog["name"], number)
-        for dialog in golden("golden/generation.json")["dialogs"]
+        for dialog in golden.content("golden/generation.json")["dialogs"]
         for number, turn in enumerate(dialog["turns"])
         if dialog["name"].startswith("greedy") and turn["min_top2_gap"] > CLEAR
     ]
@@ -273,8 +259,8 @@ def options(dialog: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(("name", "number"), turns())
 def test_greedy_answers_are_the_originals_word_for_word(name: str, number: int) -> None:
     model = first_version()
-    dialog = next(dialog for dialog in golden("golden/generation.json")["dialogs"] if dialog["name"] == name)
-    turn, recorded = dialog["turns"][number], load_file(TINY / "golden/generation.safetensors")
+    dialog = next(dialog for dialog in golden.content("golden/generation.json")["dialogs"] if dialog["name"] == name)
+    turn, recorded = dialog["turns"][number], golden.tensors("golden/generation.safetensors")
     context = recorded[f"{name}/{number}/inputs_embeds"]
     if "clip" in name or "###" in turn["user"]:  # what the original did to these prompts is not done here
         inputs = {"inputs_embeds": context}
@@ -297,7 +283,7 @@ def test_greedy_answers_are_the_originals_word_for_word(name: str, number: int) 
 
 def test_ids_in_place_of_embeddings_give_the_same_answer() -> None:
     model = first_version()
-    for dialog in golden("golden/generation.json")["dialogs"]:
+    for dialog in golden.content("golden/generation.json")["dialogs"]:
         if not dialog["name"].startswith("greedy_two"):
             continue
         for number, turn in enumerate(dialog["turns"]):
@@ -311,7 +297,7 @@ def test_ids_in_place_of_embeddings_give_the_same_answer() -> None:
 @pytest.mark.parametrize("picture", [0, 1, 2])
 def test_five_beams_find_the_originals_answer(picture: int, number: int) -> None:
     name, model = f"beam5_img{picture}", first_version()
-    dialog = next(dialog for dialog in golden("golden/generation.json")["dialogs"] if dialog["name"] == name)
+    dialog = next(dialog for dialog in golden.content("golden/generation.json")["dialogs"] if dialog["name"] == name)
     ids, shown = prompt_ids(dialog, number)
     answer = model.generate(input_ids=torch.tensor([ids]), pixel_values=picture_values()[shown], **options(dialog))
     # The original's library ended a stopped beam with the end token.
@@ -321,7 +307,7 @@ def test_five_beams_find_the_originals_answer(picture: int, number: int) -> None
 def test_left_padded_batch_of_the_second_version_is_answered_word_for_word() -> None:
     """Without a Q-Former, and with the language model's low-rank adapter folded in."""
     model, tokenizer, prompt = second_version(), llama("v2/weights/llama2-chat"), template("minigpt-v2")
-    case = golden("v2/golden/generation.json")["generate_greedy_batch3"]
+    case = golden.content("v2/golden/generation.json")["generate_greedy_batch3"]
     assert case["min_top2_gap"] > CLEAR
     rows = []
     for text in case["texts"]:

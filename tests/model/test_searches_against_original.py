@@ -9,18 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from tests.model.test_against_original import TINY, first_version, golden, options, picture_values, prompt_ids
+from tests import golden
+from tests.model.test_against_original import first_version, options, picture_values, prompt_ids
 
-pytestmark = [
-    pytest.mark.reference,
-    pytest.mark.skipif(
-        not TINY.is_dir(), reason="the recorded outputs of the original code are not beside the project"
-    ),
-]
+pytestmark = pytest.mark.reference
 DRAWN = {"temperature": 1.0, "top_p": 0.9, "top_k": 50}  # what the original's chat, and its library, took by themselves
 END = 2  # with which the original's library closed a beam that a stop word ended
 
@@ -39,11 +34,9 @@ class FirstRowEnds(StoppingCriteria):
 
 def turns(start: str) -> list[tuple[str, int]]:
     """Turns of the recorded conversations whose name begins so."""
-    if not TINY.is_dir():
-        return []
     return [
         (dialog["name"], number)
-        for dialog in golden("golden/generation.json")["dialogs"]
+        for dialog in golden.content("golden/generation.json")["dialogs"]
         for number in range(len(dialog["turns"]))
         if dialog["name"].startswith(start)
     ]
@@ -51,14 +44,14 @@ def turns(start: str) -> list[tuple[str, int]]:
 
 def asked(name: str, number: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """A turn, what the model reads, and how it answers."""
-    dialog = next(dialog for dialog in golden("golden/generation.json")["dialogs"] if dialog["name"] == name)
+    dialog = next(dialog for dialog in golden.content("golden/generation.json")["dialogs"] if dialog["name"] == name)
     ids, shown = prompt_ids(dialog, number)
     # As embeddings: the original's repetition penalty does not count the words of the prompt.
     embeds = first_version().get_input_embeddings()(torch.tensor([ids]))
     chosen = options(dialog)
     if chosen.pop("stop_strings", None):
         del chosen["tokenizer"]
-        words = golden("configs/tiny_dims.json")["stop_words_ids"]
+        words = golden.content("configs/tiny_dims.json")["stop_words_ids"]
         chosen["stopping_criteria"] = StoppingCriteriaList([FirstRowEnds(words)])
     return dialog["turns"][number], {"inputs_embeds": embeds, "pixel_values": picture_values()[shown]}, chosen
 
@@ -91,7 +84,7 @@ def test_seeded_draw_is_the_originals_word_for_word(name: str, number: int) -> N
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "number"), [*turns("beam"), *turns("sample")])
 def test_context_of_searches_and_draws_is_the_originals(name: str, number: int) -> None:
-    recorded = load_file(TINY / "golden/generation.safetensors")
+    recorded = golden.tensors("golden/generation.safetensors")
     model, (_, inputs, chosen) = first_version(), asked(name, number)
     given: dict[str, Tensor] = {}
     hook = model.model.language_model.register_forward_pre_hook(
@@ -108,7 +101,7 @@ def test_context_of_searches_and_draws_is_the_originals(name: str, number: int) 
 def test_rule_of_the_first_row_is_the_originals() -> None:
     """So that what ended the original's searches ends those above."""
     compared = 0
-    for case in golden("golden/chat_units.json")["stopping"]:
+    for case in golden.content("golden/chat_units.json")["stopping"]:
         ids, words = case["input_ids"], case["stops"]
         if isinstance(case["result"], str) or any(len(word) > len(ids[0]) for word in words):
             continue  # the original compared a short sequence with a longer word by broadcasting
@@ -119,5 +112,5 @@ def test_rule_of_the_first_row_is_the_originals() -> None:
 
 
 def test_every_recorded_conversation_is_greedy_searched_or_drawn() -> None:
-    names = [dialog["name"] for dialog in golden("golden/generation.json")["dialogs"]]
+    names = [dialog["name"] for dialog in golden.content("golden/generation.json")["dialogs"]]
     assert all(name.startswith(("greedy", "beam", "sample")) for name in names)

@@ -9,35 +9,28 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from minigpt4.processing.messages import Message
 from minigpt4.processing.prompts import template
 from minigpt4.weights.original.names import Kind, to_ours, why_ignored
+from tests import golden
 from tests.model.test_against_original import (
     CLEAR,
     IMAGE,
     IMAGE_TOKEN_ID,
-    TINY,
-    golden,
     llama,
     picture_values,
     second_version,
 )
 
-pytestmark = [
-    pytest.mark.reference,
-    pytest.mark.skipif(
-        not TINY.is_dir(), reason="the recorded outputs of the original code are not beside the project"
-    ),
-]
+pytestmark = pytest.mark.reference
 TEMPLATES = {"chat_greedy_llama2_template": "llama-2", "chat_greedy_vicuna0_template": "vicuna-v0-spaced"}
 PENALTY = 1.05  # what this version's chat took by itself
 
 
 def names(path: str, start: str) -> list[str]:
-    return [name for name in golden(path) if name.startswith(start)] if TINY.is_dir() else []
+    return [name for name in golden.content(path) if name.startswith(start)]
 
 
 @torch.no_grad()
@@ -47,7 +40,7 @@ def test_chats_answer_as_the_original_word_for_word(name: str) -> None:
     model, tokenizer, prompt = second_version(), llama("v2/weights/llama2-chat"), template(
         TEMPLATES.get(name, "minigpt-v2")
     )  # fmt: skip
-    chat = golden("v2/golden/generation.json")[name]
+    chat = golden.content("v2/golden/generation.json")[name]
     messages: list[Message] = []
     for number, turn in enumerate(chat["turns"]):
         pictures = [IMAGE] if number == 0 else []
@@ -75,8 +68,8 @@ def said(row: list[int]) -> list[int]:
 @pytest.mark.filterwarnings("ignore:Passing `repetition_penalty` with `inputs_embeds`:UserWarning")
 @pytest.mark.parametrize("name", names("v2/golden/generation.json", "generate_"))
 def test_left_padded_batches_are_answered_word_for_word(name: str) -> None:
-    model, case = second_version(), golden("v2/golden/generation.json")[name]
-    recorded = load_file(TINY / "v2/golden/generation.safetensors")
+    model, case = second_version(), golden.content("v2/golden/generation.json")[name]
+    recorded = golden.tensors("v2/golden/generation.safetensors")
     options: dict[str, Any] = dict(case["kwargs"])
     if least := options.pop("min_length", None):
         options["min_new_tokens"] = least - 1  # the original counted the start token
@@ -90,10 +83,10 @@ def test_left_padded_batches_are_answered_word_for_word(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", list(golden("v2/golden/train_forward.json")["cases"]) if TINY.is_dir() else [])
+@pytest.mark.parametrize("name", list(golden.content("v2/golden/train_forward.json")["cases"]))
 def test_logits_and_loss_of_training_batches_are_the_originals(name: str) -> None:
-    model, case = second_version(), golden("v2/golden/train_forward.json")["cases"][name]
-    recorded = load_file(TINY / f"v2/golden/train_forward_{name}.safetensors")
+    model, case = second_version(), golden.content("v2/golden/train_forward.json")["cases"][name]
+    recorded = golden.tensors(f"v2/golden/train_forward_{name}.safetensors")
     mask, labels = recorded["attention_mask"], recorded["targets"]
     logits = model(inputs_embeds=recorded["inputs_embeds"], attention_mask=mask).logits
     read = mask.bool()
@@ -106,7 +99,7 @@ def test_logits_and_loss_of_training_batches_are_the_originals(name: str) -> Non
 
 @torch.no_grad()
 def test_pictures_in_a_training_batch_are_the_models_own_embeddings() -> None:
-    recorded = load_file(TINY / "v2/golden/train_forward_single.safetensors")["inputs_embeds"][0]
+    recorded = golden.tensors("v2/golden/train_forward_single.safetensors")["inputs_embeds"][0]
     places = second_version().model.get_image_features(picture_values()[:1]).pooler_output[0]
     starts = [at for at in range(len(recorded) - 3) if torch.allclose(recorded[at : at + 4], places, atol=2e-5)]
     assert len(starts) == 1
@@ -115,7 +108,7 @@ def test_pictures_in_a_training_batch_are_the_models_own_embeddings() -> None:
 def test_every_name_of_its_state_dict_has_a_place() -> None:
     """As the library for adapters called them then, and with the cast that its preparation put round the head."""
     lacking = []
-    for name in golden("v2/golden/state_dict_keys.json"):
+    for name in golden.content("v2/golden/state_dict_keys.json"):
         bare = name.replace("lm_head.0.", "lm_head.")
         kind = Kind.CHECKPOINT if name.startswith("visual_encoder.") else Kind.MINIGPT_V2
         if to_ours(kind, bare) is None and not why_ignored(kind, bare):
@@ -124,7 +117,7 @@ def test_every_name_of_its_state_dict_has_a_place() -> None:
 
 
 def test_templates_are_written_as_its_conversations() -> None:
-    recorded = golden("v2/golden/generation.json")["templates"]
+    recorded = golden.content("v2/golden/generation.json")["templates"]
     assert recorded.keys() == {"minigptv2", "llama2", "vicuna0"}
     assert template("minigpt-v2").system == recorded["minigptv2"]["system"]
     assert template("llama-2").system == recorded["llama2"]["system"]
@@ -135,5 +128,5 @@ def test_text_gets_its_slow_tokenizers_ids_with_a_beginning() -> None:
     tokenizer = llama("v2/weights/llama2-chat")
     assert all(
         case["ids_special"] == [tokenizer.bos_token_id, *case["ids_no_special"]]
-        for case in golden("v2/golden/tokenizer.json")["encode"]
+        for case in golden.content("v2/golden/tokenizer.json")["encode"]
     )

@@ -1,17 +1,12 @@
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.numpy import load_file
 
 from minigpt4.processing.augmentation import crop_box, random_resized_crop
 from minigpt4.processing.image_processing_minigpt4 import MiniGPT4ImageProcessor
 from minigpt4.processing.pictures import open_image
-
-REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "reference" / "tiny-original"
+from tests import golden
 
 
 def generator(seed: int) -> torch.Generator:
@@ -19,20 +14,18 @@ def generator(seed: int) -> torch.Generator:
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(len(golden.tensors("golden/train_image_processor.safetensors"))))
 def test_same_seed_gives_the_crop_and_the_numbers_of_the_original(index: int) -> None:
-    if not REFERENCE.is_dir():
-        pytest.skip("recordings of the original are not here")
-    recorded = json.loads((REFERENCE / "golden" / "train_image_processor.json").read_text())
+    recorded = golden.content("golden/train_image_processor.json")
     case = recorded["cases"][index]
-    image = open_image(REFERENCE / "inputs" / f"img{case['image']}.png")
+    image = open_image(golden.ROOT / "inputs" / f"img{case['image']}.png")
     normalise = MiniGPT4ImageProcessor(do_resize=False)
 
     box = crop_box(image.width, image.height, generator(case["torch_manual_seed"]))
     crop = random_resized_crop(image, recorded["image_size"], generator(case["torch_manual_seed"]))
 
     assert list(box) == case["crop_ijhw"]
-    expected = load_file(REFERENCE / "golden" / "train_image_processor.safetensors")[f"out_{index}"]
+    expected = golden.tensors("golden/train_image_processor.safetensors")[f"out_{index}"]
     np.testing.assert_array_equal(normalise(crop)["pixel_values"][0], expected)
 
 

@@ -1,6 +1,5 @@
 """The original's train YAMLs as recipes: every key is mapped, ignored with a sentence, or refused with its line."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ from minigpt4.errors import ConfigError
 from minigpt4.training.original import recipe_from_original
 from minigpt4.training.recipe import Recipe, SourcesData, read_recipe
 from minigpt4.weights.original.yaml import read_original_yaml
+from tests import golden
 from tests.weights.original.original_yamls import STAGE_1, STAGE_2, write_tree
 
 PROJECT = Path(__file__).resolve().parents[2]
-GOLDEN = PROJECT.parent / "shared/reference/tiny-original/configs"
 STAGE_1_YAML, STAGE_2_YAML = "minigpt4_stage1_pretrain.yaml", "minigpt4_stage2_finetune.yaml"
 
 
@@ -119,13 +118,11 @@ def test_every_key_is_named_in_a_sentence(name: str, tree: Path) -> None:
 
 @pytest.mark.parametrize("name", [STAGE_1_YAML, STAGE_2_YAML])
 def test_recorded_configurations_are_translated(name: str) -> None:
-    if not GOLDEN.exists():
-        pytest.skip(f"the original's small configurations are not here: {GOLDEN}")
-    recipe, notes = recipe_from_original(read_original_yaml(GOLDEN / name))
+    recipe, notes = recipe_from_original(read_original_yaml(golden.ROOT / "configs" / name))
     assert recipe.stages[0].steps == (20000 if "stage1" in name else 1000)
     assert any("a run needs --options datasets." in note for note in notes)
     if "stage2" in name:
-        recorded = json.loads((GOLDEN.parent / "golden/prompt_wrap.json").read_text(encoding="utf-8"))
+        recorded = golden.content("golden/prompt_wrap.json")
         template = recipe.stages[0].prompt_template
         assert template == recorded["prompt_template"]
         assert [template.replace("{}", prompt) for prompt in sources(recipe).prompts] == recorded["prompt_list"]

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from minigpt4.data.examples import padded
 from minigpt4.data.record import Record
@@ -19,30 +18,19 @@ from minigpt4.training.objectives import TrainingStep, num_targets
 from minigpt4.training.processes import processes
 from minigpt4.training.recipe import make_recipe
 from minigpt4.training.stage_data import layout_of
-from tests.weights.original.test_golden_import import RELATIVE, SETS, assert_close, golden, imported
+from tests import golden
+from tests.weights.original.test_golden_import import RELATIVE, assert_close, imported
 
-pytestmark = [
-    pytest.mark.reference,
-    pytest.mark.skipif(not SETS, reason="the recorded outputs of the original code are not beside the project"),
-]
-CASES = (
-    "single", "single_space_end", "batch3_truncated", "batch3_reordered", "stage1_no_prompt", "eos_text",
-    "random_prompt", "vqa_attribute",
-)  # fmt: skip
+pytestmark = pytest.mark.reference
+CASES: dict[str, Any] = golden.content("golden/train_forward.json")["cases"]
 VISUAL_QUESTION = "###Human: <Img><ImageHere></Img> "
 """What the original puts before the answers of its data sets of visual questions; it is not in the recorded files."""
 
 
-@pytest.fixture(scope="module", params=SETS, ids=lambda path: path.name)
-def reference(request: pytest.FixtureRequest) -> Path:
-    folder: Path = request.param
-    return folder
-
-
 @pytest.fixture(scope="module")
-def prepared(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """A model as a run has it."""
-    folder = imported(reference, tmp_path_factory.mktemp("model") / "model")
+    folder = imported(tmp_path_factory.mktemp("model") / "model")
     return prepare_model(make_recipe(content_of(str(folder)), Path("recorded")), processes())
 
 
@@ -59,26 +47,17 @@ def content_of(model: str, **stage: Any) -> dict[str, Any]:
     }
 
 
-def recorded_cases(reference: Path) -> dict[str, Any]:
-    cases: dict[str, Any] = golden(reference, "golden/train_forward.json")["cases"]
-    return cases
-
-
-def test_every_recorded_case_is_compared(reference: Path) -> None:
-    assert set(recorded_cases(reference)) == set(CASES)
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_a_batch_is_the_originals(name: str, prepared: Prepared, reference: Path) -> None:
-    case = recorded_cases(reference)[name]
-    recorded = load_file(reference / f"golden/train_forward_{name}.safetensors")
+def test_a_batch_is_the_originals(name: str, prepared: Prepared) -> None:
+    case = CASES[name]
+    recorded = golden.tensors(f"golden/train_forward_{name}.safetensors")
     prompt = VISUAL_QUESTION if "samples_type" in case else case["prompt_used"] or ""
     settings = {"max_text_tokens": case["max_txt_len"], "end_symbol": case["end_sym"], "prompt_template": "{}"}
     stage = make_recipe(content_of("unused", **settings), Path("recorded")).stages[0]
     layout = layout_of(stage, prepared.processor)
     texts = [layout.encode(Record("", b"", (("", text),)), prompt) for text in case["text_input"]]
     batch = padded(texts, prepared.processor.tokenizer.pad_token_id)
-    pixels = load_file(reference / "inputs/pixel_values.safetensors")["pixel_values"]
+    pixels = golden.tensors("inputs/pixel_values.safetensors")["pixel_values"]
 
     prepared.model.zero_grad()
     loss = TrainingStep(prepared.model)({**batch, "pixel_values": pixels[case["image_index"]]}).loss

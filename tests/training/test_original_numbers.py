@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from accelerate import PartialState
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -24,24 +23,16 @@ from minigpt4.training.objectives import TrainingStep
 from minigpt4.training.processes import processes
 from minigpt4.training.recipe import Recipe, StageRecipe, make_recipe
 from minigpt4.training.stage_data import layout_of
-from tests.weights.original.test_golden_import import RELATIVE, SETS, golden, imported
+from tests import golden
+from tests.weights.original.test_golden_import import RELATIVE, imported
 
-pytestmark = [
-    pytest.mark.reference,
-    pytest.mark.skipif(not SETS, reason="the recorded outputs of the original code are not beside the project"),
-]
+pytestmark = pytest.mark.reference
 RUNS = ("accum1", "accum2", "max_txt_len_10")
 
 
-@pytest.fixture(scope="module", params=SETS, ids=lambda path: path.name)
-def reference(request: pytest.FixtureRequest) -> Path:
-    folder: Path = request.param
-    return folder
-
-
 @pytest.fixture(scope="module")
-def model_folder(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return imported(reference, tmp_path_factory.mktemp("model") / "model")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return imported(tmp_path_factory.mktemp("model") / "model")
 
 
 class RecordedBatches(Dataset[dict[str, Any]]):
@@ -120,10 +111,10 @@ def close(actual: Tensor, recorded: Tensor, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_every_update_is_the_originals(name: str, model_folder: Path, reference: Path, tmp_path: Path) -> None:
-    run = golden(reference, "golden/train_steps.json")["runs"][name]
-    recorded = load_file(reference / "golden/train_steps.safetensors")
-    pixels = load_file(reference / "inputs/pixel_values.safetensors")["pixel_values"]
+def test_every_update_is_the_originals(name: str, model_folder: Path, tmp_path: Path) -> None:
+    run = golden.content("golden/train_steps.json")["runs"][name]
+    recorded = golden.tensors("golden/train_steps.safetensors")
+    pixels = golden.tensors("inputs/pixel_values.safetensors")["pixel_values"]
     recipe = recipe_of(run, tmp_path)
     model, processor = minigpt4.load(model_folder, device="cpu")
     data = RecordedBatches(run, layout_of(recipe.stages[0], processor), pixels)

@@ -1,9 +1,7 @@
 """The learning rate: ours, and the original's two schedules digit for digit."""
 
-import json
 import math
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +9,8 @@ import pytest
 from minigpt4.errors import ConfigError
 from minigpt4.training.recipe import StageRecipe
 from minigpt4.training.schedule import batches_before, cut_rise, learning_rate, num_batches, place_in_epoch
+from tests import golden
 
-GOLDEN = Path(__file__).resolve().parents[2].parent / "shared/reference/tiny-original/golden"
 CASES = [
     "stage1", "stage2", "odd_warmup_longer_than_epoch", "odd_no_warmup", "odd_negative_warmup_lr",
     "odd_past_max_epoch", "odd_warmup_lr_above_init_lr", "step_decay0.7", "step_decay0.1_min_lr_floor",
@@ -23,14 +21,6 @@ CASES = [
 def stage(**changes: Any) -> StageRecipe:
     settings = {"name": "one", "steps": 100, "batch_size": 1, "learning_rate": 1e-3, "warmup_steps": 10, **changes}
     return StageRecipe.model_validate(settings)
-
-
-def golden(name: str) -> dict[str, Any]:
-    path = GOLDEN / f"{name}.json"
-    if not path.exists():
-        pytest.skip(f"the recorded numbers of the original are not here: {path}")
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
 
 
 def recorded(case: dict[str, Any]) -> StageRecipe:
@@ -51,7 +41,7 @@ def recorded(case: dict[str, Any]) -> StageRecipe:
 
 @pytest.mark.parametrize("name", CASES)
 def test_learning_rates_are_the_originals(name: str) -> None:
-    case = golden("lr_schedule")[name]
+    case = golden.content("golden/lr_schedule.json")[name]
     of_case = recorded(case)
     for epoch, step, rate in case["points"]:
         number = epoch * (of_case.steps_per_epoch or 0) + step
@@ -74,12 +64,12 @@ def test_learning_rates_are_the_originals_formula_to_the_bit(epochs: int, warmup
 
 
 def test_every_recorded_schedule_is_compared() -> None:
-    assert {name for name, case in golden("lr_schedule").items() if "points" in case} == set(CASES)
+    assert {name for name, case in golden.content("golden/lr_schedule.json").items() if "points" in case} == set(CASES)
 
 
 @pytest.mark.parametrize("name", ["accum1", "accum2", "max_txt_len_10"])
 def test_updates_have_the_learning_rate_of_their_last_batch_and_take_what_an_epoch_left_over(name: str) -> None:
-    run = golden("train_steps")["runs"][name]
+    run = golden.content("golden/train_steps.json")["runs"][name]
     options = dict(option.removeprefix("run.").split("=") for option in run["options"])
     accumulation = int(options.get("accum_grad_iters", 1))
     of_run = stage(

@@ -17,18 +17,12 @@ from minigpt4.errors import WeightsError
 from minigpt4.weights.checking.inspection import inspect
 from minigpt4.weights.checking.inspection_kinds import Inspection
 from minigpt4.weights.llama.version import LAST_NORM
+from tests import golden
 from tests.model import tiny
 from tests.weights.files.sparse_files import write_sparse
 from tests.weights.original import original_files as original
 
-GOLDEN = Path(__file__).resolve().parents[3].parent / "shared" / "reference" / "tiny-original"
 V0 = replace(original.PUBLISHED, vocabulary=32001)
-
-
-def golden(name: str) -> Path:
-    if not GOLDEN.is_dir():
-        pytest.skip("the golden files are not here")
-    return GOLDEN / name
 
 
 def llama_folder(folder: Path, sizes: original.Sizes, *, delta: bool = False, **config: Any) -> Path:
@@ -164,12 +158,12 @@ def test_language_model_names_the_checkpoints_that_fit_it(tmp_path: Path) -> Non
 
 def test_delta_of_no_published_size_says_its_own_rows_and_sizes() -> None:
     """`LLaMA 2 layers` would read as Llama-2, and 32001 rows are the published model's."""
-    found = inspect(golden("delta/delta_v0"))
+    found = inspect(golden.recorded("delta/delta_v0"))
     rows = found.sizes["rows"]
     assert rows != 32001
     assert found.fits[0] == f"the LLaMA that it was made from (2 layers, {found.sizes['width']} wide)"
     assert found.notes[0].startswith(f"a delta of v0 ({rows} rows, the last one for [PAD])")
-    other = inspect(golden("delta/delta_v1.1"))
+    other = inspect(golden.recorded("delta/delta_v1.1"))
     assert other.notes[0].startswith(f"a delta of v1.1 ({other.sizes['rows']} rows)")
 
 
@@ -216,7 +210,7 @@ def test_other_models_of_llamas_make_are_not_taken_for_it(tmp_path: Path) -> Non
     ],
 )
 def test_golden_files_are_recognised(name: str, kind: str, version: str) -> None:
-    found = inspect(golden(name))
+    found = inspect(golden.recorded(name))
     assert found.kind == kind
     assert version in found.version
     assert found.missing == []
@@ -225,14 +219,15 @@ def test_golden_files_are_recognised(name: str, kind: str, version: str) -> None
 
 
 def test_what_an_old_converter_left_broken_is_named() -> None:
-    notes = "\n".join(inspect(golden("weights/vicuna-decapoda-style")).notes)
+    golden.recorded("weights/vicuna-decapoda-style/pytorch_model-00001-of-00002.bin")
+    notes = "\n".join(inspect(golden.ROOT / "weights/vicuna-decapoda-style").notes)
     for word in ("LLaMATokenizer", "bos_token_id 0", "special_tokens_map.json"):
         assert word in notes
 
 
 def test_file_with_objects_in_it_is_not_opened() -> None:
     with pytest.raises(WeightsError, match="objects other than tensors"):
-        inspect(golden("weights/untrusted_like_reduce.pth"))
+        inspect(golden.recorded("weights/untrusted_like_reduce.pth"))
 
 
 # This package's own folders, and what people have besides

@@ -17,10 +17,9 @@ from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.weights import nano
 from minigpt4.weights.checking.sanity import LARGEST_SHARE_OF_CHANCE, SENTENCE, check_language_model
 from minigpt4.weights.parts import home as home_folder
-from tests import tiny_chat
+from tests import golden, tiny_chat
 from tests.model import tiny
 
-GOLDEN = Path(__file__).resolve().parents[3].parent / "shared" / "reference" / "tiny-original"
 NORM, TABLE, LAYER = "model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"
 Tensors = dict[str, Tensor]
 
@@ -167,15 +166,11 @@ def test_row_too_few_in_both_the_table_and_the_configuration_is_seen_by_the_toke
 
 @pytest.mark.parametrize("name", ["delta_v0", "delta_v1.1"])
 def test_golden_deltas_fail_as_deltas(name: str) -> None:
-    if not GOLDEN.is_dir():
-        pytest.skip("the golden files are not here")
-    assert "this is a delta" in check_language_model(GOLDEN / "delta" / name).problem
+    assert "this is a delta" in check_language_model(golden.recorded(f"delta/{name}")).problem
 
 
 def test_random_weights_of_the_originals_format_fail() -> None:
-    if not GOLDEN.is_dir():
-        pytest.skip("the golden files are not here")
-    assert "does not know English" in check_language_model(GOLDEN / "delta" / "base").problem
+    assert "does not know English" in check_language_model(golden.recorded("delta/base")).problem
 
 
 def test_folder_without_a_model_is_an_error(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 
 from minigpt4.errors import WeightsError
 from minigpt4.weights.files.foreign import read_torch_file
+from tests import golden
 
-FABRICATED = Path(__file__).resolve().parents[3].parent / "shared" / "reference" / "tiny-original" / "weights"
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
 
@@ -166,8 +166,7 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.reference
-@pytest.mark.skipif(not FABRICATED.is_dir(), reason="the fabricated original weights are not here")
-@pytest.mark.parametrize("path", sorted(FABRICATED.glob("untrusted_*")) or [Path("none")], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(golden.ROOT.glob("weights/untrusted_*")), ids=lambda path: path.name)
 def test_fabricated_hostile_files_are_refused(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(WeightsError, match="was not opened"):

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-GOLDEN = Path(__file__).resolve().parents[3].parent / "shared" / "reference" / "tiny-original" / "delta"
+from tests import golden
+
+GOLDEN = golden.ROOT / "delta"
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
 WIDTH, MLP, ROWS, LAYERS = 16, 24, 40, 2

@@ -30,8 +30,6 @@ from tests.weights.llama.delta_files import (
     write_folder,
 )
 
-golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the fixtures of the original are not here")
-
 
 def read(folder: Path) -> dict[str, Tensor]:
     tensors = open_tensors(folder)
@@ -51,7 +49,6 @@ def pair(folder: Path, *, rows: int = ROWS) -> tuple[Path, Path]:
     return base, write_folder(folder / "delta", tiny_delta(2, rows=rows), shards=3)
 
 
-@golden
 @pytest.mark.parametrize("file_format", ["safetensors", "bin"])
 @pytest.mark.parametrize(
     ("delta", "expected"),
@@ -69,7 +66,6 @@ def test_merge_equals_what_the_original_tools_wrote(
     assert_same(actual, wanted)
 
 
-@golden
 @pytest.mark.parametrize(("delta", "version", "rows"), [("delta_v0", "v0", 401), ("delta_v1.1", "v1.1", 400)])
 def test_version_is_told_and_small_files_are_the_deltas(delta: str, version: str, rows: int, tmp_path: Path) -> None:
     result = apply_delta(GOLDEN / "base", GOLDEN / delta, tmp_path / "out")
@@ -82,7 +78,6 @@ def test_version_is_told_and_small_files_are_the_deltas(delta: str, version: str
     assert "generation_config.json" in verify_folder(tmp_path / "out").files
 
 
-@golden
 @pytest.mark.parametrize("file_format", ["safetensors", "bin"])
 def test_merged_folder_is_loaded_by_transformers(file_format: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
@@ -178,8 +173,6 @@ def test_both_sides_are_rounded_before_they_are_added_where_a_type_is_asked_for(
 
 
 def test_old_tokenizer_and_swapped_ids_are_mended_with_a_line_each(tmp_path: Path) -> None:
-    if not GOLDEN.is_dir():
-        pytest.skip("needs a SentencePiece vocabulary: the fixtures of the original are not here")
     base, delta = pair(tmp_path)
     for name in ("tokenizer.model", "tokenizer_config.json"):
         (delta / name).write_bytes((GOLDEN / "delta_v0" / name).read_bytes())

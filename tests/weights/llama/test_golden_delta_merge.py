@@ -17,26 +17,17 @@ from torch import Tensor
 
 from minigpt4.errors import WeightsError
 from minigpt4.weights.llama.delta import apply_delta
+from tests import golden
 from tests.weights.llama.test_delta import assert_same, read
-from tests.weights.original.test_golden_import import SETS, golden
 
-pytestmark = [
-    pytest.mark.reference,
-    pytest.mark.skipif(not SETS, reason="the recorded outputs of the original code are not beside the project"),
-]
+pytestmark = pytest.mark.reference
 INV_FREQ = "rotary_emb.inv_freq"
 MISSING = "model.layers.1.mlp.up_proj.weight"
 
 
-@pytest.fixture(scope="module", params=SETS, ids=lambda path: path.name)
-def reference(request: pytest.FixtureRequest) -> Path:
-    folder: Path = request.param
-    return folder
-
-
 @pytest.fixture(scope="module")
-def recorded(reference: Path) -> dict[str, Any]:
-    return golden(reference, "golden/delta_merge.json")
+def recorded() -> dict[str, Any]:
+    return golden.content("golden/delta_merge.json")
 
 
 def assert_expected(out: Path, expected: Path) -> None:
@@ -87,9 +78,9 @@ def without(*endings: str) -> Callable[[dict[str, Tensor]], None]:
     ],
 )
 def test_files_beside_the_weights_are_those_of_the_original_tool(
-    case: str, delta: str, reference: Path, recorded: dict[str, Any], tmp_path: Path
+    case: str, delta: str, recorded: dict[str, Any], tmp_path: Path
 ) -> None:
-    folder, run = reference / "delta", recorded[case]
+    folder, run = golden.ROOT / "delta", recorded[case]
     assert run["result"] == "ok"
     apply_delta(folder / "base", folder / delta, tmp_path / "out", file_format="bin")
     written = files_beside_weights(tmp_path / "out")
@@ -102,12 +93,12 @@ def test_files_beside_the_weights_are_those_of_the_original_tool(
 
 
 def test_tokenizer_that_is_saved_is_the_deltas_as_the_first_and_the_last_tool_did(
-    reference: Path, recorded: dict[str, Any], tmp_path: Path
+    recorded: dict[str, Any], tmp_path: Path
 ) -> None:
     assert recorded["which_tokenizer_is_saved"] == {
         "v0.1.10": "delta", "v0.2.0": "base", "v0.2.3": "base", "v0.2.5": "delta",
     }  # fmt: skip
-    folder = reference / "delta"
+    folder = golden.ROOT / "delta"
     base = shutil.copytree(folder / "base", tmp_path / "base")
     config = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
     (base / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 7}), encoding="utf-8")
@@ -118,47 +109,43 @@ def test_tokenizer_that_is_saved_is_the_deltas_as_the_first_and_the_last_tool_di
 
 
 @pytest.mark.parametrize("delta", ["delta_v0", "delta_v1.1"])
-def test_old_class_name_in_the_base_stops_no_merge(
-    delta: str, reference: Path, recorded: dict[str, Any], tmp_path: Path
-) -> None:
+def test_old_class_name_in_the_base_stops_no_merge(delta: str, recorded: dict[str, Any], tmp_path: Path) -> None:
     failed = recorded["BASE tokenizer_class LLaMATokenizer, v0.1.10, delta_v0"]
     assert "LLaMATokenizer does not exist" in failed["error"]
-    base = shutil.copytree(reference / "delta/base", tmp_path / "base")
+    base = shutil.copytree(golden.ROOT / "delta/base", tmp_path / "base")
     path = base / "tokenizer_config.json"
     path.write_text(path.read_text(encoding="utf-8").replace("LlamaTokenizer", "LLaMATokenizer"), encoding="utf-8")
-    apply_delta(base, reference / "delta" / delta, tmp_path / "out")
-    assert_expected(tmp_path / "out", reference / "delta" / delta.replace("delta", "expected"))
+    apply_delta(base, golden.ROOT / "delta" / delta, tmp_path / "out")
+    assert_expected(tmp_path / "out", golden.ROOT / "delta" / delta.replace("delta", "expected"))
     written = json.loads((tmp_path / "out/tokenizer_config.json").read_text(encoding="utf-8"))
     assert written["tokenizer_class"] == "LlamaTokenizer"
 
 
 def test_delta_that_lacks_a_tensor_is_refused_by_its_name_before_anything_is_written(
-    reference: Path, recorded: dict[str, Any], tmp_path: Path
+    recorded: dict[str, Any], tmp_path: Path
 ) -> None:
     runs = [run for name, run in recorded.items() if name.startswith(f"DELTA missing {MISSING}")]
     assert [run["result"] for run in runs] == ["ok", "error"]  # one filled it with random numbers, one stopped midway
-    delta = with_tensors(reference / "delta/delta_v1.1", tmp_path / "delta", without(MISSING))
+    delta = with_tensors(golden.ROOT / "delta/delta_v1.1", tmp_path / "delta", without(MISSING))
     with pytest.raises(WeightsError, match=re.escape(f"lacks the tensor {MISSING}")):
-        apply_delta(reference / "delta/base", delta, tmp_path / "out")
+        apply_delta(golden.ROOT / "delta/base", delta, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_delta_without_frequencies_leaves_the_bases_as_they_are(
-    reference: Path, recorded: dict[str, Any], tmp_path: Path
-) -> None:
+def test_delta_without_frequencies_leaves_the_bases_as_they_are(recorded: dict[str, Any], tmp_path: Path) -> None:
     doubled = recorded["DELTA without inv_freq keys, v0.2.5 apply_delta"]["inv_freq_in_result"]
-    delta = with_tensors(reference / "delta/delta_v1.1", tmp_path / "delta", without(INV_FREQ))
-    apply_delta(reference / "delta/base", delta, tmp_path / "out")
-    assert_expected(tmp_path / "out", reference / "delta/expected_v1.1_low_cpu_mem")
+    delta = with_tensors(golden.ROOT / "delta/delta_v1.1", tmp_path / "delta", without(INV_FREQ))
+    apply_delta(golden.ROOT / "delta/base", delta, tmp_path / "out")
+    assert_expected(tmp_path / "out", golden.ROOT / "delta/expected_v1.1_low_cpu_mem")
     written = read(tmp_path / "out")[f"model.layers.0.self_attn.{INV_FREQ}"]
     torch.testing.assert_close(2 * written, torch.tensor(doubled), rtol=1e-3, atol=0)  # theirs was rounded, too
 
 
 def test_base_in_a_single_file_is_merged_where_the_original_wrote_no_weights(
-    reference: Path, recorded: dict[str, Any], tmp_path: Path
+    recorded: dict[str, Any], tmp_path: Path
 ) -> None:
     run = recorded["v0.2.5 apply_delta_low_cpu_mem onto a single-file base (pytorch_model.bin)"]
     assert not any(name.endswith(".bin") for name in run["files"])
-    base = with_tensors(reference / "delta/base", tmp_path / "base", lambda tensors: None)
-    apply_delta(base, reference / "delta/delta_v1.1", tmp_path / "out")
-    assert_expected(tmp_path / "out", reference / "delta/expected_v1.1_low_cpu_mem")
+    base = with_tensors(golden.ROOT / "delta/base", tmp_path / "base", lambda tensors: None)
+    apply_delta(base, golden.ROOT / "delta/delta_v1.1", tmp_path / "out")
+    assert_expected(tmp_path / "out", golden.ROOT / "delta/expected_v1.1_low_cpu_mem")

@@ -5,7 +5,6 @@ ours gives what the sound folder gives, and the test says what the original's mi
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,30 +12,21 @@ from transformers import PreTrainedTokenizerBase
 
 from minigpt4.processing.text_encoding import TextEncoder
 from minigpt4.weights.llama.tokenizer import load_llama_tokenizer
-from tests.weights.original.test_golden_import import SETS, golden
+from tests import golden
 
-pytestmark = [
-    pytest.mark.reference,
-    pytest.mark.skipif(not SETS, reason="the recorded outputs of the original code are not beside the project"),
-]
+pytestmark = pytest.mark.reference
 SOUND, BROKEN = "vicuna", "vicuna-decapoda-style"
 FOLDERS = (SOUND, "vicuna-LLaMATokenizer", BROKEN)
 SHORT, SPECIAL = ["a red", "a"], "foo </s> bar"  # the texts that were encoded
 
 
-@pytest.fixture(scope="module", params=SETS, ids=lambda path: path.name)
-def reference(request: pytest.FixtureRequest) -> Path:
-    folder: Path = request.param
-    return folder
-
-
 @pytest.fixture(scope="module")
-def recorded(reference: Path) -> dict[str, Any]:
-    return golden(reference, "golden/tokenizer_folder_variants.json")
+def recorded() -> dict[str, Any]:
+    return golden.content("golden/tokenizer_folder_variants.json")
 
 
-def loaded(reference: Path, folder: str) -> PreTrainedTokenizerBase:
-    return load_llama_tokenizer(reference / "weights" / folder)[0]
+def loaded(folder: str) -> PreTrainedTokenizerBase:
+    return load_llama_tokenizer(golden.ROOT / "weights" / folder)[0]
 
 
 def told(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -53,8 +43,8 @@ def told(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_every_folder_gives_what_the_sound_one_gave(folder: str, reference: Path, recorded: dict[str, Any]) -> None:
-    for what, value in told(loaded(reference, folder)).items():
+def test_every_folder_gives_what_the_sound_one_gave(folder: str, recorded: dict[str, Any]) -> None:
+    for what, value in told(loaded(folder)).items():
         assert value == recorded[SOUND][what], what
 
 
@@ -67,12 +57,10 @@ def test_old_class_name_changes_nothing_but_the_class(recorded: dict[str, Any]) 
     assert old == sound
 
 
-def test_empty_special_tokens_are_mended_where_the_original_took_zero(
-    reference: Path, recorded: dict[str, Any]
-) -> None:
+def test_empty_special_tokens_are_mended_where_the_original_took_zero(recorded: dict[str, Any]) -> None:
     broken = recorded[BROKEN]
     assert (broken["bos_eos_unk"], broken["ids"], broken["padded"]) == (["", "", ""], [0, 0, 0], None)
-    tokenizer, notes = load_llama_tokenizer(reference / "weights" / BROKEN)
+    tokenizer, notes = load_llama_tokenizer(golden.ROOT / "weights" / BROKEN)
     assert any("no bos_token, eos_token, unk_token" in note for note in notes)
     # Without special tokens the name of one is text like any other, which is how a user's text is read here.
     assert TextEncoder(tokenizer).encode(SPECIAL) == broken["enc"]
@@ -87,10 +75,10 @@ def test_every_recorded_folder_is_compared(recorded: dict[str, Any]) -> None:
     }  # fmt: skip
 
 
-def test_first_token_of_a_text_and_its_padding_are_the_slow_tokenizers(reference: Path) -> None:
+def test_first_token_of_a_text_and_its_padding_are_the_slow_tokenizers() -> None:
     """With a beginning, as the original encodes a prompt's first half, and the pieces' own names."""
-    vectors = json.loads((reference / "golden/tokenizer.json").read_text(encoding="utf-8"))
-    tokenizer = loaded(reference, SOUND)
+    vectors = json.loads((golden.ROOT / "golden/tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = loaded(SOUND)
     assert tokenizer.pad_token == vectors["pad_token"]
     encoder = TextEncoder(tokenizer)
     for case in vectors["encode"]:
@@ -99,10 +87,10 @@ def test_first_token_of_a_text_and_its_padding_are_the_slow_tokenizers(reference
         assert tokenizer.convert_ids_to_tokens(ids) == case["tokens"], case["text"]
 
 
-def test_ids_are_decoded_as_the_slow_tokenizer_does(reference: Path) -> None:
+def test_ids_are_decoded_as_the_slow_tokenizer_does() -> None:
     """Without special tokens, as answers are read, but for one space that the old one put next to a left-out token."""
-    vectors = json.loads((reference / "golden/tokenizer.json").read_text(encoding="utf-8"))
-    tokenizer = loaded(reference, SOUND)
+    vectors = json.loads((golden.ROOT / "golden/tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = loaded(SOUND)
     special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     for case in vectors["decode"]:
         text = str(tokenizer.decode(case["ids"], skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -20,8 +20,6 @@ SIZE = WIDTH // HEADS
 COLUMNS = ("tok_embeddings.weight", "wo.weight", "w2.weight")
 PARAMS = {"dim": WIDTH, "n_heads": HEADS, "n_layers": LAYERS, "norm_eps": 1e-6, "vocab_size": -1, "multiple_of": 8}
 
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the fixtures of the original are not here")
-
 
 def meta_tensors(kv_heads: int = HEADS) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
