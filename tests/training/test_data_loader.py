@@ -48,7 +48,7 @@ class Numbers(Dataset[int]):
 @pytest.mark.parametrize("workers", [0, 1, 9])
 def test_items_come_in_their_order_without_a_warning(workers: int) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of more readers than cores, for one
+        warnings.simplefilter("error")  # of more workers than cores, for one
         assert list(read_ahead(Numbers(20), workers, ahead=2)) == list(range(20))
 
 
@@ -62,10 +62,10 @@ def test_a_complaint_comes_as_it_was_raised_after_what_came_before_it(workers: i
 
 
 @pytest.mark.parametrize("error", [EOFError(), ConnectionResetError("reset")])
-def test_a_reader_killed_while_it_hands_over_an_item_is_told_likewise(
+def test_a_worker_killed_while_it_hands_over_an_item_is_told_likewise(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The library meets the broken connection a moment before it misses the reader."""
+    """The library meets the broken connection a moment before it misses the worker."""
 
     def broken(*_: object, **__: object) -> None:
         raise error
@@ -75,7 +75,7 @@ def test_a_reader_killed_while_it_hands_over_an_item_is_told_likewise(
         list(read_ahead(Numbers(3), 1, ahead=2))
 
 
-KILLED_READER = """
+KILLED_WORKER = """
 import os, signal, sys
 from pathlib import Path
 from minigpt4.data.batches import BadSample
@@ -100,7 +100,7 @@ except DataError as error:
 """
 
 
-TOLD_GROUP = """
+SIGNALLED_GROUP = """
 import os, signal, sys
 from pathlib import Path
 from minigpt4.training.loop import train
@@ -118,10 +118,10 @@ train(recipe, toy.model(), toy.ToyBatches, Teller(), processes())
 """
 
 
-def test_the_readers_outlive_a_signal_to_the_whole_group_so_that_the_trainer_can_save(tmp_path: Path) -> None:
+def test_workers_survive_a_signal_to_the_whole_group_so_that_the_trainer_can_save(tmp_path: Path) -> None:
     """As schedulers and torchrun send it."""
     done = subprocess.run(
-        [sys.executable, "-c", TOLD_GROUP, str(tmp_path)],
+        [sys.executable, "-c", SIGNALLED_GROUP, str(tmp_path)],
         cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120, start_new_session=True,
     )  # fmt: skip
 
@@ -146,9 +146,9 @@ def test_a_request_that_torchrun_passed_on_is_the_same_request(
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_killed_reader_is_an_error_and_no_hang(tmp_path: Path) -> None:
-    """In a program of its own: the library tells of a killed reader wherever the program happens to be."""
-    command = [sys.executable, "-c", KILLED_READER, str(tmp_path)]
+def test_a_killed_worker_is_an_error_and_no_hang(tmp_path: Path) -> None:
+    """In a program of its own: the library tells of a killed worker wherever the program happens to be."""
+    command = [sys.executable, "-c", KILLED_WORKER, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120)
 
     assert done.returncode == 2, done.stderr
@@ -172,7 +172,7 @@ from tests.training import toy
 
 class Batches(toy.ToyBatches):
     def __getitem__(self, item):
-        if sys.argv[2] == "reader":
+        if sys.argv[2] == "worker":
             raise DataError("too many are bad")
         return super().__getitem__(item)
 
@@ -188,8 +188,8 @@ except DataError as error:
 """
 
 
-@pytest.mark.parametrize("where", ["reader", "trainer"])
-def test_an_error_ends_the_program_and_does_not_wait_for_the_readers(where: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["worker", "trainer"])
+def test_an_error_ends_the_program_and_does_not_wait_for_the_workers(where: str, tmp_path: Path) -> None:
     """In a program of its own, which holds the error while it ends, as the command line does."""
     done = subprocess.run(
         [sys.executable, "-c", COMPLAINT, str(tmp_path), where],

@@ -115,7 +115,7 @@ def test_loss_and_gradient_are_those_of_rows_of_their_own(text: str, attention: 
 
 
 @pytest.mark.parametrize(("text", "attention"), [("llama, tied", "sdpa"), ("qwen2", "eager"), ("gpt2", "sdpa")])
-def test_language_models_that_read_texts_side_by_side_are_let_in(text: str, attention: str) -> None:
+def test_language_models_that_read_packed_texts_are_allowed(text: str, attention: str) -> None:
     check_packing(model_of(text, attention))
 
 
@@ -142,14 +142,6 @@ def test_a_language_model_that_takes_no_such_mask_is_refused() -> None:
 def test_a_language_model_that_looks_a_little_back_is_refused() -> None:
     with pytest.raises(ConfigError, match="mistral sees 8 places back"):
         check_packing(model_of("llama", "sdpa", model_type="mistral", sliding_window=8))
-
-
-def test_attention_without_masks_of_four_dimensions_is_refused() -> None:
-    model = model_of("llama", "sdpa")
-    model.config.text_config._attn_implementation = "flash_attention_2"
-
-    with pytest.raises(ConfigError, match="needs the attention sdpa or eager, and the language model has flash"):
-        check_packing(model)
 
 
 ASKED = [

