@@ -22,7 +22,8 @@ from minigpt4.training.run_folder import COMPOSED_FOLDER
 from minigpt4.weights import nano
 from minigpt4.weights.alignment import Origin, add_lora, require_peft
 from minigpt4.weights.compose import compose
-from minigpt4.weights.folder import Report, load, origin, quantization
+from minigpt4.weights.folder import load, origin, quantization
+from minigpt4.weights.hub import Report
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

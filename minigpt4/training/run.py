@@ -34,7 +34,7 @@ from minigpt4.training.schedule import cut_rise
 from minigpt4.training.stage_data import RunSources, check_data, is_packed, records_of, stage_data
 from minigpt4.training.validation import Validation
 from minigpt4.weights.alignment import ALIGNMENT_FILE, Origin, alignment_tensors, read_description, save_alignment
-from minigpt4.weights.folder import Report
+from minigpt4.weights.hub import Report
 
 ALIGNMENT_FOLDER = "alignment"
 BEST_ALIGNMENT_FOLDER = "alignment-best"

@@ -20,7 +20,7 @@ from minigpt4.processing import MiniGPT4Processor
 from minigpt4.training.model_setup import Prepared
 from minigpt4.training.recipe import Recipe, SourceRecipe, SourcesData, StageRecipe, ValidationRecipe
 from minigpt4.training.schedule import batches_before
-from minigpt4.weights.folder import Report
+from minigpt4.weights.hub import Report
 
 VALIDATION_SEED = 0
 """Validation has the same examples every time, whatever the run's seed."""

@@ -98,7 +98,7 @@ class LanguagePart:
         Raises:
             WeightsError: A tensor is missing or of another shape, or a file is damaged.
         """
-        model, unfit = load_part(AutoModelForCausalLM, self.folder, LANGUAGE)
+        model, unfit = load_part(AutoModelForCausalLM, self.folder, LANGUAGE, dtype="auto")
         refuse_lacking(self.folder, LANGUAGE, unfit)
         table: Any = model.get_input_embeddings()
         before = table.num_embeddings

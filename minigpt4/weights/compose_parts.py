@@ -71,7 +71,6 @@ def load_part(model_class: Any, folder: Path, what: str, **options: Any) -> tupl
     try:
         model, loading = model_class.from_pretrained(
             folder,
-            dtype="auto",
             local_files_only=True,
             use_safetensors=True,
             ignore_mismatched_sizes=True,

@@ -4,6 +4,7 @@ Everything is known before a weight is read: the encoder is built on torch's dev
 folder's size goes through it, which tells the number and the width of its tokens.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ from minigpt4.errors import ConfigError, WeightsError
 from minigpt4.processing.image_processing_minigpt4 import MiniGPT4ImageProcessor
 from minigpt4.text import first_line, read_json_object
 from minigpt4.weights.compose_parts import UNREADABLE, load_part, read_config, refuse_lacking
+from minigpt4.weights.files.tensors import open_tensors
 
 VISION = "vision encoder"
 PICTURES_AGAIN = "copy preprocessor_config.json from where the model was published"
@@ -65,7 +67,9 @@ class VisionPart:
         Raises:
             WeightsError: A tensor that its tokens depend on is missing or of another shape, or a file is damaged.
         """
-        options = {"config": self.config, "key_mapping": INSIDE if self.inside else None}
+        options = {"config": self.config, "dtype": "auto"}
+        if self.inside:  # where "auto" would be the type of the larger model's text part
+            options |= {"key_mapping": INSIDE, "dtype": self._stored_dtype()}
         model, unfit = load_part(type(self.model), self.folder, VISION, **options)
         # A pooler's tensors, say, may be missing: the tokens have no gradient by them (which needs no numbers).
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad and name in unfit}
@@ -73,6 +77,11 @@ class VisionPart:
         needed = {name for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
         refuse_lacking(self.folder, VISION, needed)
         return model
+
+    def _stored_dtype(self) -> torch.dtype | str:
+        tensors = open_tensors(self.folder)
+        dtypes = (tensors.dtype(name) for name in tensors.names() if any(re.match(place, name) for place in INSIDE))
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), "auto")
 
 
 def read_vision(folder: Path) -> VisionPart:

@@ -39,8 +39,7 @@ from minigpt4.weights.alignment import (
     read_description,
 )
 from minigpt4.weights.files.atomic import MANIFEST_NAME, scratch_folder, verify_folder, write_folder
-from minigpt4.weights.hub import Report as Report
-from minigpt4.weights.hub import hub_folder, is_on_hub
+from minigpt4.weights.hub import Report, hub_folder, is_on_hub
 from minigpt4.weights.parts import home
 
 JOINED_KEPT = 8

@@ -319,6 +319,20 @@ def test_parts_keep_their_numbers_and_number_type(parts: Parts, tmp_path: Path) 
     torch.testing.assert_close(table[-1].float(), table[:-1].float().mean(dim=0), rtol=0.01, atol=1e-3)
 
 
+def test_encoder_inside_a_larger_model_keeps_its_number_type(parts: Parts, tmp_path: Path) -> None:
+    vision = shutil.copytree(parts("clip"), tmp_path / "vision")
+    stored = load_file(vision / "model.safetensors")
+    halves = {name: t if name.startswith("vision_model.") else t.bfloat16() for name, t in stored.items()}
+    save_file(halves, vision / "model.safetensors", metadata={"format": "pt"})
+    _with_config(dtype="bfloat16", vision_config={**SEES, "model_type": "clip_vision_model"})(vision)
+
+    whole = load_file(composed(tmp_path / "model", vision, parts("llama")) / "model.safetensors")
+
+    seen = {name: tensor for name, tensor in whole.items() if name.startswith("model.vision_model.")}
+    assert len(seen) > 30
+    assert all(torch.equal(tensor, stored[name.removeprefix("model.")]) for name, tensor in seen.items())
+
+
 def test_new_parts_come_from_the_seed_alone(parts: Parts, tmp_path: Path) -> None:
     def made(name: str, seed: int) -> bytes:
         folder = composed(tmp_path / name, parts("siglip"), parts("llama"), seed=seed)

@@ -9,10 +9,9 @@ from torch import Tensor
 from minigpt4.model import EfficientNetLiteConfig, EfficientNetLiteModel, MiniGPT4ForConditionalGeneration
 from minigpt4.model.vision_efficientnet_lite import EfficientNetLiteOutput
 from minigpt4.weights import nano
+from minigpt4.weights.files.atomic import verify_folder
 from minigpt4.weights.files.foreign import read_torch_file
 from minigpt4.weights.parts import EFFICIENTNET_LITE0, fetch
-
-pytestmark = pytest.mark.network
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +24,7 @@ def assembled(parts: tuple[Any, dict[str, Tensor]]) -> tuple[MiniGPT4ForConditio
     return nano.assemble(*parts)
 
 
+@pytest.mark.network
 def test_every_tensor_of_the_encoder_has_a_place(parts: tuple[Any, dict[str, Tensor]]) -> None:
     original = read_torch_file(fetch(EFFICIENTNET_LITE0))
     read: set[str] = set()
@@ -42,6 +42,7 @@ def test_every_tensor_of_the_encoder_has_a_place(parts: tuple[Any, dict[str, Ten
     assert {name: tensor.shape for name, tensor in converted.items()} == expected
 
 
+@pytest.mark.network
 def test_what_learns_is_the_joining_parts(assembled: tuple[MiniGPT4ForConditionalGeneration, Any]) -> None:
     model, _ = assembled
 
@@ -53,6 +54,7 @@ def test_what_learns_is_the_joining_parts(assembled: tuple[MiniGPT4ForConditiona
     assert not model.training
 
 
+@pytest.mark.network
 def test_a_word_of_the_encoder_reaches_the_language_model_unchanged(
     assembled: tuple[MiniGPT4ForConditionalGeneration, Any],
 ) -> None:
@@ -73,6 +75,7 @@ def test_a_word_of_the_encoder_reaches_the_language_model_unchanged(
         assert likeness.min() > 0.9
 
 
+@pytest.mark.network
 def test_image_token_replaces_one_that_no_text_uses(assembled: tuple[MiniGPT4ForConditionalGeneration, Any]) -> None:
     model, tokenizer = assembled
 
@@ -84,3 +87,7 @@ def test_image_token_replaces_one_that_no_text_uses(assembled: tuple[MiniGPT4For
 def test_class_words_fit_the_classifier() -> None:
     assert len(nano.class_words()) == 1000
     assert all(word.strip() == word != "" for word in nano.class_words())
+
+
+def test_alignment_in_the_package_is_whole() -> None:
+    verify_folder(nano.ALIGNMENT_DIR)
