@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from minigpt4 import __version__
-from minigpt4.cli.running import without_debug
+from minigpt4.cli.run import without_debug
 from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from minigpt4.processing.image_processing_minigpt4 import MiniGPT4ImageProcessor
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import typer
 
-from minigpt4.cli.original import spread_options
-from minigpt4.cli.running import app
+from minigpt4.cli.options import spread_options
+from minigpt4.cli.run import app
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGLISH, CHINESE = ROOT / "docs/weights.md", ROOT / "docs/zh/weights.md"

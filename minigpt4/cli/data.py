@@ -1,16 +1,15 @@
-"""`minigpt4 data check` and `minigpt4 data index`: looking at examples before training on them."""
+"""`minigpt4 data check`, `index` and `features`: examples before training on them."""
 
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minigpt4.cli.app import AsJson, data_app, examples
-from minigpt4.cli.terminal import is_watched, note, parts_bar, quiet
+from minigpt4.cli.console import note, quiet
+from minigpt4.cli.options import AsJson, data_app, examples
+from minigpt4.cli.progress import counting_bar, parts_bar
 from minigpt4.data.sources.formats import NAMES, open_source
 from minigpt4.errors import DataError, UsageError
 from minigpt4.text import counted
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from minigpt4.data.sources.checking import SourceCheck, Spread
     from minigpt4.processing import MiniGPT4Processor
 
-SECONDS_A_LINE = 30.0
-"""Where there is no terminal, progress is told so often."""
 
 BAD_SHARE = 0.01
 """The `max_bad_fraction` of a recipe that says nothing else."""
@@ -206,55 +203,35 @@ def _spread(numbers: "Spread") -> str:
     return f"{numbers.minimum:,} to {numbers.maximum:,} (median {numbers.median:,})"
 
 
-@contextmanager
-def counting_bar(unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
-    """Show on standard error how much is done of what takes long, how fast, and the time left.
+@data_app.command(
+    epilog=examples(
+        "minigpt4 data features recipes/minigpt4-stage2.yaml --set data.crop=false",
+    )
+)
+def features(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key.")] = None,
+) -> None:
+    """Compute what a recipe with `features: cache` reads, and print where it is kept."""
+    quiet()
+    from minigpt4.training.features import compute_features
+    from minigpt4.training.model_setup import check_libraries, prepare_model
+    from minigpt4.training.processes import joined
+    from minigpt4.training.recipe import read_recipe
+    from minigpt4.training.stage_data import RunSources, check_data
 
-    On a terminal a bar, which goes when all is done, so that the terminal is free for others. Elsewhere a line now and
-    then: nothing of what is soon done, unless it is something that people count.
-
-    Args:
-        unit: The name of one of what people count, such as a picture; empty where it is no matter.
-    """
-    begun: dict[str, tuple[float, int]] = {}
-    told: dict[str, float] = {}
-    tasks: dict[str, Any] = {}
-    with ExitStack() as stack:
-        bar = _bar(unit) if is_watched() else None
-        if bar is not None:
-            stack.callback(bar.stop)
-
-        def report(what: str, done: int, total: int) -> None:
-            now = time.monotonic()
-            began, before = begun.setdefault(what, (now, done))
-            seconds = now - began
-            rate = (done - before) / seconds if seconds > 0 else 0.0
-            if bar is not None:
-                if not tasks:
-                    bar.start()  # not before: the terminal belongs to others
-                if what not in tasks:
-                    tasks[what] = bar.add_task(what, total=total or None, rate=0.0)
-                bar.update(tasks[what], completed=done, total=total or None, rate=rate)
-                if done == total:
-                    bar.remove_task(tasks.pop(what))
-                if not tasks:
-                    bar.stop()
-            elif now - told.get(what, began) > SECONDS_A_LINE or (done == total and (unit or what in told)):
-                told[what] = now
-                left = f", {(total - done) / rate:.0f} s left" if done < total and rate else ""
-                of = f" of {counted(total, unit) if unit else f'{total:,}'}" if total else ""
-                note(f"{what}  {done:,}{of}" + (f"  {rate:.1f} a second{left}" if rate else ""))
-            if done == total:
-                begun.pop(what)
-                told.pop(what, None)
-
-        yield report
-
-
-def _bar(unit: str) -> Any:  # noqa: ANN401  (rich.progress.Progress, which loads here)
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    rate = TextColumn("{task.fields[rate]:.1f} " + (f"{unit}s/s" if unit else "a second"))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    settings = read_recipe(recipe, overrides)
+    check_libraries(settings)
+    with joined() as here:
+        with counting_bar("picture") as report, counting_bar() as reading:
+            sources = RunSources(reading if here.is_main_process else None)
+            check_data(settings, sources)
+            with parts_bar() as report_parts:
+                prepared = prepare_model(settings, here, report_parts)
+            folder, counts = compute_features(settings, prepared, here, report, sources)
+        if here.is_main_process:
+            known = counted(counts.known, "record")
+            note(f"{counted(counts.computed, 'picture')} computed, {known} had theirs, {counts.bad:,} bad")
+            if settings.features != "cache":
+                note("the recipe says features: compute, so train does not read them: set features=cache there")
+            print(folder)

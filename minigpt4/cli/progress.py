@@ -1,4 +1,4 @@
-"""What the terminal shows of a training run: how far it is, how fast, how well, and how long it will take."""
+"""Progress on standard error: bars on a terminal, else lines; of training, of downloads, of anything counted."""
 
 import time
 from collections import deque
@@ -6,17 +6,21 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from minigpt4.cli.terminal import is_watched, note
+from minigpt4.cli.console import is_watched, note
+from minigpt4.text import counted
 
 if TYPE_CHECKING:
     from minigpt4.training.loop import Progress
 
     Show = Callable[[Progress, str, list[str]], None]
 
+
 WINDOW = 50
 """Rates are those of so many last steps."""
 
 LINE_SECONDS = 60.0
+SECONDS_A_LINE = 30.0
+"""Where there is no terminal, progress is told so often."""
 
 
 @contextmanager
@@ -132,3 +136,86 @@ def _bars() -> "Iterator[Show]":
             below.plain = "  ".join(shown)
 
         yield show
+
+
+@contextmanager
+def counting_bar(unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
+    """Show on standard error how much is done of what takes long, how fast, and the time left.
+
+    On a terminal a bar, which goes when all is done, so that the terminal is free for others. Elsewhere a line now and
+    then: nothing of what is soon done, unless it is something that people count.
+
+    Args:
+        unit: The name of one of what people count, such as a picture; empty where it is no matter.
+    """
+    begun: dict[str, tuple[float, int]] = {}
+    told: dict[str, float] = {}
+    tasks: dict[str, Any] = {}
+    with ExitStack() as stack:
+        bar = _counting_columns(unit) if is_watched() else None
+        if bar is not None:
+            stack.callback(bar.stop)
+
+        def report(what: str, done: int, total: int) -> None:
+            now = time.monotonic()
+            began, before = begun.setdefault(what, (now, done))
+            seconds = now - began
+            rate = (done - before) / seconds if seconds > 0 else 0.0
+            if bar is not None:
+                if not tasks:
+                    bar.start()  # not before: the terminal belongs to others
+                if what not in tasks:
+                    tasks[what] = bar.add_task(what, total=total or None, rate=0.0)
+                bar.update(tasks[what], completed=done, total=total or None, rate=rate)
+                if done == total:
+                    bar.remove_task(tasks.pop(what))
+                if not tasks:
+                    bar.stop()
+            elif now - told.get(what, began) > SECONDS_A_LINE or (done == total and (unit or what in told)):
+                told[what] = now
+                left = f", {(total - done) / rate:.0f} s left" if done < total and rate else ""
+                of = f" of {counted(total, unit) if unit else f'{total:,}'}" if total else ""
+                note(f"{what}  {done:,}{of}" + (f"  {rate:.1f} a second{left}" if rate else ""))
+            if done == total:
+                begun.pop(what)
+                told.pop(what, None)
+
+        yield report
+
+
+def _counting_columns(unit: str) -> Any:  # noqa: ANN401  (rich.progress.Progress, which loads here)
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    rate = TextColumn("{task.fields[rate]:.1f} " + (f"{unit}s/s" if unit else "a second"))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+@contextmanager
+def parts_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Show fetching and converting on standard error: a bar on a terminal, else a line for each thing done."""
+    tasks: dict[str, Any] = {}
+    with ExitStack() as stack:
+
+        def report(what: str, done: int, total: int) -> None:
+            if not is_watched():
+                if tasks.setdefault(what, done) is done:
+                    note(what)
+                return
+            if not tasks:
+                tasks[""] = stack.enter_context(_download_bar())
+            bar = tasks[""]
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total or None)
+            bar.update(tasks[what], completed=done, total=total or None)
+
+        yield report
+
+
+def _download_bar() -> Any:  # noqa: ANN401  (rich.progress.Progress, which loads here)
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()]
+    return Progress(*columns, console=Console(stderr=True), transient=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from minigpt4.cli.data import BAD_SHARE, counting_bar
+from minigpt4.cli.data import BAD_SHARE
+from minigpt4.cli.progress import counting_bar
 from minigpt4.data.sources import open_source
 from minigpt4.training.recipe import Recipe
 from tests import tiny_chat

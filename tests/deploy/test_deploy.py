@@ -18,7 +18,7 @@ import pytest
 import typer
 import yaml
 
-from minigpt4.cli.running import app as commands
+from minigpt4.cli.run import app as commands
 from minigpt4.serving.settings import KEY_VARIABLE, Limits, Settings
 from tests.serving.live import MODEL, Live, live
 from tests.test_docs import parse

@@ -16,7 +16,7 @@ import openai
 import pytest
 import typer
 
-from minigpt4.cli.running import app
+from minigpt4.cli.run import app
 from tests import tiny_chat
 
 ROOT = Path(__file__).resolve().parents[2]

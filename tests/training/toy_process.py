@@ -14,7 +14,7 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
-from minigpt4.cli.ending import ending_at_once
+from minigpt4.cli import ending_at_once
 from minigpt4.training.checkpoint import trained_tensors
 from minigpt4.training.loop import Progress, train
 from minigpt4.training.processes import joined

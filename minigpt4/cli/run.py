@@ -1,4 +1,4 @@
-"""Running the command line: what goes wrong becomes one sentence, a hint and an exit status."""
+"""Running the command line: an error becomes one sentence, a hint and an exit status."""
 
 import logging
 import os
@@ -8,22 +8,11 @@ from typing import Any
 import typer
 from pydantic import ValidationError
 
-from minigpt4.cli import (  # noqa: F401  (each registers its commands)
-    asking,
-    checking,
-    data,
-    delta,
-    demo,
-    features,
-    original,
-    serving,
-    training,
-)
-from minigpt4.cli.app import app
+from minigpt4.cli import ask, chat, data, doctor, serve, weights  # noqa: F401  (each registers its commands)
+from minigpt4.cli.console import complain, forgiving_streams, note
 from minigpt4.cli.interrupts import insisting
-from minigpt4.cli.original import spread_options
-from minigpt4.cli.plotting import join_names
-from minigpt4.cli.terminal import complain, forgiving_streams, note
+from minigpt4.cli.options import app, spread_options
+from minigpt4.cli.train import join_names
 from minigpt4.errors import MiniGPT4Error, UsageError
 
 _EXPECTED = {

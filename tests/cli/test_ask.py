@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minigpt4.cli import asking
+from minigpt4.cli import options
 from minigpt4.weights import nano
 from minigpt4.weights.parts import home
 from tests import tiny_chat
@@ -37,8 +37,8 @@ def variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_libraries_are_off_the_network_unless_the_model_comes_from_the_hub(model: str, offline: str) -> None:
     Path("models/mine").mkdir(parents=True)
 
-    asking.quiet_for(model)
-    asking.quiet()  # as a later step of the command does
+    options.quiet_for(model)
+    options.quiet()  # as a later step of the command does
 
     assert os.environ["HF_HUB_OFFLINE"] == offline
 
@@ -47,7 +47,7 @@ def test_libraries_are_off_the_network_unless_the_model_comes_from_the_hub(model
 def test_what_the_person_says_about_the_hub_holds() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
-    asking.quiet_for("someone/tiny")
+    options.quiet_for("someone/tiny")
 
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 

@@ -143,7 +143,7 @@ def test_doctor_refuses_options_that_make_no_sense_before_anything_loads(
 
 
 def test_help_loads_nothing_heavy() -> None:
-    code = "import sys, minigpt4.cli.running; print({'torch', 'transformers', 'psutil'} & set(sys.modules))"
+    code = "import sys, minigpt4.cli.run; print({'torch', 'transformers', 'psutil'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -1,9 +1,8 @@
-"""`minigpt4 ask` and `minigpt4 chat`."""
+"""`minigpt4 ask`, and what `chat` shares with it: loading a model and streaming an answer."""
 
 import gc
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -14,39 +13,40 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minigpt4.cli.app import AsJson, app, examples
-from minigpt4.cli.conversing import carry_out, lines
-from minigpt4.cli.generating import (
+from minigpt4.cli.console import note, patience
+from minigpt4.cli.options import (
+    QUESTION_HINT,
+    AsJson,
+    CfgPath,
+    Device,
+    Dtype,
+    GpuId,
+    LanguageModel,
     LengthPenalty,
     MaxNewTokens,
     MinLength,
+    Model,
     NumBeams,
+    Options,
+    Quantize,
     RepetitionPenalty,
     Seed,
     Temperature,
     TopP,
+    app,
     check_context,
+    check_placement,
     checked_generation,
+    examples,
+    from_the_original,
+    open_all,
+    quiet_for,
 )
-from minigpt4.cli.original import CfgPath, GpuId, Options, from_the_original
-from minigpt4.cli.pictures import QUESTION_HINT, open_all
-from minigpt4.cli.terminal import complain, note, parts_bar, patience, quiet
-from minigpt4.errors import MiniGPT4Error, UsageError
+from minigpt4.cli.progress import parts_bar
+from minigpt4.errors import UsageError
 
 if TYPE_CHECKING:
     from minigpt4.inference.chat import ChatSession
-
-DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTIZATIONS = ("none", "int8", "nf4")
-
-Model = Annotated[str, typer.Option("--model", "-m", help="nano, a model or alignment folder, or owner/name of a hub.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Quantize = Annotated[str, typer.Option(help="none, int8 or nf4: the language model in fewer bits.")]
-LanguageModel = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Another copy of nano's language model, such as one from a hub.")
-]
 
 
 @app.command(
@@ -86,7 +86,7 @@ def ask(
     check_placement(device, dtype, quantize)
     opened = open_all(pictures)  # before the model: a wrong picture is told at once
     started = time.monotonic()
-    chat = _session(**_placed(locals()))
+    chat = load_session(**loading_options(locals()))
     loaded = time.monotonic() - started
     for picture in opened:
         chat.add_image(picture)
@@ -95,56 +95,6 @@ def ask(
         print(json.dumps(_as_json(chat, str(cfg_path or model), loaded), ensure_ascii=False))
     if chat.answer.finish_reason == "cancelled":
         sys.exit(130)
-
-
-@app.command(
-    epilog=examples(
-        "minigpt4 chat cat.jpg",
-        "printf 'What is this?\\nWhat colour is it?\\n' | minigpt4 chat cat.jpg",
-    )
-)
-def chat(
-    pictures: Annotated[
-        list[str] | None, typer.Argument(metavar="PICTURE", help="Belong to the first question.")
-    ] = None,
-    model: Model = "nano",
-    max_new_tokens: MaxNewTokens = 300,
-    num_beams: NumBeams = 1,
-    temperature: Temperature = 0.0,
-    top_p: TopP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    length_penalty: LengthPenalty = None,
-    min_length: MinLength = None,
-    seed: Seed = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    quantize: Quantize = "none",
-    language_model: LanguageModel = None,
-    cfg_path: CfgPath = None,
-    options: Options = None,
-    gpu_id: GpuId = None,
-) -> None:
-    """Hold a conversation; /help in it says more."""
-    generation = checked_generation(locals())
-    if sys.stdin is None:
-        raise UsageError("standard input is closed, and chat reads questions from it", "ask answers one question")
-    check_placement(device, dtype, quantize)
-    opened = open_all(pictures or [], stdin_taken=True)
-    session = _session(**_placed(locals()))
-    for picture in opened:
-        session.add_image(picture)
-    lacking = "" if opened else ", without a picture: /image PATH adds one"
-    note(f"{cfg_path or model} is ready{lacking}; /help lists the commands")
-    for line in lines():
-        try:
-            if line.startswith("/"):
-                if carry_out(session, line) is False:
-                    return
-            elif line.strip():
-                check_question(line)
-                stream(session, line, generation)
-        except MiniGPT4Error as error:
-            complain(error)
 
 
 def check_question(question: str) -> None:
@@ -161,25 +111,8 @@ def check_question(question: str) -> None:
         raise UsageError("the question is not valid UTF-8", "type it anew, or set the terminal to UTF-8")
 
 
-def check_placement(device: str, dtype: str, quantize: str) -> None:
-    """Refuse names that no machine knows, before torch, which knows this machine, has to load."""
-    if not DEVICE.fullmatch(device):
-        raise UsageError(f"there is no device {device!r}", "expected auto, cpu, cuda, cuda:N or mps")
-    if dtype not in DTYPES:
-        raise UsageError(f"there is no number type {dtype!r}", f"expected one of {', '.join(DTYPES)}")
-    if quantize not in QUANTIZATIONS:
-        raise UsageError(f"there is no quantization {quantize!r}", f"expected one of {', '.join(QUANTIZATIONS)}")
-
-
-def quiet_for(model: str) -> None:
-    """Keep the libraries quiet, and off the network unless the model comes from the hub."""
-    from minigpt4.weights.hub import is_on_hub
-
-    quiet(hub=is_on_hub(model))
-
-
-def _placed(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Take out of a command's arguments what `_session` wants."""
+def loading_options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Take out of a command's arguments what `load_session` wants."""
     names = (
         "model",
         "max_new_tokens",
@@ -194,7 +127,7 @@ def _placed(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: arguments[name] for name in names}
 
 
-def _session(
+def load_session(
     *,
     model: str,
     max_new_tokens: int,

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from minigpt4 import cli
-from minigpt4.cli.plotting import join_names
+from minigpt4.cli.train import join_names
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What is typed into `minigpt4 chat`: lines with a history, and the commands that begin with a slash."""
+"""`minigpt4 chat`: a conversation line by line, with a history, and the commands that begin with a slash."""
 
 import json
 import os
@@ -6,15 +6,41 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from minigpt4.cli.ask import check_question, load_session, loading_options, stream
+from minigpt4.cli.console import complain, note
 from minigpt4.cli.interrupts import heard
-from minigpt4.cli.pictures import open_all
-from minigpt4.cli.terminal import note
-from minigpt4.errors import StorageError, UsageError
+from minigpt4.cli.options import (
+    CfgPath,
+    Device,
+    Dtype,
+    GpuId,
+    LanguageModel,
+    LengthPenalty,
+    MaxNewTokens,
+    MinLength,
+    Model,
+    NumBeams,
+    Options,
+    Quantize,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    TopP,
+    app,
+    check_placement,
+    checked_generation,
+    examples,
+    open_all,
+)
+from minigpt4.errors import MiniGPT4Error, StorageError, UsageError
 
 if TYPE_CHECKING:
     from minigpt4.inference.chat import ChatSession
+
 
 HELP = """/image PATH  add a picture to the next question
 /undo        take back the last question and its answer
@@ -24,6 +50,56 @@ HELP = """/image PATH  add a picture to the next question
 /help        this list
 /quit        leave; so do Ctrl-D, and Ctrl-C twice
 Ctrl-C       while an answer comes: stop it"""
+
+
+@app.command(
+    epilog=examples(
+        "minigpt4 chat cat.jpg",
+        "printf 'What is this?\\nWhat colour is it?\\n' | minigpt4 chat cat.jpg",
+    )
+)
+def chat(
+    pictures: Annotated[
+        list[str] | None, typer.Argument(metavar="PICTURE", help="Belong to the first question.")
+    ] = None,
+    model: Model = "nano",
+    max_new_tokens: MaxNewTokens = 300,
+    num_beams: NumBeams = 1,
+    temperature: Temperature = 0.0,
+    top_p: TopP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    length_penalty: LengthPenalty = None,
+    min_length: MinLength = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: Quantize = "none",
+    language_model: LanguageModel = None,
+    cfg_path: CfgPath = None,
+    options: Options = None,
+    gpu_id: GpuId = None,
+) -> None:
+    """Hold a conversation; /help in it says more."""
+    generation = checked_generation(locals())
+    if sys.stdin is None:
+        raise UsageError("standard input is closed, and chat reads questions from it", "ask answers one question")
+    check_placement(device, dtype, quantize)
+    opened = open_all(pictures or [], stdin_taken=True)
+    session = load_session(**loading_options(locals()))
+    for picture in opened:
+        session.add_image(picture)
+    lacking = "" if opened else ", without a picture: /image PATH adds one"
+    note(f"{cfg_path or model} is ready{lacking}; /help lists the commands")
+    for line in lines():
+        try:
+            if line.startswith("/"):
+                if carry_out(session, line) is False:
+                    return
+            elif line.strip():
+                check_question(line)
+                stream(session, line, generation)
+        except MiniGPT4Error as error:
+            complain(error)
 
 
 def carry_out(session: "ChatSession", line: str) -> bool:

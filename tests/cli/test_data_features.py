@@ -9,7 +9,7 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from minigpt4.cli.features import features_bar
+from minigpt4.cli.progress import counting_bar
 from minigpt4.weights.files.safetensors_header import read_safetensors_header
 from tests import tiny_chat
 from tests.commands import Run, runner
@@ -152,7 +152,7 @@ def test_without_a_terminal_the_bar_tells_lines_now_and_then(
 ) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    with features_bar() as report:
+    with counting_bar("picture") as report:
         for done in range(0, 101, 4):
             report("features of it", done, 100)
             now += 4.0

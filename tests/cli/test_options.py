@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minigpt4.cli.original import spread_options
+from minigpt4.cli.options import spread_options
 from tests.commands import Run, runner
 from tests.weights.original import original_files
 
@@ -151,7 +151,7 @@ def test_question_is_answered_by_the_originals_yaml(run: Run) -> None:
 
 def test_clients_know_a_served_model_by_the_name_of_its_yaml(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
-    monkeypatch.setattr("minigpt4.cli.serving._serve", lambda _, settings, *__: names.append(settings.model_id))
+    monkeypatch.setattr("minigpt4.cli.serve._serve", lambda _, settings, *__: names.append(settings.model_id))
     assert run("serve", "--port", "0", "--cfg-path", "eval.yaml", "--options", *OF_THE_YAML).status == 0
     assert names == ["eval.yaml"]
 

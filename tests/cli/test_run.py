@@ -8,7 +8,7 @@ import pytest
 
 CODE = """
 import atexit, sys
-from minigpt4.cli.ending import ending_at_once
+from minigpt4.cli import ending_at_once
 
 atexit.register(lambda: print("the interpreter's own end"))
 with ending_at_once():

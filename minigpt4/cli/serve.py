@@ -1,4 +1,4 @@
-"""`minigpt4 serve`, and the options it shares with `demo`."""
+"""`minigpt4 serve` and `minigpt4 demo`."""
 
 import inspect
 import socket
@@ -9,15 +9,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minigpt4.cli.app import app, examples
-from minigpt4.cli.asking import Device, Dtype, LanguageModel, Model, Quantize, check_placement, quiet_for
-from minigpt4.cli.original import CfgPath, GpuId, Options, from_the_original
-from minigpt4.cli.terminal import note, parts_bar
+from minigpt4.cli.console import note
+from minigpt4.cli.options import (
+    CfgPath,
+    Device,
+    Dtype,
+    GpuId,
+    LanguageModel,
+    Model,
+    Options,
+    Quantize,
+    app,
+    check_placement,
+    examples,
+    from_the_original,
+    quiet_for,
+)
+from minigpt4.cli.progress import parts_bar
 from minigpt4.errors import UsageError
 
 if TYPE_CHECKING:
     from minigpt4.inference.engine import Engine
     from minigpt4.serving.settings import Settings
+
 
 Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen; 127.0.0.1 is this machine alone.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
@@ -157,3 +171,18 @@ def public_name(model: str) -> str:
             raise UsageError(f"{model!r} is no model folder", "give the folder of a model")
         return name
     return model
+
+
+@app.command(
+    epilog=examples(
+        "minigpt4 demo",
+        "minigpt4 demo --cfg-path eval_configs/minigpt4_eval.yaml --gpu-id 0",
+        "minigpt4 demo --host 0.0.0.0 --api-key-file key.txt",
+    )
+)
+@takes_server_options
+def demo(**options: Any) -> None:
+    """Serve the API and a web page to talk about pictures on; open the address it prints in a browser."""
+    from minigpt4.serving.page import read_page
+
+    run_server(**options, page=read_page())

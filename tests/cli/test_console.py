@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minigpt4.cli.terminal import complain, note
+from minigpt4.cli.console import complain, note
 from minigpt4.errors import UsageError
 from tests import tiny_chat
 

@@ -1,4 +1,4 @@
-"""`minigpt4 train`."""
+"""`minigpt4 train` and `minigpt4 train plot`."""
 
 import os
 from pathlib import Path
@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 import yaml
 
-from minigpt4.cli.app import app, examples
-from minigpt4.cli.data import counting_bar
-from minigpt4.cli.features import features_bar
-from minigpt4.cli.original import Options
-from minigpt4.cli.progress import training_bar
-from minigpt4.cli.terminal import note, parts_bar, quiet
+from minigpt4.cli.console import note, quiet
+from minigpt4.cli.options import Options, app, examples
+from minigpt4.cli.progress import counting_bar, parts_bar, training_bar
 from minigpt4.errors import UsageError
 
 if TYPE_CHECKING:
     from minigpt4.training.recipe import Recipe
+
+
+_COMMAND = ["train", "plot"]
 
 
 @app.command(
@@ -63,7 +63,7 @@ def train(
     quiet(hub=_needs_the_hub(settings))
     from minigpt4.training.run import Reports, run
 
-    with training_bar() as update, parts_bar() as parts, features_bar() as features, counting_bar() as sources:
+    with training_bar() as update, parts_bar() as parts, counting_bar("picture") as features, counting_bar() as sources:
         folder = run(settings, Reports(update, parts, features, sources, note), force=force)
     if _speaks():
         print(folder)
@@ -108,3 +108,24 @@ def _needs_the_hub(settings: "Recipe") -> bool:
 def _speaks() -> bool:
     """Whether this is the one of torchrun's processes that tells the others' news."""
     return os.environ.get("RANK", "0") == "0"
+
+
+@app.command(
+    name=" ".join(_COMMAND),
+    epilog=examples("minigpt4 train plot runs/nano", "minigpt4 train plot runs/nano --output curves.png"),
+)
+def plot(
+    run_folder: Annotated[Path, typer.Argument(metavar="DIR", help="The output folder of a run.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.png", help="Else metrics.png in the folder.")
+    ] = None,
+) -> None:
+    """Draw the curves of a run, finished or not."""
+    from minigpt4.training.reports import plot_metrics
+
+    print(plot_metrics(run_folder, output))
+
+
+def join_names(arguments: list[str]) -> list[str]:
+    """Make one name of `train plot`: a command beside `train`, whose own first argument is a recipe."""
+    return [" ".join(_COMMAND), *arguments[2:]] if arguments[:2] == _COMMAND else arguments

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from minigpt4.cli.conversing import HELP, carry_out
+from minigpt4.cli.chat import HELP, carry_out
 from minigpt4.errors import UsageError
 from minigpt4.inference.chat import ChatSession
 from tests import tiny_chat

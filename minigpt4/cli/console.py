@@ -1,11 +1,10 @@
-"""What the terminal shows beside answers: notices, complaints and progress, all on standard error."""
+"""Standard error and standard input of the command line: notices, errors, and quiet libraries."""
 
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from minigpt4.errors import MiniGPT4Error
 
@@ -64,32 +63,3 @@ def patience(what: str, seconds: float = 3.0) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-@contextmanager
-def parts_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Show fetching and converting on standard error: a bar on a terminal, else a line for each thing done."""
-    tasks: dict[str, Any] = {}
-    with ExitStack() as stack:
-
-        def report(what: str, done: int, total: int) -> None:
-            if not is_watched():
-                if tasks.setdefault(what, done) is done:
-                    note(what)
-                return
-            if not tasks:
-                tasks[""] = stack.enter_context(_bar())
-            bar = tasks[""]
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total or None)
-            bar.update(tasks[what], completed=done, total=total or None)
-
-        yield report
-
-
-def _bar() -> Any:  # noqa: ANN401  (rich.progress.Progress, which loads here)
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()]
-    return Progress(*columns, console=Console(stderr=True), transient=True)

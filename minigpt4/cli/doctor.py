@@ -1,4 +1,4 @@
-"""The commands that look without loading a model: `minigpt4 models`, `minigpt4 weights inspect`, `minigpt4 doctor`."""
+"""`minigpt4 models` and `minigpt4 doctor`: what there is and what will run, without loading a model."""
 
 import json
 from pathlib import Path
@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minigpt4.cli.app import AsJson, app, examples, weights_app
-from minigpt4.cli.asking import Device, Dtype, Quantize, check_placement
-from minigpt4.cli.terminal import quiet
+from minigpt4.cli.console import quiet
+from minigpt4.cli.options import AsJson, Device, Dtype, Quantize, app, check_placement, examples
 from minigpt4.errors import UsageError
 from minigpt4.text import counted
 
 if TYPE_CHECKING:
     from minigpt4.weights.checking.doctor import CheckUp
-    from minigpt4.weights.checking.inspection_kinds import Inspection
+
 
 GIGABYTE = 1e9
 LABEL_WIDTH = 14
@@ -56,45 +55,7 @@ def _rounded(megabytes: float) -> str:
     return f"{megabytes:,.0f} MB" if megabytes >= 1 else f"{megabytes * 1e3:,.0f} kB"
 
 
-@weights_app.command(
-    epilog=examples("minigpt4 weights inspect pretrained_minigpt4.pth", "minigpt4 weights inspect vicuna-7b --json")
-)
-def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A file of weights, or a folder with some.")],
-    as_json: AsJson = False,
-) -> None:
-    """Tell what a file or folder of weights is, what it fits and what is missing."""
-    quiet()
-    from minigpt4.weights.checking.inspection import inspect as look_at
-
-    found = look_at(path)
-    if as_json:
-        print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
-    else:
-        _print_inspection(found)
-
-
-def _print_inspection(found: "Inspection") -> None:
-    from minigpt4.text import size_text
-
-    print(f"{found.path}: {found.title}")
-    size = f"{size_text(found.bytes)} on disk"
-    if found.parameters is not None:
-        size += f", {found.parameters:,} parameters"
-    types = ", ".join(t if len(found.dtypes) == 1 else f"{n:,} in {t}" for t, n in found.dtypes.items())
-    rows = [
-        ("version", found.version),
-        ("sizes", ", ".join(f"{name} {value}" for name, value in found.sizes.items())),
-        ("contents", ", ".join(part for part in (size, types) if part)),
-        ("template", found.template or ""),
-        *(("fits", text) for text in found.fits),
-        *(("missing", text) for text in found.missing),
-        *(("note", text) for text in found.notes),
-    ]
-    _print_rows(rows)
-
-
-def _print_rows(rows: list[tuple[str, str]]) -> None:
+def print_rows(rows: list[tuple[str, str]]) -> None:
     """Print labels and texts in two columns; a label that repeats is shown once, an empty text not at all."""
     before = ""
     for label, text in rows:
@@ -165,9 +126,9 @@ def _print_check_up(found: "CheckUp") -> None:
         rows.append(("versions", f"{len(right)} of {len(found.libraries)} libraries are in their promised ranges"))
     state = found.cache.problem or f"can be written, {found.cache.free / GIGABYTE:.1f} GB free"
     rows.append(("cache", f"{found.cache.folder}: {state}"))
-    _print_rows([*rows, *_needs(found), *_weights(found), *(("note", note) for note in found.notes)])
+    print_rows([*rows, *_needs(found), *_weights(found), *(("note", note) for note in found.notes)])
     # The first problem is the command's error.
-    _print_rows([("also", f"{problem.message}; {problem.hint}") for problem in found.problems[1:]])
+    print_rows([("also", f"{problem.message}; {problem.hint}") for problem in found.problems[1:]])
     if not found.problems:
         print(f"{found.model.name if found.model else 'the model'} will run here")
 
