@@ -293,18 +293,13 @@ class Recipe(_Section):
         return content
 
     @model_validator(mode="after")
-    def _can_be_spread(self) -> "Recipe":
+    def _fit_together(self) -> "Recipe":
         if self.parallel == "fsdp2" and self.quantize == "int8":
             raise ValueError("quantize: int8 cannot be cut into parts (parallel: fsdp2); use nf4, or parallel: ddp")
-        return self
-
-    @field_validator("stages")
-    @classmethod
-    def _have_names_of_their_own(cls, stages: list[StageRecipe]) -> list[StageRecipe]:
-        names = [stage.name for stage in stages]
+        names = [stage.name for stage in self.stages]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two stages have the name {twice[0]!r}")
-        return stages
+        return self
 
     def data_of(self, stage: StageRecipe) -> SourcesData | None:
         """Return where a stage's examples come from."""
@@ -399,8 +394,7 @@ def _is_set(section: BaseModel, key: str, happens: object) -> bool:
     return key in section.model_fields_set and value is not None and value != happens
 
 
-_SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
+_SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (  # where keys may stand
     ("data", SourcesData), ("data.sources.0", SourceRecipe), ("model", PartsRecipe),
     ("lora", LoraRecipe), ("validation", ValidationRecipe), ("stages.0", StageRecipe),
 )  # fmt: skip
-"""Where the keys of a recipe stand."""
