@@ -50,7 +50,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minigpt4.data.examples import IGNORED, TextExample, padded
 from minigpt4.data.order import bucketed
-from minigpt4.data.side_by_side import branches_of, side_by_side
+from minigpt4.data.packing import pack, packed_positions
 from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from minigpt4.training.objectives import Outcome, TrainingStep, language
 from minigpt4.training.optimizer_step import PRECISIONS, OptimizerStep, make_optimizer
@@ -260,8 +260,8 @@ def joined(
     made = []
     for rows in groups:
         firsts = rows[:: kind.texts]
-        together = [side_by_side(texts[i : i + kind.texts], model.config.image_token_id) for i in firsts]
-        made.append(padded(together, 0) | branches_of(together) | {"qformer_outputs": features[firsts]})
+        together = [pack(texts[i : i + kind.texts], model.config.image_token_id) for i in firsts]
+        made.append(padded(together, 0) | packed_positions(together) | {"qformer_outputs": features[firsts]})
     return made
 
 

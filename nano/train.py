@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from minigpt4.cli.console import complain, note, parts_bar, quiet
-from minigpt4.cli.progress import training_bar
+from minigpt4.cli.console import complain, note, quiet
+from minigpt4.cli.progress import parts_bar, training_bar
 from minigpt4.errors import MiniGPT4Error
 
 

@@ -5,8 +5,8 @@ the same batches, and a resumed run begins at the item where it stopped. A bad e
 same source, the same one every time, and named in the batch.
 """
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -14,19 +14,18 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from minigpt4.data.caption_text import Cleaning, blip_caption
-from minigpt4.data.examples import Layout, TextExample, padded, pixel_values
-from minigpt4.data.memory import lacks_memory, memory_for_record
+from minigpt4.data.examples import Cleaning, Layout, TextExample, blip_caption, padded, pixel_values
 from minigpt4.data.order import Order, bucketed
+from minigpt4.data.packing import pack, packed_positions
 from minigpt4.data.record import Record, Source, Turns
-from minigpt4.data.side_by_side import branches_of, side_by_side
 from minigpt4.data.sources.safe_files import kind_of
-from minigpt4.errors import DataError, ImageError, PromptError
+from minigpt4.errors import DataError, ImageError, MiniGPT4Error, PromptError
 
 MAX_ATTEMPTS = 100
-"""So many bad examples in a row are no accident."""
+"""This many bad examples in a row are no accident."""
 
-logger = logging.getLogger(__name__)
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory")
+"""What torch says in a RuntimeError, of the CPU's memory and of an accelerator's."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class SourceBatches(Dataset[dict[str, Any]]):
         process: Which process this is.
         crop: Cut a random part out of each picture that is opened.
         prompt_for: One prompt for each sample, or for a whole batch.
-        bucket_batches: Batches are made of examples of like length, out of so many batches.
+        bucket_batches: Number of batches over which examples are sorted by length.
         blip_captions: For each source, how its texts are cleaned as the original did in its first stage; None leaves
             them as they are.
         kept: Gives the pictures; None opens them.
@@ -112,10 +111,10 @@ class SourceBatches(Dataset[dict[str, Any]]):
         """Make a batch.
 
         Returns:
-            `input_ids`, `attention_mask`, `labels` `(batch, longest)`; `branch_ids` and `position_ids`, likewise, where
-            a row has several texts; `pixel_values` `(pictures, 3, height, width)`
-            where there are pictures, or the entries that `kept` makes of them; `keys` of the examples; `bad`, those
-            that others stand in for; `cut`, how many lost their end.
+            `input_ids`, `attention_mask`, `labels` `(batch, longest)`; also `segment_ids` and `position_ids` where a
+            row is packed; `pixel_values` `(pictures, 3, height, width)` where there are pictures, or the entries that
+            `kept` makes of them; `keys` and `groups` of the examples; `bad`, those that were replaced; `cut`, how many
+            lost their end.
 
         Raises:
             DataError: `MAX_ATTEMPTS` bad examples in a row.
@@ -123,7 +122,9 @@ class SourceBatches(Dataset[dict[str, Any]]):
         bad: list[BadSample] = []
         rows = [self.example(item, place, bad) for place in self._places(item)]
         texts = [text for text, _, _, _ in rows]
-        batch: dict[str, Any] = padded(texts, self.layout.processor.tokenizer.pad_token_id or 0) | branches_of(texts)
+        batch: dict[str, Any] = padded(texts, self.layout.processor.tokenizer.pad_token_id or 0) | packed_positions(
+            texts
+        )
         pictures = [picture for _, picture, _, _ in rows if picture is not None]
         if pictures:
             batch |= self.kept.batch(pictures) if self.kept else {"pixel_values": torch.stack(pictures)}
@@ -166,7 +167,7 @@ class SourceBatches(Dataset[dict[str, Any]]):
         for attempt in range(1, MAX_ATTEMPTS + 1):
             key, group = f"record {number}", f"{source.name}: {source.group(number)}"
             try:
-                with memory_for_record(source.name, number):
+                with _memory_for_record(source.name, number):
                     record = self.record(source_number, number)
                     key = record.key
                     text = self.encoded(record, self._prompt(item, place))
@@ -215,7 +216,7 @@ class SourceBatches(Dataset[dict[str, Any]]):
         if not record.beside:
             return self.layout.encode(record, prompt)
         texts = [self.layout.encode(replace(record, turns=turns), prompt) for turns in (record.turns, *record.beside)]
-        return side_by_side(texts, self.layout.processor.image_token_id)
+        return pack(texts, self.layout.processor.image_token_id)
 
     def _picture(self, record: Record, place: int, attempt: int) -> Any:  # noqa: ANN401  (pixels, or what is kept)
         if self.kept is not None:
@@ -235,3 +236,34 @@ class SourceBatches(Dataset[dict[str, Any]]):
 def cleaned(turns: Turns, cleaning: Cleaning) -> Turns:
     """Clean answers as the original did in its first stage."""
     return tuple((question, blip_caption(answer, cleaning.max_words, cleaning.prompt)) for question, answer in turns)
+
+
+def lacks_memory(error: BaseException | None) -> bool:
+    """Tell whether an error, or what it was raised from, says that there was not enough memory."""
+    while error is not None:
+        if isinstance(error, MemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY):
+            return True
+        error = error.__cause__
+    return False
+
+
+@contextmanager
+def _memory_for_record(source: str, number: int) -> Iterator[None]:
+    """Read a record of a source.
+
+    Too little memory is the machine's fault: if the example counted as bad, a resumed run would learn from others.
+
+    Raises:
+        DataError: There was not enough memory for it.
+    """
+    try:
+        yield
+    except (MiniGPT4Error, MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        raise DataError(
+            f"there was not enough memory for record {number} of {source}",
+            hint="fewer workers, or end what else needs memory; the same command goes on",
+        ) from error

@@ -7,9 +7,10 @@ the same ids. `original` is MiniGPT-4's own: `[bos]`, the prompt with the pictur
 Knows tokenizers and pictures; no files, no order and no model.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from minigpt4.processing.text_encoding import TextEncoder
 
 IGNORED = -100
-"""The label of a place without a loss."""
+"""The label of a position without a loss."""
 
 IMAGE_MARK = "<ImageHere>"
 """Where a prompt of the original has its picture."""
@@ -35,23 +36,46 @@ DEFAULT_PROMPTS = (
 )
 """What asks for a caption; the four of the paper's second stage (section 3.2)."""
 
+MAX_WORDS = 50
+_PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
+_SPACES = re.compile(r"\s{2,}")
+
+
+class Cleaning(NamedTuple):
+    """How the captions of a source are cleaned: words kept at most, and what is put before them."""
+
+    max_words: int = MAX_WORDS
+    prompt: str = ""
+
+
+def blip_caption(text: str, max_words: int = MAX_WORDS, prompt: str = "") -> str:
+    """Return a caption as the original cleans those of shards in its first stage.
+
+    Lower case, without most punctuation, at most so many words, behind a prompt. Source: LAVIS's
+    `BlipCaptionProcessor`; the original leaves the captions of `cc_sbu_align` alone.
+    """
+    text = _SPACES.sub(" ", _PUNCTUATION.sub(" ", text.lower()))
+    text = text.rstrip("\n").strip(" ")
+    words = text.split(" ")
+    return prompt + (" ".join(words[:max_words]) if len(words) > max_words else text)
+
 
 @dataclass(frozen=True)
 class TextExample:
     """The text of an example.
 
     Args:
-        input_ids: Token ids; the image token's id at the picture's places.
+        input_ids: Token ids; the image token's id at the picture's positions.
         labels: As many; the ids themselves where the loss is taken, else `IGNORED`.
         cut: Tokens of answers, or whole turns, that did not fit.
-        branches: Lengths of the beginning and of the texts that follow it side by side; empty for one text.
+        segments: Lengths of prefix and texts in a packed example (`data.packing`); empty for one text.
         turns_left_out: How many of `cut` are turns.
     """
 
     input_ids: list[int]
     labels: list[int]
     cut: int
-    branches: tuple[int, ...] = ()
+    segments: tuple[int, ...] = ()
     turns_left_out: int = 0
 
 
@@ -62,12 +86,12 @@ class Layout:
     Args:
         processor: The model's.
         kind: See above.
-        max_text_tokens: An answer has at most so many tokens, its end symbol included.
-        max_turns: A conversation has at most so many questions.
+        max_text_tokens: Largest number of tokens of an answer, its end symbol included.
+        max_turns: Largest number of questions in a conversation.
         keep_end: A text that is cut off keeps its end symbol; the original cuts it off too.
         prompt_template: In the layout `original`, what stands round a prompt.
         end_symbol: In the layout `original`, what ends an answer.
-        context: A text has at most so many places, since the language model reads no more; None for no limit.
+        context: Largest number of positions, those that the language model reads; None for no limit.
     """
 
     processor: MiniGPT4Processor

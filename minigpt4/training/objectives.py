@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt4.data.examples import TextExample
-from minigpt4.data.side_by_side import branch_mask, branches_of
+from minigpt4.data.packing import packed_mask, packed_positions
 from minigpt4.errors import ConfigError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.model.modeling_minigpt4 import MiniGPT4ImageFeatures
@@ -89,13 +89,13 @@ def language(
         model: The model.
         batch: Pictures; `input_ids` and `labels` `(batch, length)`, padded on the right, -100 outside answers. No
             position reads a later one, so padding needs no mask, and the last one, which is only predicted, is not
-            read. With several texts packed in a row also `branch_ids` and `position_ids` `(batch, length)`.
+            read. With several texts packed in a row also `segment_ids` and `position_ids` `(batch, length)`.
         prefix: The beginning of all rows, if it is cached.
     """
     features = image_features(model, batch)
     first = prefix.length if prefix else 0
     inputs: dict[str, Any] = {
-        name: batch[name][:, :-1] for name in ("input_ids", "branch_ids", "position_ids") if name in batch
+        name: batch[name][:, :-1] for name in ("input_ids", "segment_ids", "position_ids") if name in batch
     }
     hidden = model.model(
         input_ids=inputs["input_ids"][:, first:],
@@ -129,12 +129,12 @@ def packed_inputs(model: MiniGPT4ForConditionalGeneration, batch: dict[str, Any]
 
     Args:
         model: The model.
-        batch: With `branch_ids` and `position_ids` `(batch, length)` if rows have several texts.
+        batch: With `segment_ids` and `position_ids` `(batch, length)` if rows have several texts.
         first: Length of the cached prefix.
     """
-    if "branch_ids" not in batch:
+    if "segment_ids" not in batch:
         return {}
-    mask = branch_mask(batch["branch_ids"])[:, :, first:]
+    mask = packed_mask(batch["segment_ids"])[:, :, first:]
     if model.config.text_config._attn_implementation == "eager":  # adds the mask to its scores
         dtype = model.get_input_embeddings().weight.dtype
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
@@ -173,7 +173,9 @@ def check_packing(model: MiniGPT4ForConditionalGeneration) -> None:
     alone = _last_text(model, prefix + second, {})
     after = _last_text(model, ids, {})
     try:
-        packed = _last_text(model, ids, branches_of([TextExample(ids, [], 0, (TRIAL_PREFIX, len(first), len(second)))]))
+        packed = _last_text(
+            model, ids, packed_positions([TextExample(ids, [], 0, (TRIAL_PREFIX, len(first), len(second)))])
+        )
     except (IndexError, RuntimeError, TypeError, ValueError) as error:  # as Bloom, which unpacks two dimensions
         raise refusal from error
     if (packed - alone).norm() > TOLERANCE * (after - alone).norm():

@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from minigpt4.data.memory import lacks_memory
+from minigpt4.data.batches import lacks_memory
 from minigpt4.errors import ConfigError, DataError
 from minigpt4.training.objectives import Outcome, num_targets
 from minigpt4.training.processes import full_norm, summed, unsynchronised

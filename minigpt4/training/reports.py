@@ -357,7 +357,7 @@ def _run_id(run_folder: Path) -> str:
 
 def describe_texts(batches: "SourceBatches", stage: str) -> str:
     """Say how long the texts of a stage's first examples are and how many are cut, without opening a picture."""
-    from minigpt4.data.side_by_side import answers_of
+    from minigpt4.data.packing import answer_lengths
 
     lengths: list[int] = []  # tokens learnt in each text
     cut = fewer = 0  # texts that lose the end of an answer, and texts that lose turns
@@ -366,7 +366,7 @@ def describe_texts(batches: "SourceBatches", stage: str) -> str:
             example = batches.text(place)
         except (DataError, PromptError):
             continue  # counted when it is read for training
-        answers = answers_of(example)
+        answers = answer_lengths(example)
         lengths += answers
         cut += min(example.cut - example.turns_left_out, len(answers))
         fewer += min(example.turns_left_out, len(answers))

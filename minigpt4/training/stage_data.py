@@ -8,8 +8,7 @@ from accelerate import PartialState
 from torch.utils.data import Dataset
 
 from minigpt4.data.batches import KeptPictures, Process, SourceBatches
-from minigpt4.data.caption_text import MAX_WORDS, Cleaning
-from minigpt4.data.examples import DEFAULT_PROMPTS, IMAGE_MARK, Layout
+from minigpt4.data.examples import DEFAULT_PROMPTS, IMAGE_MARK, MAX_WORDS, Cleaning, Layout
 from minigpt4.data.order import Order
 from minigpt4.data.record import Source
 from minigpt4.data.sources import open_source

@@ -11,8 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from minigpt4.data.batches import MAX_ATTEMPTS, Process, SourceBatches
-from minigpt4.data.caption_text import Cleaning
-from minigpt4.data.examples import Layout
+from minigpt4.data.examples import Cleaning, Layout
 from minigpt4.data.order import Order
 from minigpt4.data.record import Record
 from minigpt4.errors import DataError

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from minigpt4.data.examples import IGNORED, Layout, as_read, padded, pixel_values
+from minigpt4.data.examples import IGNORED, Layout, as_read, blip_caption, padded, pixel_values
 from minigpt4.data.record import Record
 from minigpt4.errors import DataError, ImageError, PromptError
-from tests import tiny_chat
+from tests import golden, tiny_chat
 
 TWO_TURNS = (("What is it?", "a red dog"), ("Is it big?", "no"))
 
@@ -208,3 +208,18 @@ def test_a_crop_is_a_function_of_its_seed(layout: Layout) -> None:
 def test_a_picture_that_is_none_is_refused(layout: Layout) -> None:
     with pytest.raises(ImageError):
         pixel_values(Record("c", b"not a picture", TWO_TURNS), layout.processor, None)
+
+
+@pytest.mark.reference
+def test_captions_are_the_recorded_ones() -> None:
+    recorded = golden.content("golden/caption_processor.json")
+    for case in recorded["default"]:
+        assert blip_caption(case["i"]) == case["o"], case
+    for case in recorded["prompt_max5"]:
+        assert blip_caption(case["i"], 5, "a photo of ") == case["o"], case
+    assert len(recorded["default"]) >= 5
+
+
+def test_punctuation_becomes_space_and_long_captions_are_cut() -> None:
+    assert blip_caption("A  Dog, (big)! runs.\n") == "a dog, big runs"
+    assert blip_caption("x " * 60) == " ".join("x" * 50)

@@ -124,7 +124,7 @@ def test_many_conversations_at_once_are_those_of_each_alone(engine: Engine) -> N
         assert answers == alone(questions, number), number
 
 
-def test_answers_of_different_length_leave_and_join(engine: Engine) -> None:
+def test_answer_lengths_different_length_leave_and_join(engine: Engine) -> None:
     running = [ask(engine, [said("go", picture(n))], max_new_tokens=2 + 3 * n) for n in range(9)]
     for number, (_, heard) in enumerate(running):
         assert [heard.text()] == alone(["go"], number, max_new_tokens=2 + 3 * number)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minigpt4.data.examples import IGNORED, TextExample, padded
-from minigpt4.data.side_by_side import branches_of, side_by_side
+from minigpt4.data.packing import pack, packed_positions
 from minigpt4.errors import ConfigError
 from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from minigpt4.training.objectives import Outcome, check_packing, language, num_targets
@@ -96,13 +96,13 @@ def test_loss_and_gradient_are_those_of_rows_of_their_own(text: str, attention: 
     pictures = torch.randn(2, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
     apart = [example(*pair) for pairs in TEXTS for pair in pairs]
     rows = [
-        side_by_side([example(*pair) for pair in pairs], tiny.IMAGE_TOKEN_ID) if len(pairs) > 1 else example(*pairs[0])
+        pack([example(*pair) for pair in pairs], tiny.IMAGE_TOKEN_ID) if len(pairs) > 1 else example(*pairs[0])
         for pairs in TEXTS
     ]
 
     of_each = [number for number, pairs in enumerate(TEXTS) for _ in pairs]
     expected, gradient = learnt(model, padded(apart, 0) | {"pixel_values": pictures[of_each]})
-    batch = padded(rows, 0) | branches_of(rows) | {"pixel_values": pictures}
+    batch = padded(rows, 0) | packed_positions(rows) | {"pixel_values": pictures}
     outcome, joined = learnt(model, batch)
 
     # Sums in another order: a few units in the last of float32's seven digits.
@@ -110,7 +110,7 @@ def test_loss_and_gradient_are_those_of_rows_of_their_own(text: str, attention: 
     assert (joined - gradient).norm() < 1e-5 * gradient.norm()
     assert outcome.hits == expected.hits
     assert num_targets(batch) == num_targets(padded(apart, 0)) == 14
-    unseen, _ = learnt(model, {name: value for name, value in batch.items() if name != "branch_ids"})
+    unseen, _ = learnt(model, {name: value for name, value in batch.items() if name != "segment_ids"})
     assert abs(unseen.loss.item() / expected.loss.item() - 1) > 1e-3, "texts that see each other are not told apart"
 
 

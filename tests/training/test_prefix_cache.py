@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minigpt4.data.examples import IGNORED, TextExample, padded
-from minigpt4.data.side_by_side import branches_of, side_by_side
+from minigpt4.data.packing import pack, packed_positions
 from minigpt4.model import MiniGPT4ForConditionalGeneration
 from minigpt4.training import prefix_cache
 from minigpt4.training.objectives import Outcome, TrainingStep
@@ -63,8 +63,8 @@ def test_loss_and_gradient_are_those_of_reading_all_of_it(
     text: str, attention: str, rows: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of(text, attention)
-    texts = ROWS if rows == "apart" else [side_by_side(ROWS, tiny.IMAGE_TOKEN_ID), example([13, 14], [24, 25])]
-    batch = padded(texts, 0) | branches_of(texts) | pictures_of(texts)
+    texts = ROWS if rows == "apart" else [pack(ROWS, tiny.IMAGE_TOKEN_ID), example([13, 14], [24, 25])]
+    batch = padded(texts, 0) | packed_positions(texts) | pictures_of(texts)
     step = TrainingStep(model)
     seen = places_read(model)
     for _ in range(2):  # the second time it is there

@@ -2,7 +2,7 @@
 
 A list of questions, or of captions, often names a picture several times, and a table may have a list of captions for
 it. Here its records become one, with several texts; a model reads them in one row, none of them knowing the others
-(`minigpt4.data.side_by_side`). Which belong together is a function of the list: the picture's records in the list's
+(`minigpt4.data.packing`). Which belong together is a function of the list: the picture's records in the list's
 order, a number of them at a time.
 """
 

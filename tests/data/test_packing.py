@@ -1,4 +1,4 @@
-"""Texts side by side are the texts: nothing of them is lost, and each goes on where their beginning ends."""
+"""Packed texts are the texts: nothing of them is lost, and each goes on where their prefix ends."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minigpt4.data.examples import IGNORED, TextExample, padded
-from minigpt4.data.side_by_side import answers_of, branch_mask, branches_of, side_by_side
+from minigpt4.data.packing import answer_lengths, pack, packed_mask, packed_positions
 from minigpt4.errors import DataError
 
 IMAGE = 9
@@ -26,9 +26,9 @@ TEXTS = st.lists(
 
 @given(TEXTS)
 def test_each_text_can_be_read_off_again(texts: list[TextExample]) -> None:
-    joined = side_by_side(texts, IMAGE)
+    joined = pack(texts, IMAGE)
 
-    beginning, *lengths = joined.branches
+    beginning, *lengths = joined.segments
     assert beginning + sum(lengths) == len(joined.input_ids) == len(joined.labels)
     at = beginning
     for length, whole in zip(lengths, texts, strict=True):
@@ -39,16 +39,16 @@ def test_each_text_can_be_read_off_again(texts: list[TextExample]) -> None:
     assert joined.cut == sum(whole.cut for whole in texts)
 
 
-def test_what_the_texts_have_in_common_is_read_once() -> None:
-    joined = side_by_side([text([3, 4, 5], [3]), text([3, 4, 3], [4, 5])], IMAGE)
+def test_a_common_prefix_is_read_once() -> None:
+    joined = pack([text([3, 4, 5], [3]), text([3, 4, 3], [4, 5])], IMAGE)
 
     assert joined == TextExample([*BEGINNING, 3, 4, 5, 3, 3, 4, 5], [IGNORED] * 7 + [3, IGNORED, 4, 5], 0, (6, 2, 3))
 
 
 def test_answers_to_the_same_question_share_all_but_its_last_place() -> None:
-    joined = side_by_side([text([3, 4], [5]), text([3, 4], [5, 3])], IMAGE)
+    joined = pack([text([3, 4], [5]), text([3, 4], [5, 3])], IMAGE)
 
-    assert joined.branches == (5, 2, 3)
+    assert joined.segments == (5, 2, 3)
     assert joined.labels == [*[IGNORED] * 6, 5, IGNORED, 5, 3]
 
 
@@ -61,28 +61,28 @@ def test_answers_to_the_same_question_share_all_but_its_last_place() -> None:
 )
 def test_texts_that_do_not_begin_alike_are_refused(other: TextExample) -> None:
     with pytest.raises(DataError, match="do not begin alike"):
-        side_by_side([text([3], [4]), other], IMAGE)
+        pack([text([3], [4]), other], IMAGE)
 
 
 def test_learnt_places_are_counted_for_each_text() -> None:
-    assert answers_of(side_by_side([text([3], [4]), text([5], [4, 4, 4])], IMAGE)) == [1, 3]
-    assert answers_of(text([3], [4, 4])) == [2]
+    assert answer_lengths(pack([text([3], [4]), text([5], [4, 4, 4])], IMAGE)) == [1, 3]
+    assert answer_lengths(text([3], [4, 4])) == [2]
 
 
-def test_rows_of_one_text_have_no_branches() -> None:
-    assert branches_of([text([3], [4]), text([3, 4], [4])]) == {}
+def test_rows_of_one_text_have_no_segments() -> None:
+    assert packed_positions([text([3], [4]), text([3, 4], [4])]) == {}
 
 
 @given(TEXTS, TEXTS)
 def test_each_place_sees_its_own_text_up_to_itself(first: list[TextExample], second: list[TextExample]) -> None:
-    rows = [side_by_side(first, IMAGE), side_by_side(second, IMAGE), text([3], [4, 5])]
-    made = branches_of(rows)
-    seen = branch_mask(made["branch_ids"])[:, 0]
+    rows = [pack(first, IMAGE), pack(second, IMAGE), text([3], [4, 5])]
+    made = packed_positions(rows)
+    seen = packed_mask(made["segment_ids"])[:, 0]
     input_ids = padded(rows, 0)["input_ids"]
 
-    assert made["branch_ids"].shape == made["position_ids"].shape == input_ids.shape
+    assert made["segment_ids"].shape == made["position_ids"].shape == input_ids.shape
     for number, texts in enumerate([first, second, [rows[2]]]):
-        beginning, *lengths = rows[number].branches or (0, len(rows[number].input_ids))
+        beginning, *lengths = rows[number].segments or (0, len(rows[number].input_ids))
         at = beginning
         for length, whole in zip(lengths, texts, strict=True):
             for offset in range(length):
@@ -94,8 +94,8 @@ def test_each_place_sees_its_own_text_up_to_itself(first: list[TextExample], sec
 
 
 def test_padding_is_seen_by_no_text() -> None:
-    made = branches_of([side_by_side([text([3], [4]), text([5], [4])], IMAGE), text([3], [4] * 9)])
-    seen = branch_mask(made["branch_ids"])[0, 0]
+    made = packed_positions([pack([text([3], [4]), text([5], [4])], IMAGE), text([3], [4] * 9)])
+    seen = packed_mask(made["segment_ids"])[0, 0]
 
     assert not seen[:8, 8:].any()
-    assert torch.equal(made["branch_ids"][0, 8:].unique(), torch.tensor([3]))
+    assert torch.equal(made["segment_ids"][0, 8:].unique(), torch.tensor([3]))
