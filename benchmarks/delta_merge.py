@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minigpt4.weights.files.shard_files import PIECE_BYTES, Entry, write_torch_archive
+from minigpt4.weights.files.model_writer import PIECE_BYTES, Entry, write_torch_archive
 from minigpt4.weights.llama.delta import apply_delta
 
 WIDTH, MLP, ROWS = 4096, 11008, 32000
@@ -85,10 +85,10 @@ def make_model(folder: Path, groups: Sequence[Shapes], scale: float, norm: float
     numbers = noise.to(DTYPE)
     index: dict[str, str] = {}
 
-    def pieces(name: str) -> Iterator[Tensor]:
-        count = shapes[name][0] * (shapes[name][1] if len(shapes[name]) > 1 else 1)
+    def pieces(entry: Entry) -> Iterator[Tensor]:
+        count = entry.count
         constant = torch.full((min(count, len(numbers)),), norm, dtype=DTYPE)
-        source = constant if name.endswith("norm.weight") else numbers
+        source = constant if entry.name.endswith("norm.weight") else numbers
         for first in range(0, count, len(source)):
             yield source[: count - first]
 

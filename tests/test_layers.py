@@ -31,7 +31,7 @@ LAYERS = {
 }
 TORCH_FREE = {"cli", "errors", "text", "processing.prompts"}  # `--help` is instant, and prompts are text
 TORCH = {"torch", "transformers", "accelerate", "peft", "safetensors"}
-ONE_DOOR = "weights.files.foreign"  # the one module that opens pickled tensor files
+ONE_DOOR = "weights.files.torch_files"  # the one module that opens pickled tensor files
 
 # A library that has one home in the package.
 HOMES = {
@@ -187,7 +187,7 @@ def test_every_module_is_read() -> None:
         ("weights.original.names", "import pickle"),
         ("weights.original.names", "import torch\ntorch.load('x.pth', weights_only=True)"),
         ("weights.original.names", "from torch import load"),
-        ("weights.files.foreign", "import torch\ntorch.load('x.pth', weights_only=False)"),
+        ("weights.files.torch_files", "import torch\ntorch.load('x.pth', weights_only=False)"),
         ("training.features", "import numpy as np\nnp.load('x.npy', allow_pickle=True)"),
         ("inference.chat", "eval('1')"),
         ("inference.chat", "exec('1')"),
@@ -207,7 +207,7 @@ def test_a_planted_violation_is_caught(module: str, source: str) -> None:
     [
         ("weights.folder", "from minigpt4.model.modeling_minigpt4 import MiniGPT4Model"),
         ("weights.folder", "from . import atomic\nfrom .atomic import write_folder"),
-        ("weights.files.foreign", "import torch\ntorch.load('x.pth', weights_only=True, mmap=True)"),
+        ("weights.files.torch_files", "import torch\ntorch.load('x.pth', weights_only=True, mmap=True)"),
         ("inference.chat", "from minigpt4.weights import folder\nmodel.eval()"),
         ("cli.ask", "print('answer')"),
         ("processing.prompts", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),

@@ -197,7 +197,7 @@ def _history() -> Iterator[None]:
     except ImportError:  # Windows has line editing of its own
         yield
         return
-    from minigpt4.weights.files.atomic import make_folder
+    from minigpt4.weights.files.disk import make_folder
     from minigpt4.weights.parts import home
 
     path = home() / "chat_history"

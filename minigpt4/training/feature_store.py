@@ -28,8 +28,8 @@ from torch import Tensor
 
 from minigpt4.errors import ConfigError, StorageError
 from minigpt4.model import MiniGPT4ForConditionalGeneration
-from minigpt4.weights.files.atomic import make_folder, write_file
-from minigpt4.weights.files.disk import storing
+from minigpt4.weights.files.atomic import write_file
+from minigpt4.weights.files.disk import make_folder, storing
 
 FORMAT_VERSION = 2
 ABOUT_FILE = "store.json"

@@ -51,7 +51,7 @@ from minigpt4.training.optimizer_step import PRECISIONS, chosen_precision, memor
 from minigpt4.training.processes import by_the_main_process, summed
 from minigpt4.training.recipe import Recipe
 from minigpt4.training.stage_data import RunSources, context_of, num_sample_places, source_batches, validation_batches
-from minigpt4.weights.files.atomic import lock
+from minigpt4.weights.files.disk import lock
 from minigpt4.weights.hub import Report
 from minigpt4.weights.parts import home
 

@@ -21,7 +21,8 @@ from minigpt4.weights.alignment import NANO
 from minigpt4.weights.compose_language import LANGUAGE, LanguagePart, read_language
 from minigpt4.weights.compose_parts import UNREADABLE, part_folder, quiet_library
 from minigpt4.weights.compose_vision import VISION, VisionPart, read_vision
-from minigpt4.weights.files.atomic import recover, refuse_existing, require_free_space, verify_folder, write_folder
+from minigpt4.weights.files.atomic import recover, refuse_existing, verify_folder, write_folder
+from minigpt4.weights.files.disk import require_free_space
 from minigpt4.weights.folder import built_folder
 from minigpt4.weights.hub import Report
 

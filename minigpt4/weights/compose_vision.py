@@ -16,7 +16,7 @@ from minigpt4.errors import ConfigError, WeightsError
 from minigpt4.processing.image_processing_minigpt4 import MiniGPT4ImageProcessor
 from minigpt4.text import first_line, read_json_object
 from minigpt4.weights.compose_parts import UNREADABLE, load_part, read_config, refuse_lacking
-from minigpt4.weights.files.tensors import open_tensors
+from minigpt4.weights.files.tensor_files import open_tensors
 
 VISION = "vision encoder"
 PICTURES_AGAIN = "copy preprocessor_config.json from where the model was published"

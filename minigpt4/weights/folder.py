@@ -38,7 +38,8 @@ from minigpt4.weights.alignment import (
     origin_of,
     read_description,
 )
-from minigpt4.weights.files.atomic import MANIFEST_NAME, scratch_folder, verify_folder, write_folder
+from minigpt4.weights.files.atomic import MANIFEST_NAME, verify_folder, write_folder
+from minigpt4.weights.files.disk import scratch_folder
 from minigpt4.weights.hub import Report, hub_folder, is_on_hub
 from minigpt4.weights.parts import home
 

@@ -27,7 +27,7 @@ from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from minigpt4.processing.prompts import IMAGE_TOKEN
 from minigpt4.text import first_line
 from minigpt4.weights.files.atomic import write_folder
-from minigpt4.weights.files.foreign import read_torch_file
+from minigpt4.weights.files.torch_files import read_torch_file
 from minigpt4.weights.hub import Report
 from minigpt4.weights.parts import EFFICIENTNET_LITE0, SMOLLM2, fetch, home
 

@@ -22,16 +22,8 @@ from pathlib import Path, PurePosixPath
 
 from minigpt4.errors import DownloadError, MiniGPT4Error, StorageError
 from minigpt4.text import LONGEST_QUOTE
-from minigpt4.weights.files.atomic import (
-    clean_stale,
-    file_sha256,
-    lock,
-    make_folder,
-    require_free_space,
-    scratch_folder,
-    write_file,
-)
-from minigpt4.weights.files.disk import storing
+from minigpt4.weights.files.atomic import clean_stale, file_sha256, write_file
+from minigpt4.weights.files.disk import lock, make_folder, require_free_space, scratch_folder, storing
 from minigpt4.weights.hub import Report
 
 CHUNK_BYTES = 1024**2

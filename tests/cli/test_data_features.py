@@ -10,7 +10,7 @@ import yaml
 from safetensors import safe_open
 
 from minigpt4.cli.progress import counting_bar
-from minigpt4.weights.files.safetensors_header import read_safetensors_header
+from minigpt4.weights.files.stored_tensor import read_safetensors_header
 from tests import tiny_chat
 from tests.commands import Run, runner
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minigpt4.weights.files.tensors import open_tensors
+from minigpt4.weights.files.tensor_files import open_tensors
 from tests.commands import Run, runner
 from tests.weights.llama.delta_files import (
     ROWS,

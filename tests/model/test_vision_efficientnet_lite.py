@@ -239,7 +239,7 @@ def original_logits(weights: dict[str, Tensor], picture: Tensor) -> Tensor:
 @pytest.mark.reference
 def test_real_weights_give_the_logits_of_the_unfolded_network_and_see_a_flower() -> None:
     from minigpt4.processing.image_processing_minigpt4 import MiniGPT4ImageProcessor
-    from minigpt4.weights.files.foreign import read_torch_file
+    from minigpt4.weights.files.torch_files import read_torch_file
     from minigpt4.weights.nano import class_words, convert_vision_weights
     from minigpt4.weights.parts import EFFICIENTNET_LITE0, fetch
 

@@ -10,7 +10,7 @@ from minigpt4.model import EfficientNetLiteConfig, EfficientNetLiteModel, MiniGP
 from minigpt4.model.vision_efficientnet_lite import EfficientNetLiteOutput
 from minigpt4.weights import nano
 from minigpt4.weights.files.atomic import verify_folder
-from minigpt4.weights.files.foreign import read_torch_file
+from minigpt4.weights.files.torch_files import read_torch_file
 from minigpt4.weights.parts import EFFICIENTNET_LITE0, fetch
 
 

@@ -18,7 +18,7 @@ from minigpt4.weights.alignment import ALIGNMENT_FILE, TENSORS_FILE
 from minigpt4.weights.checking.inspection_kinds import KINDS, Inspection, Source, config_of, described, read_small
 from minigpt4.weights.checking.models import list_models
 from minigpt4.weights.files.disk import storing
-from minigpt4.weights.files.tensors import INDEX_FILES, TensorFiles, open_tensors, read_index
+from minigpt4.weights.files.tensor_files import INDEX_FILES, TensorFiles, open_tensors, read_index
 from minigpt4.weights.llama.tokenizer import LFS_POINTER
 from minigpt4.weights.original.names import IGNORED, Kind, recognise, why_ignored
 from minigpt4.weights.parts import EFFICIENTNET_LITE0, SMOLLM2

@@ -9,7 +9,7 @@ from typing import Any
 from minigpt4.errors import WeightsError
 from minigpt4.model import MiniGPT4Config
 from minigpt4.text import first_line, read_json_object
-from minigpt4.weights.files.tensors import TensorFiles
+from minigpt4.weights.files.tensor_files import TensorFiles
 from minigpt4.weights.llama.tokenizer import FAST_FILE, VOCABULARY_FILE, mended_ids, mended_tokenizer
 from minigpt4.weights.llama.version import EMBEDDINGS, tell_version
 from minigpt4.weights.original.names import LORA_NAMES, Kind

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from minigpt4.errors import WeightsError
 from minigpt4.model import MiniGPT4Config
 from minigpt4.text import first_line
-from minigpt4.weights.files.tensors import TensorFiles, open_tensors
+from minigpt4.weights.files.tensor_files import TensorFiles, open_tensors
 from minigpt4.weights.llama.tokenizer import load_llama_tokenizer
 from minigpt4.weights.llama.version import LARGEST_NORM_OF_A_DELTA, LAST_NORM
 

@@ -11,9 +11,7 @@ What a crash (power, kill -9) leaves at the destination:
   when the new folder is in place; `verify_folder` and the next writer call it.
 
 A reader that opens file after file while the folder is replaced may see files of both: load a folder in one go, or
-write each version to a name of its own.
-
-This module knows nothing of tensors or models.
+write each version to a name of its own. This module knows nothing of tensors or models.
 """
 
 import hashlib
@@ -21,7 +19,6 @@ import json
 import logging
 import os
 import re
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -34,47 +31,24 @@ from minigpt4.weights.files.disk import (
     fsync_folder,
     lock,
     make_folder,
-    remove_dead_scratch,
-    require_free_space,
+    new_scratch,
+    remove_scratch,
     scratch_folder,
+    scratch_path,
     storing,
 )
-
-__all__ = [
-    "MANIFEST_NAME",
-    "FileEntry",
-    "Manifest",
-    "clean_stale",
-    "file_sha256",
-    "lock",
-    "make_folder",
-    "move_folder",
-    "recover",
-    "refuse_existing",
-    "require_free_space",
-    "scratch_folder",
-    "verify_folder",
-    "write_file",
-    "write_folder",
-]
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 16 * 1024**2
 
-_PREVIOUS_NAME = re.compile(r"\.(?P<name>.+)\.previous")
-
+_LEFT = re.compile(r"\.(?P<name>.+)\.(minigpt4-tmp(\.lock)?|previous)")
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What the manifest says about one file.
-
-    Args:
-        sha256: Digest of the content, 64 hexadecimal digits.
-        size: Length in bytes.
-    """
+    """What the manifest says about one file: sha256 (64 hexadecimal digits) and length in bytes."""
 
     sha256: str
     size: int
@@ -112,19 +86,17 @@ def write_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     target = Path(os.path.realpath(target))
     make_folder(target.parent)
     clean_stale(target.parent)
-    # Under the lock: another writer's replacement makes the target vanish for a moment, between two looks at it.
-    with storing(target), lock(_previous(target)):
-        refuse_existing(target, overwrite=overwrite)
     with scratch_folder(target.parent, target.name) as scratch:
         new = scratch / target.name
         with storing(target):
+            _recover_locked(target, scratch)
+            refuse_existing(target, overwrite=overwrite)
             new.mkdir()
         with storing(target, only_within=scratch):
             yield new
         with storing(target):
-            _write_manifest(new)
-            with lock(_previous(target)):
-                _move_in(new, target, scratch, overwrite=overwrite)
+            write_manifest(new)
+            _move_in(new, target, scratch, overwrite=overwrite)
 
 
 @overload
@@ -150,7 +122,8 @@ def write_file(target: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[Any
     clean_stale(target.parent)
     with scratch_folder(target.parent, target.name) as scratch:
         new = scratch / target.name
-        with storing(target, only_within=scratch), _create(new, mode) as file:
+        text = {} if mode == "wb" else {"encoding": "utf-8", "newline": "\n"}
+        with storing(target, only_within=scratch), new.open(mode, **text) as file:  # type: ignore[call-overload]
             yield file
         with storing(target):
             fsync(new)
@@ -181,7 +154,7 @@ def verify_folder(path: Path, *, deep: bool = True) -> Manifest:
         if not path.is_dir():
             raise WeightsError(f"`{path}` is not a folder", "check the path")
         manifest = _read_manifest(path)
-        present = set(_list_files(path))
+        present = set(files_in(path)) - {MANIFEST_NAME}
         for name in manifest.files:
             if name not in present:
                 raise _damaged(f"`{path / name}` is missing, the folder's manifest lists it")
@@ -208,8 +181,8 @@ def move_folder(new: Path, target: Path, known: Mapping[str, FileEntry], *, over
         WeightsError: The folder holds something other than files and folders.
         OSError: It cannot be written.
     """
-    _write_manifest(new, known)
-    with scratch_folder(target.parent, target.name) as scratch, lock(_previous(target)):
+    write_manifest(new, known)
+    with scratch_folder(target.parent, target.name) as scratch:
         _move_in(new, target, scratch, overwrite=overwrite)
 
 
@@ -222,28 +195,48 @@ def recover(target: Path) -> None:
     target = Path(os.path.realpath(target))
     with storing(target):
         if _was_interrupted(target):
-            with lock(_previous(target)), scratch_folder(target.parent, target.name) as scratch:
+            with scratch_folder(target.parent, target.name) as scratch:
                 _recover_locked(target, scratch)
 
 
-def clean_stale(parent: Path) -> list[Path]:
-    """Remove from `parent` what dead processes left there, and recover interrupted replacements.
+def clean_stale(parent: Path) -> None:
+    """Remove from `parent` what dead writers left there, and recover interrupted replacements.
 
-    Scratch folders of living processes stay, as do those of other users and those on a file system without locks.
-
-    Returns:
-        The scratch folders removed; none where `parent` does not exist.
+    What living processes are at stays, as does what other users left, and all on a file system without locks.
 
     Raises:
-        StorageError: `parent` cannot be read, or an interrupted replacement cannot be recovered.
+        StorageError: `parent` cannot be read.
     """
     with storing(parent, doing="read"):
-        if not parent.is_dir():
-            return []
-        matches = [match for entry in parent.iterdir() if (match := _PREVIOUS_NAME.fullmatch(entry.name))]
-    for match in matches:
-        recover(parent / match["name"])
-    return remove_dead_scratch(parent)
+        names = {found["name"] for entry in os.listdir(parent) if (found := _LEFT.fullmatch(entry))}
+    for name in sorted(names):
+        try:
+            with lock(scratch_path(parent, name), wait=False) as held, storing(parent / name):
+                if held:
+                    scratch = new_scratch(parent, name)
+                    _recover_locked(parent / name, scratch)
+                    remove_scratch(scratch)
+        except StorageError as error:
+            logger.warning("what a dead process left of %s stays: %s", parent / name, error)  # another user's
+
+
+def refuse_existing(target: Path, *, overwrite: bool) -> None:
+    """Refuse a target that exists and may not be replaced.
+
+    Raises:
+        StorageError: `target` is a file, or a folder that is not empty; with `overwrite`, one without a manifest.
+    """
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise StorageError(f"`{target}` is a file, a folder is to be written there", "choose another place")
+    if not os.listdir(target):
+        return
+    if not overwrite:
+        raise StorageError(f"`{target}` exists already", "choose another place, or remove it first")
+    if not (target / MANIFEST_NAME).is_file():
+        message = f"`{target}` has no `{MANIFEST_NAME}`, only a folder that has one is replaced"
+        raise StorageError(message, "choose another place, or remove it yourself")
 
 
 def file_sha256(path: Path) -> str:
@@ -252,8 +245,10 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _create(path: Path, mode: Literal["wb", "w"]) -> IO[Any]:
-    return path.open("wb") if mode == "wb" else path.open("w", encoding="utf-8", newline="\n")
+def files_in(folder: Path) -> list[str]:
+    """List everything that is no folder, at any depth, by its path with `/`, sorted."""
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def _previous(target: Path) -> Path:
@@ -266,35 +261,12 @@ def _was_interrupted(target: Path) -> bool:
     return (_previous(target) / MANIFEST_NAME).is_file()
 
 
-def refuse_existing(target: Path, *, overwrite: bool) -> None:
-    """Refuse a target that stands there and may not be replaced.
-
-    Raises:
-        StorageError: `target` is a file, or a folder that is not empty; with `overwrite`, one without a manifest.
-    """
-    if not os.path.lexists(target):
-        return
-    if not target.is_dir():
-        raise StorageError(f"`{target}` is a file, a folder is to be written there", "choose another place")
-    if _is_empty(target):
-        return
-    if not overwrite:
-        raise StorageError(f"`{target}` exists already", "choose another place, or remove it first")
-    if not (target / MANIFEST_NAME).is_file():
-        message = f"`{target}` has no `{MANIFEST_NAME}`, only a folder that has one is replaced"
-        raise StorageError(message, "choose another place, or remove it yourself")
-
-
-def _is_empty(folder: Path) -> bool:
-    return not any(folder.iterdir())
-
-
 def _move_in(new: Path, target: Path, scratch: Path, *, overwrite: bool) -> None:
-    """Rename `new` to `target`; the caller holds the lock on the replacement of `target`."""
+    """Rename `new` to `target`; the caller holds the lock."""
     _recover_locked(target, scratch)
     refuse_existing(target, overwrite=overwrite)
     previous = _previous(target)
-    replaces = target.is_dir() and not _is_empty(target)
+    replaces = target.is_dir() and bool(os.listdir(target))
     if replaces:
         os.rename(target, previous)
     try:
@@ -321,15 +293,15 @@ def _recover_locked(target: Path, scratch: Path) -> None:
 
 def _discard(previous: Path, scratch: Path) -> None:
     """Leave a replaced folder to the removal of `scratch`: half removed, it must not bear the name `recover` wants."""
-    os.rename(previous, scratch / f"discarded-{secrets.token_hex(4)}")
+    os.rename(previous, scratch / previous.name)
 
 
-def _write_manifest(folder: Path, known: Mapping[str, FileEntry] | None = None) -> None:
+def write_manifest(folder: Path, known: Mapping[str, FileEntry] | None = None) -> None:
     """Bring every file and folder to the disk, then the manifest; files in `known` are there already."""
     files = dict(known or {})
-    for name in _list_files(folder):
+    for name in files_in(folder):
         path = folder / name
-        if name in files:
+        if name in files or name == MANIFEST_NAME:
             continue
         if path.is_symlink() or not path.is_file():
             message = f"`{name}` is not a plain file, a folder to be written holds files and folders only"
@@ -342,12 +314,6 @@ def _write_manifest(folder: Path, known: Mapping[str, FileEntry] | None = None) 
     (folder / MANIFEST_NAME).write_text(text, encoding="utf-8", newline="\n")
     fsync(folder / MANIFEST_NAME)
     fsync_folder(folder)
-
-
-def _list_files(folder: Path) -> list[str]:
-    """Paths of everything that is no folder, with `/`, sorted, without the manifest."""
-    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted(name for path in paths if (name := path.relative_to(folder).as_posix()) != MANIFEST_NAME)
 
 
 def _read_manifest(folder: Path) -> Manifest:

@@ -1,17 +1,13 @@
-"""What safe writing asks of the operating system: flushing, locks, temporary folders, and errors that name the place.
+"""What safe writing asks of the operating system: locks, temporary folders, flushing, and errors that name the place.
 
-A scratch folder belongs to a living process as long as the lock on its `owner` file is held. The system lets go of
-locks when a process ends, however it ends, so what dead processes left can be told from what is in use, also between
-containers that share a disk.
-
-This module knows nothing of manifests, models or destinations: `atomic` builds on it.
+The scratch folder `.NAME.minigpt4-tmp` belongs to the holder of its lock. The system releases locks when a process
+ends, however it ends: a scratch folder whose lock is free was left by a dead process.
 """
 
 import errno
 import logging
 import os
 import re
-import secrets
 import shutil
 import sys
 from collections.abc import Iterator
@@ -26,8 +22,6 @@ from minigpt4.text import size_text
 if sys.platform != "win32":
     import fcntl
 
-_OWNER = "owner"
-_SCRATCH_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OF_WRITING = {*_NO_ROOM, errno.EROFS, errno.EIO}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -36,86 +30,92 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold the one lock that belongs to `path`, among all processes and threads of this machine.
-
-    Waits, with one logged line, while another holds it. The lock is the file `.NAME.lock` beside `path`; it is gone
-    when nobody holds it, except after a crash, where it is harmless. Not re-entrant.
-    On a system or file system without file locks a warning is logged and nothing is held.
-
-    Args:
-        path: What the lock stands for; need not exist, its parent must.
-
-    Raises:
-        StorageError: The lock file cannot be made.
-    """
-    if sys.platform == "win32":
-        logger.warning("no file locks on this system: do not let two programs work on %s at once", path)
-        yield
-        return
-    lock_path = path.with_name(f".{path.name}.lock")
-    with storing(lock_path):
-        descriptor = _acquire(lock_path, path)
-    try:
-        yield
-    finally:
-        try:
-            # Removed while held: whoever waits on this file then sees that it is gone, and makes a new one.
-            lock_path.unlink(missing_ok=True)
-        except OSError as error:
-            logger.warning("the lock file %s stays: %s", lock_path, error)
-        finally:
-            _release(descriptor, lock_path)
-
-
-@contextmanager
 def scratch_folder(parent: Path, name: str = "minigpt4") -> Iterator[Path]:
-    """Make a temporary folder in `parent` that is gone after the block.
+    """Make a temporary folder in the existing folder `parent` that is gone after the block, and hold its lock.
 
-    If the process dies inside the block, `remove_dead_scratch` removes the folder.
-
-    Args:
-        parent: An existing folder.
-        name: Part of the temporary name; tells a person who lists `parent` what the folder is for.
-
-    Yields:
-        The folder. The name `owner` in it is taken.
+    Waits while another process has a scratch folder of this name there. What a process that died inside the block
+    leaves is removed by the next one, or by `clean_stale`.
 
     Raises:
         StorageError: `parent` cannot be written.
     """
-    with storing(parent):
-        scratch, owner = _new_scratch(parent, name)
-    try:
-        yield scratch
-    finally:
-        _remove_scratch(scratch)
-        if owner is not None:
-            os.close(owner)
+    with lock(scratch_path(parent, name)):
+        with storing(parent):
+            scratch = new_scratch(parent, name)
+        try:
+            yield scratch
+        finally:
+            remove_scratch(scratch)
 
 
-def remove_dead_scratch(parent: Path) -> list[Path]:
-    """Remove the scratch folders that dead processes left in `parent`.
+@contextmanager
+def lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the one lock that belongs to `path`, among all processes and threads of this machine.
 
-    Those of living processes stay, as do those of other users and those on a file system without locks.
+    The lock is the file `.NAME.lock` beside `path`; it is gone when nobody holds it, except after a crash, where it is
+    harmless. Not re-entrant. On a system or file system without file locks a warning is logged and nothing is held.
+    (`filelock` would leave its file beside everything that is written.)
 
-    Returns:
-        The folders removed.
+    Args:
+        path: What the lock stands for; need not exist, its parent must.
+        wait: Wait while another holds it, with one logged line.
+
+    Yields:
+        Whether it is held.
 
     Raises:
-        StorageError: `parent` cannot be read.
+        StorageError: The lock file cannot be made.
     """
-    with storing(parent, doing="read"):
-        candidates = [entry for entry in parent.iterdir() if _SCRATCH_NAME.fullmatch(entry.name)]
-    return [entry for entry in sorted(candidates) if _remove_if_dead(entry)]
+    lock_path = path.with_name(f".{path.name.removeprefix('.')}.lock")
+    with storing(lock_path):
+        descriptor = _locked(lock_path, path, wait=wait)
+    try:
+        yield descriptor is not None
+    finally:
+        if sys.platform != "win32" and descriptor is not None:
+            try:
+                # Removed while held: whoever waits on this file then sees that it is gone, and makes a new one.
+                lock_path.unlink(missing_ok=True)
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may have the descriptor, too
+            except OSError as error:
+                logger.warning("the lock file %s stays: %s", lock_path, error)
+            finally:
+                os.close(descriptor)
+
+
+def _locked(lock_path: Path, path: Path, *, wait: bool) -> int | None:
+    """Open and lock a lock file; return its descriptor, or None where nothing is held."""
+    if sys.platform == "win32":
+        logger.warning("no file locks on this system: do not let two programs work on %s at once", path)
+        return None
+    patience, noted = fcntl.LOCK_NB, False
+    while True:
+        descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | patience)
+            if os.path.samestat(lock_path.stat(), os.fstat(descriptor)):
+                return descriptor
+        except FileNotFoundError:
+            pass  # its last holder has removed it
+        except BlockingIOError:
+            if not wait:
+                os.close(descriptor)
+                return None
+            if not noted:
+                logger.warning("waiting for another program that works on %s", path)
+            patience, noted = 0, True
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno not in _NO_LOCKS:
+                raise
+            lock_path.unlink(missing_ok=True)
+            logger.warning("no file locks here: do not let two programs work on %s at once", path)
+            return None
+        os.close(descriptor)
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents where they are missing.
-
-    Raises:
-        StorageError: The folder cannot be made.
-    """
+    """Make a folder and its parents where they are missing; raise StorageError if that cannot be."""
     with storing(path):
         path.mkdir(parents=True, exist_ok=True)
 
@@ -198,121 +198,23 @@ def _storage_error(place: Path, doing: str, number: int | None, reason: str) -> 
     return StorageError(f"cannot {doing} `{place}`: {reason}", hint)
 
 
-def _new_scratch(parent: Path, name: str) -> tuple[Path, int | None]:
-    """Make a scratch folder and hold the lock on its owner file (a descriptor; None where there are no locks)."""
-    while True:
-        scratch = parent / f".{name}.{secrets.token_hex(4)}.tmp"
-        scratch.mkdir()
-        if sys.platform == "win32":
-            return scratch, None
-        try:
-            owner = os.open(scratch / _OWNER, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileNotFoundError:
-            continue  # a cleaner took the newborn folder for a dead one
-        except OSError:
-            scratch.rmdir()
-            raise
-        if _flock(owner, wait=False) is not False and os.fstat(owner).st_nlink > 0:
-            return scratch, owner
-        os.close(owner)  # a cleaner came between the two calls, and removes the folder
+def scratch_path(parent: Path, name: str) -> Path:
+    """Say where the scratch folder of `name` lies."""
+    return parent / f".{name}.minigpt4-tmp"
 
 
-def _remove_if_dead(scratch: Path) -> bool:
-    if sys.platform == "win32":
-        return False
+def new_scratch(parent: Path, name: str) -> Path:
+    """Make a scratch folder in place of a dead writer's; the caller holds the lock."""
+    scratch = scratch_path(parent, name)
+    if os.path.lexists(scratch):
+        shutil.rmtree(scratch)
+    scratch.mkdir()
+    return scratch
+
+
+def remove_scratch(scratch: Path) -> None:
+    """Remove a scratch folder; the caller holds the lock."""
     try:
-        owner = os.open(scratch / _OWNER, os.O_RDWR | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return _remove_newborn(scratch)
-    except OSError as error:
-        logger.debug("%s is left alone: %s", scratch, error)  # another user's, or no scratch folder at all
-        return False
-    try:
-        return _flock(owner, wait=False) is True and _remove_scratch(scratch)
-    finally:
-        os.close(owner)
-
-
-def _remove_newborn(scratch: Path) -> bool:
-    """Remove an empty scratch folder: its process died before it made the owner file, or is about to make it."""
-    try:
-        scratch.rmdir()
-    except OSError as error:
-        logger.debug("%s is left alone: %s", scratch, error)
-        return False
-    return True
-
-
-def _remove_scratch(scratch: Path) -> bool:
-    """Remove a scratch folder, its owner file last, so that an interrupted removal can be taken up again."""
-    try:
-        for entry in scratch.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif entry.name != _OWNER:
-                entry.unlink()
-        (scratch / _OWNER).unlink(missing_ok=True)
-        scratch.rmdir()
+        shutil.rmtree(scratch)
     except OSError as error:
         logger.warning("the temporary folder %s stays for now: %s", scratch, error)
-        return False
-    return True
-
-
-def _flock(descriptor: int, *, wait: bool) -> bool | None:
-    """Lock an open file: True when held, False when another holds it, None where there are no locks."""
-    if sys.platform != "win32":
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-    return None
-
-
-def _acquire(lock_path: Path, path: Path) -> int:
-    """Open and lock the lock file of `path`, waiting for it if need be; returns its descriptor."""
-    noted = False
-    while True:
-        descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            held = _flock(descriptor, wait=False)
-            if held is None:
-                logger.warning("no file locks here: do not let two programs work on %s at once", path)
-                return descriptor
-            if held is False:
-                if not noted:
-                    logger.warning("waiting for another program that works on %s", path)
-                noted = True
-                _flock(descriptor, wait=True)
-            if _is_file_at(lock_path, descriptor):
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # its last holder has removed it: take the new one
-
-
-def _is_file_at(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-def _release(descriptor: int, lock_path: Path) -> None:
-    """Unlock and close: a forked child may have the descriptor too, and closing alone would leave it the lock.
-
-    What the lock was held for is done, or has its own error: that the system would not unlock is only noted.
-    """
-    try:
-        if sys.platform != "win32":
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            logger.warning("the lock %s was not let go: %s", lock_path, error)
-    finally:
-        os.close(descriptor)

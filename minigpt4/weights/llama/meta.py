@@ -18,9 +18,17 @@ from minigpt4.errors import UsageError, WeightsError
 from minigpt4.text import read_json_object
 from minigpt4.weights.files.atomic import refuse_existing
 from minigpt4.weights.files.disk import storing
-from minigpt4.weights.files.model_writer import SHARD_BYTES, Format, Report, json_bytes, kept_note, write_model
-from minigpt4.weights.files.shard_files import PIECE_BYTES, Entry
-from minigpt4.weights.files.tensors import TensorFiles, open_tensors
+from minigpt4.weights.files.model_writer import (
+    PIECE_BYTES,
+    SHARD_BYTES,
+    Entry,
+    Format,
+    Report,
+    json_bytes,
+    kept_note,
+    write_model,
+)
+from minigpt4.weights.files.tensor_files import TensorFiles, open_tensors
 from minigpt4.weights.llama.tokenizer import VOCABULARY_FILE, mended_tokenizer
 
 PARAMS_FILE = "params.json"

@@ -14,7 +14,7 @@ import sentencepiece
 
 from minigpt4.errors import WeightsError
 from minigpt4.text import read_json_object
-from minigpt4.weights.files.tensors import TensorFiles
+from minigpt4.weights.files.tensor_files import TensorFiles
 from minigpt4.weights.llama.tokenizer import VOCABULARY_FILE
 
 LLAMA_ROWS, VICUNA_V0_ROWS = 32000, 32001

@@ -16,9 +16,10 @@ from minigpt4.errors import ConfigError, WeightsError
 from minigpt4.model import MiniGPT4Config
 from minigpt4.text import first_line, read_json_object
 from minigpt4.weights.alignment import ALIGNMENT_FILE, NANO, TENSORS_FILE, frozen_parts_of, read_description
-from minigpt4.weights.files.atomic import require_free_space, verify_folder, write_folder
+from minigpt4.weights.files.atomic import verify_folder, write_folder
+from minigpt4.weights.files.disk import require_free_space
 from minigpt4.weights.files.model_writer import Report, json_bytes
-from minigpt4.weights.files.tensors import TensorFiles, open_tensors
+from minigpt4.weights.files.tensor_files import TensorFiles, open_tensors
 from minigpt4.weights.llama.tokenizer import ORIGINAL_DIR, TOKENIZER_FILES, VOCABULARY_FILE
 from minigpt4.weights.original.names import (
     CHECKPOINT_FILE,

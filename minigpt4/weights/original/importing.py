@@ -23,9 +23,8 @@ from minigpt4.processing.image_processing_minigpt4 import MiniGPT4ImageProcessor
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from minigpt4.processing.prompts import template as template_named
 from minigpt4.text import read_json_object
-from minigpt4.weights.files.model_writer import SHARD_BYTES, Report, kept_note, write_model
-from minigpt4.weights.files.shard_files import PIECE_BYTES, Entry
-from minigpt4.weights.files.tensors import open_tensors
+from minigpt4.weights.files.model_writer import PIECE_BYTES, SHARD_BYTES, Entry, Report, kept_note, write_model
+from minigpt4.weights.files.tensor_files import open_tensors
 from minigpt4.weights.llama.tokenizer import ORIGINAL_DIR, load_llama_tokenizer, mended_ids, mended_tokenizer
 from minigpt4.weights.llama.version import is_delta
 from minigpt4.weights.original import names

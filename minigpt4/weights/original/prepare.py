@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from minigpt4.errors import ConfigError, MiniGPT4Error
-from minigpt4.weights.files.atomic import lock, make_folder, verify_folder
+from minigpt4.weights.files.atomic import verify_folder
+from minigpt4.weights.files.disk import lock, make_folder
 from minigpt4.weights.files.model_writer import Report
 from minigpt4.weights.original.importing import import_original
 from minigpt4.weights.original.names import QFORMER_FILE, VISION_FILE, OriginalFiles

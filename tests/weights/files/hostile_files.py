@@ -19,7 +19,7 @@ OPENER = """
 import json, resource, sys, time
 from pathlib import Path
 from minigpt4.errors import MiniGPT4Error
-from minigpt4.weights.files.tensors import open_tensors
+from minigpt4.weights.files.tensor_files import open_tensors
 
 folder = Path(sys.argv[1])
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "subprocess.Popen", "socket.", "import",
@@ -118,6 +118,7 @@ def archive(
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as file:
         file.writestr(pickle_name, content)
+        file.writestr("a/version", b"3")
         for name, data in (members if members is not None else {"a/data/0": STORAGE}).items():
             file.writestr(name, data)
     return buffer.getvalue()

@@ -422,13 +422,12 @@ def test_place_without_permission_is_named(locked_folder: Path) -> None:
 
 
 def test_of_eight_writers_that_may_not_replace_exactly_one_wins(tmp_path: Path) -> None:
-    start, outcomes = threading.Barrier(8), []
+    outcomes: list[int] = []
 
     def write(number: int) -> None:
         try:
             with write_folder(tmp_path / "model") as folder:
                 (folder / "writer").write_text(str(number))
-                start.wait(20)
             outcomes.append(number)
         except StorageError as error:
             assert "exists already" in error.message
@@ -564,4 +563,3 @@ def test_folder_without_manifest_and_no_folder_are_told_apart(tmp_path: Path) ->
         verify_folder(tmp_path)
     with pytest.raises(WeightsError, match="nowhere` is not a folder"):
         verify_folder(tmp_path / "nowhere")
-    assert clean_stale(tmp_path / "nowhere") == []

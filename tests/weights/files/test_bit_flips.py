@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minigpt4.errors import WeightsError
-from minigpt4.weights.files.shard_files import Entry, write_torch_archive
-from minigpt4.weights.files.tensors import TensorFiles, open_tensors
+from minigpt4.weights.files.model_writer import Entry, write_torch_archive
+from minigpt4.weights.files.tensor_files import TensorFiles, open_tensors
 
 WHOLE = torch.arange(40.0)
 TENSORS: dict[str, Tensor] = {
@@ -37,7 +37,7 @@ def archive(path: Path) -> None:
 def our_archive(path: Path) -> None:
     own = {name: TENSORS[name] for name in ("matrix", "half", "number", "empty")}
     entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in own.items()]
-    write_torch_archive(path, entries, lambda name: [own[name].flatten()])
+    write_torch_archive(path, entries, lambda entry: [own[entry.name].flatten()])
 
 
 def bare(path: Path) -> None:

@@ -10,12 +10,12 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from minigpt4.errors import StorageError
-from minigpt4.weights.files.disk import lock, remove_dead_scratch, require_free_space, scratch_folder, storing
+from minigpt4.weights.files.atomic import clean_stale
+from minigpt4.weights.files.disk import lock, require_free_space, scratch_folder, storing
 
 ROOT = Path(__file__).resolve().parents[3]
 MODULE = "tests.weights.files.test_disk"
@@ -120,7 +120,7 @@ def test_file_system_without_locks_is_named_in_a_warning(
     with lock(tmp_path / "model"):
         assert "no file locks here" in caplog.text
     with scratch_folder(tmp_path) as scratch:
-        assert remove_dead_scratch(tmp_path) == []  # who lives cannot be told, so nothing is removed
+        clean_stale(tmp_path)  # who lives cannot be told, so nothing is removed
         assert scratch.is_dir()
     assert os.listdir(tmp_path) == []
 
@@ -143,12 +143,12 @@ def test_scratch_of_a_living_process_stays_and_of_a_killed_one_goes(tmp_path: Pa
     assert process.stdout is not None
     scratch = Path(process.stdout.readline().strip())
 
-    assert remove_dead_scratch(tmp_path) == []
+    clean_stale(tmp_path)
     assert (scratch / "half" / "weights").stat().st_size == 1000
 
     process.kill()
     process.communicate()
-    assert remove_dead_scratch(tmp_path) == [scratch]
+    clean_stale(tmp_path)
     assert os.listdir(tmp_path) == []
 
 
@@ -159,44 +159,14 @@ def test_scratch_is_gone_after_an_exception(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("before", [(os, "open"), (fcntl, "flock")], ids=["open", "flock"])
-def test_cleaner_that_takes_a_newborn_folder_makes_the_writer_take_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: tuple[ModuleType, str]
-) -> None:
-    """A cleaner comes by just before the owner file is made, or just before it is locked."""
-    real, removed = getattr(*before), []
+def test_folder_of_the_user_with_a_like_name_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".model.tmp").mkdir()
+    (tmp_path / ".model.tmp" / "notes.txt").write_text("mine")
 
-    def call_after_the_cleaner(*arguments: object) -> object:
-        monkeypatch.undo()
-        removed.extend(remove_dead_scratch(tmp_path))
-        return real(*arguments)
+    with scratch_folder(tmp_path, "model"):
+        clean_stale(tmp_path)
 
-    monkeypatch.setattr(*before, call_after_the_cleaner)
-    with scratch_folder(tmp_path) as scratch:
-        assert scratch.is_dir()
-        assert len(removed) == 1
-        assert scratch not in removed
-        assert remove_dead_scratch(tmp_path) == []
-    assert os.listdir(tmp_path) == []
-
-
-def test_folder_of_the_user_with_such_a_name_is_left_alone(tmp_path: Path) -> None:
-    mine = tmp_path / ".notes.0123abcd.tmp"
-    mine.mkdir()
-    (mine / "notes.txt").write_text("mine")
-    (tmp_path / ".plain.0123abcd.tmp").write_text("a file")
-    elsewhere = tmp_path / "elsewhere"
-    shutil.copytree(mine, elsewhere)
-    (tmp_path / ".link.0123abcd.tmp").symlink_to(elsewhere)
-
-    assert remove_dead_scratch(tmp_path) == []
-    assert sorted(os.listdir(tmp_path)) == [
-        ".link.0123abcd.tmp",
-        ".notes.0123abcd.tmp",
-        ".plain.0123abcd.tmp",
-        "elsewhere",
-    ]
-    assert (elsewhere / "notes.txt").read_text() == "mine"
+    assert (tmp_path / ".model.tmp" / "notes.txt").read_text() == "mine"
 
 
 def test_scratch_that_cannot_be_removed_now_is_said_and_kept(
@@ -211,7 +181,8 @@ def test_scratch_that_cannot_be_removed_now_is_said_and_kept(
     assert "stays for now" in caplog.text
 
     monkeypatch.undo()
-    assert remove_dead_scratch(tmp_path) == [scratch]
+    clean_stale(tmp_path)
+    assert os.listdir(tmp_path) == []
 
 
 def test_too_little_space_names_both_numbers(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import random
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor
 
 from minigpt4.errors import WeightsError
-from minigpt4.weights.files.foreign import read_torch_file
+from minigpt4.weights.files.torch_files import read_torch_file
 
-COUNT = 200
+COUNT = 100
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool, torch.complex64, torch.complex128,
@@ -91,21 +90,14 @@ def assert_same(ours: object, theirs: object) -> None:
         assert ours == theirs
 
 
-def makes() -> Iterator[tuple[int, bool, int]]:
-    """Seeds, with the format and the pickle's version."""
-    for seed in range(COUNT):
-        yield seed, seed % 3 != 0, (2, 2, 3, 2, 4, 2, 5)[seed % 7]
-
-
 def test_generated_files_are_read_as_torch_reads_them(tmp_path: Path) -> None:
     path = tmp_path / "file.pth"
-    for seed, as_archive, protocol in makes():
+    for seed in range(COUNT):
         made = content(random.Random(seed))
-        torch.save(made, path, _use_new_zipfile_serialization=as_archive, pickle_protocol=protocol)
+        torch.save(made, path, _use_new_zipfile_serialization=seed % 3 != 0)
         found = read_torch_file(path)
         assert_same(found, made)
-        if protocol == 2:  # torch's own reader of tensors alone promises no other
-            assert_same(found, torch.load(path, weights_only=True))
+        assert_same(found, torch.load(path, weights_only=True))
         path.unlink()
 
 
@@ -115,8 +107,8 @@ def test_generated_files_are_read_as_torch_reads_them(tmp_path: Path) -> None:
         (np.float64(0.5), "numpy"),
         (np.arange(3), "numpy"),
         (torch.ones(3).to_sparse(), "objects other than tensors"),
-        (torch.ones(2, dtype=torch.complex64).conj(), "conj"),
-        (torch.ones(2, dtype=torch.complex64).conj().imag, "neg"),
+        (torch.ones(2, dtype=torch.complex64).conj(), "conjugate"),
+        (torch.ones(2, dtype=torch.complex64).conj().imag, "negative"),
         ({1, 2}, "objects other than tensors"),
         (2 + 1j, "objects other than tensors"),
         (torch.ones(4).to(torch.float8_e4m3fn), "objects other than tensors"),

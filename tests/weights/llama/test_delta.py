@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minigpt4.errors import StorageError, WeightsError
 from minigpt4.weights.files.atomic import verify_folder
-from minigpt4.weights.files.tensors import open_tensors
+from minigpt4.weights.files.tensor_files import open_tensors
 from minigpt4.weights.llama.delta import Result, apply_delta, make_delta
 from tests.weights.llama.delta_files import (
     FREQUENCIES,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from minigpt4.errors import MiniGPT4Error
 from minigpt4.weights.files.atomic import verify_folder
-from minigpt4.weights.files.tensors import open_tensors
+from minigpt4.weights.files.tensor_files import open_tensors
 from minigpt4.weights.llama.meta import from_meta, halves_from_pairs
 from tests.weights.llama.delta_files import GOLDEN, present
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minigpt4.errors import MiniGPT4Error
-from minigpt4.weights.files.tensors import open_tensors
+from minigpt4.weights.files.tensor_files import open_tensors
 from minigpt4.weights.llama.meta import from_meta
 from minigpt4.weights.original.importing import import_original
 from minigpt4.weights.original.prepare import find_files

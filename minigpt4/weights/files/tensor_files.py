@@ -17,9 +17,8 @@ from torch import Tensor
 
 from minigpt4.errors import WeightsError
 from minigpt4.weights.files.disk import storing
-from minigpt4.weights.files.foreign import refuse_other_kinds, refuse_words, scan_torch_file, tensors_in
-from minigpt4.weights.files.safetensors_header import read_safetensors_header
-from minigpt4.weights.files.stored import StoredTensor
+from minigpt4.weights.files.stored_tensor import StoredTensor, read_safetensors_header
+from minigpt4.weights.files.torch_files import refuse_other_kinds, refuse_words, scan_torch_file, tensors_in
 
 WRAPPERS = ("model", "state_dict", "module")
 """Under these keys a checkpoint keeps its tensors when it holds more than tensors."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minigpt4.errors import WeightsError
-from minigpt4.weights.files.foreign import read_torch_file
+from minigpt4.weights.files.torch_files import read_torch_file
 from tests import golden
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minigpt4.errors import WeightsError
-from minigpt4.weights.files.tensors import TensorFiles, open_tensors
+from minigpt4.weights.files.tensor_files import TensorFiles, open_tensors
 
 TENSORS: dict[str, Tensor] = {
     "matrix": torch.arange(6.0).view(2, 3),
