@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from minigpt4.text import size_text
 from minigpt4.weights.checking import doctor
 from minigpt4.weights.checking.doctor import Device, Library
 from tests.commands import Result, Run, runner
@@ -105,12 +104,6 @@ def test_doctor_says_further_problems_beside_the_first(run: Run, monkeypatch: py
     result = run("doctor", "--no-check-weights")
     refused(result, "torch is version 1.0")
     assert "  also          nano needs" in result.out
-
-
-@pytest.mark.parametrize(("size", "text"), [(0, "0.0 kB"), (1_700, "1.7 kB"), (999_949, "999.9 kB"),
-                                            (1_000_000, "1.0 MB"), (15_700_000_000, "15,700.0 MB")])  # fmt: skip
-def test_sizes_below_a_megabyte_are_in_kilobytes(size: int, text: str) -> None:
-    assert size_text(size) == text
 
 
 def test_small_files_and_folders_are_never_of_0_megabytes(run: Run, home: Path) -> None:

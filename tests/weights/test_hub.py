@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import constants
 
 from minigpt4 import load
-from minigpt4.errors import ConfigError, DownloadError, StorageError, WeightsError
+from minigpt4.errors import DownloadError, StorageError, WeightsError
 from minigpt4.weights.hub import hub_folder, is_hub_id, is_on_hub
 from tests import tiny_chat
 from tests.weights import hub_server, tiny_nano
@@ -97,13 +97,6 @@ def test_alignment_of_the_hub_is_joined_with_its_parts(
     assert not any("train.py" in path for path in hub.asked)
 
 
-def test_full_folder_of_the_hub_keeps_its_own_language_model(hub: Hub, tmp_path: Path) -> None:
-    tiny_chat.saved(hub.folder)
-
-    with pytest.raises(ConfigError, match="someone/tiny is a full model with a language model of its own"):
-        load("someone/tiny", language_model=tmp_path, device="cpu")
-
-
 @pytest.mark.parametrize("name", ["someone/tiny", "someone/tiny@v2"])
 def test_model_that_is_not_here_and_may_not_be_fetched(name: str) -> None:
     with pytest.raises(DownloadError, match=f"^model {name} is not here in full, and HF_HUB_OFFLINE") as told:
@@ -164,16 +157,6 @@ def test_hub_that_fails_is_quoted(status: int, hub: Hub) -> None:
     assert "HF_TOKEN" in told.value.hint
 
 
-def test_address_that_is_no_hub(hub: Hub) -> None:
-    hub.page = b"<html>please log in</html>"
-
-    with pytest.raises(DownloadError, match=r"^the hub does not give model someone/tiny: ") as told:
-        hub_folder("someone/tiny")
-
-    assert one_sentence(told.value)
-    assert "HF_ENDPOINT" in told.value.hint
-
-
 def test_cache_that_cannot_be_written(hub: Hub, cache: Path) -> None:
     (hub.folder / "config.json").write_text("{}")
     cache.write_text("a file")
@@ -183,13 +166,6 @@ def test_cache_that_cannot_be_written(hub: Hub, cache: Path) -> None:
 
     assert one_sentence(told.value)
     assert "HF_HOME" in told.value.hint
-
-
-def test_model_of_another_revision_is_not_taken(cache: Path) -> None:
-    put(cache, "main")
-
-    with pytest.raises(DownloadError, match="someone/tiny@v2 is not here in full"):
-        load("someone/tiny@v2")
 
 
 def test_a_folder_comes_before_the_hub(tmp_path: Path) -> None:
