@@ -61,53 +61,29 @@ class Spread:
 
 @dataclass
 class SourceCheck:
-    """What a look through a source gave.
-
-    Args:
-        source: Its name.
-        identity: Its digest.
-        records: How many it has, bad ones included.
-        sampled: Number of records looked at besides the known bad ones.
-        seed: Of the sample; None where every record was looked at.
-        known_bad: Records that are bad without being read, of all.
-        good: Records looked at that are sound.
-        faults: What is broken among those looked at, by kind.
-        bad_share: Part of all records that is bad; of a large source, by its sample and what is known of all.
-        skipped: What the source passed over, by kind.
-        widths: Of the pictures, in pixels; None without pictures.
-        heights: The same.
-        characters: Of what is learnt from each record; None without sound records.
-        tokens: The same in a model's tokens, where one was given.
-        cut: Answers longer than the limit on tokens.
-        max_text_tokens: That limit.
-        turns: Sound records by number of questions and answers.
-        text_only: Sound records without a picture.
-        same_picture: Records whose picture, to the byte, an earlier one has.
-        same_record: Those whose text is the same too.
-        samples: Numbers of sound records with a picture, spread over the source.
-    """
+    """What a look through a source gave; a bad share of a large one is by its sample and what is known of all."""
 
     source: str
     identity: str
-    records: int
-    sampled: int
-    seed: int | None
-    known_bad: int
+    records: int  # bad ones included
+    sampled: int  # records looked at besides the known bad ones
+    seed: int | None  # of the sample; None where every record was looked at
+    known_bad: int  # of all, without reading
     good: int = 0
     faults: dict[str, Fault] = field(default_factory=dict)
     bad_share: float = 0.0
     skipped: dict[str, int] = field(default_factory=dict)
-    widths: Spread | None = None
+    widths: Spread | None = None  # in pixels
     heights: Spread | None = None
-    characters: Spread | None = None
-    tokens: Spread | None = None
-    cut: int | None = None
+    characters: Spread | None = None  # of what is learnt from each record
+    tokens: Spread | None = None  # the same, where a model's were counted
+    cut: int | None = None  # answers of more than `max_text_tokens`
     max_text_tokens: int | None = None
-    turns: dict[int, int] = field(default_factory=dict)
+    turns: dict[int, int] = field(default_factory=dict)  # sound records by number of questions and answers
     text_only: int = 0
-    same_picture: int = 0
-    same_record: int = 0
-    samples: list[int] = field(default_factory=list)
+    same_picture: int = 0  # records whose picture, to the byte, an earlier one has
+    same_record: int = 0  # those whose text is the same too
+    samples: list[int] = field(default_factory=list)  # sound records with a picture, spread over the source
 
     @property
     def bad(self) -> int:

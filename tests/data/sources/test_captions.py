@@ -389,15 +389,6 @@ def test_identity_follows_words_and_pictures(change: Callable[[Path], object], t
     assert open_source(tmp_path).identity != before
 
 
-def test_a_link_to_the_folder_of_the_pictures_is_pointed_at(tmp_path: Path) -> None:
-    pictures(tmp_path / "elsewhere", "cow.jpg")
-    write(tmp_path / "pics/captions.csv", "file,caption\ncow.jpg,a cow\n")
-    (tmp_path / "pics/images").symlink_to(tmp_path / "elsewhere")
-
-    missing = faults(open_source(tmp_path / "pics"))["picture that is missing"]
-    assert missing.endswith("'cow.jpg' is not there, and images is a link to a folder, which is not followed")
-
-
 def test_a_picture_named_by_its_whole_path_is_counted_once(tmp_path: Path) -> None:
     pictures(tmp_path, "a/cat.jpg")
     write(tmp_path / "captions.csv", f"file,caption\n{tmp_path}/a/cat.jpg,a cat\n")

@@ -2,12 +2,13 @@
 
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 
 from minigpt4.data.sources import lists, open_source
-from minigpt4.data.sources.formats import recognise
+from minigpt4.data.sources.formats import FORMATS, NAMES, recognise
 from minigpt4.errors import DataError
 from tests.data.sources.source_files import picture, samples, shard, write
 
@@ -169,6 +170,14 @@ def test_unknown_format_is_refused(tmp_path: Path) -> None:
         open_source(tmp_path, format="csv")
 
     assert told.value.hint == "leave it out and the source is recognised; a table (.csv, .tsv) is captions"
+
+
+def test_the_table_of_formats_is_the_documentations_and_each_has_a_reader() -> None:
+    docs = Path(__file__).resolve().parents[3].joinpath("docs/training.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `(\w+)` \|", docs.partition("| format |")[2].partition("\n\n")[0], re.MULTILINE))
+
+    assert named | {"auto"} == set(NAMES)
+    assert all(callable(row.reader.sniff) and callable(row.reader.open_source) for row in FORMATS.values())
 
 
 def test_named_format_is_taken_where_several_lie(tmp_path: Path) -> None:
