@@ -1,7 +1,11 @@
 """No address that is not of an allowed, public host is ever connected to, and every refusal sounds the same."""
 
 import asyncio
+import shutil
+import ssl
+import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 import httpx
 import pytest
@@ -126,32 +130,41 @@ def test_an_allowed_address_is_fetched(host: str, rest: str) -> None:
     assert network.sent[0].url.raw_path.decode() == ("" if rest.startswith("/") else "/") + rest
 
 
-def from_a_socket(answer: bytes, monkeypatch: pytest.MonkeyPatch, seconds: float = 5, scheme: str = "http") -> bytes:
+def from_a_socket(
+    answer: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float = 5,
+    scheme: str = "http",
+    tls: ssl.SSLContext | None = None,
+) -> bytes:
     """Fetch from a server on this machine, which counts as public for once, that sends some bytes to anybody."""
     monkeypatch.setattr(remote_pictures, "is_public", lambda address: True)
 
-    async def run() -> bytes:
-        connections: list[asyncio.StreamWriter] = []
+    opened: list[asyncio.Transport] = []
 
-        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            connections.append(writer)
-            writer.write(answer)
+    class Answering(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, asyncio.Transport)
+            opened.append(transport)
+            transport.write(answer)
             if not answer.endswith(b"..."):
-                writer.close()
+                transport.close()
 
-        async def resolve(host: str, port: int) -> list[str]:
-            return ["127.0.0.1"]
+    async def resolve(host: str, port: int) -> list[str]:
+        return ["127.0.0.1"]
 
-        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-            port = server.sockets[0].getsockname()[1]
-            allowed = frozenset({f"pictures.example.org:{port}"})
-            url = f"{scheme}://pictures.example.org:{port}/"
-            try:
-                return await fetch_picture(url, allowed, LIMIT, seconds=seconds, resolve=resolve)
-            finally:
-                for writer in connections:
-                    writer.transport.abort()
-                await asyncio.sleep(0.01)  # until they are closed
+    async def run() -> bytes:
+        server = await asyncio.get_running_loop().create_server(Answering, "127.0.0.1", 0, ssl=tls)
+        host = f"pictures.example.org:{server.sockets[0].getsockname()[1]}"
+        try:
+            return await fetch_picture(
+                f"{scheme}://{host}/", frozenset({host}), LIMIT, seconds=seconds, resolve=resolve
+            )
+        finally:
+            server.close()
+            for transport in opened:
+                transport.abort()
+            await asyncio.sleep(0.05)  # until they are closed
 
     return asyncio.run(run())
 
@@ -190,7 +203,30 @@ def test_what_is_no_plain_answer_is_refused_in_the_same_words(answer: bytes, mon
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_slow_host_is_given_up(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ImageError, match="not one that this server fetches from"):
-        from_a_socket(b"HTTP/1.1 200 OK\r\nX: ...", monkeypatch, seconds=0.3, scheme=scheme)
+        from_a_socket(b"HTTP/1.1 200 OK\r\nX: ...", monkeypatch, seconds=1, scheme=scheme)
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl")
+@pytest.mark.parametrize("name", ["pictures.example.org", "other.example.org", "127.0.0.1"])
+def test_the_certificate_has_to_be_of_the_name_and_not_of_the_address(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / "made.pem"
+    kind = "IP" if name[0].isdigit() else "DNS"
+    words = f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {made} -out {made}.crt -days 1 -subj /CN=x -addext"
+    subprocess.run([*words.split(), f"subjectAltName={kind}:{name}"], check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", f"{made}.crt")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(f"{made}.crt", made)
+
+    def fetched() -> bytes:
+        return from_a_socket(response(), monkeypatch, scheme="https", tls=tls)
+
+    if name == "pictures.example.org":
+        assert fetched() == b"pixels"
+        return
+    with pytest.raises(ImageError, match="not one that this server fetches from"):
+        fetched()
 
 
 def test_hosts_to_allow_are_names() -> None:
