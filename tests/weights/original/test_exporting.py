@@ -259,7 +259,10 @@ def test_alignment_that_the_original_cannot_run_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_name_that_is_no_folder_is_refused_with_what_can_be_exported(tmp_path: Path) -> None:
+def test_name_that_is_no_folder_is_refused_with_what_can_be_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(WeightsError, match="nano does not exist") as error:
         export_original(Path("nano"), tmp_path / "out")
     assert "models of EVA-ViT and a LLaMA" in error.value.hint
