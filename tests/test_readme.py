@@ -1,6 +1,7 @@
 """The README does what it says: its commands run, its file tree is the folder, and it is short."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def run_in_order(commands: list[str], folder: Path) -> None:
 
 
 def test_readme_is_short(readme: str) -> None:
-    assert len(readme.splitlines()) <= 150
+    assert len(readme.splitlines()) <= 120
 
 
 def test_two_commands_install_the_project(readme: str) -> None:
@@ -79,12 +80,14 @@ def test_file_tree_lists_only_what_exists(readme: str) -> None:
     assert [path for path in paths if (ROOT / path).is_dir() != path.endswith("/")] == []
 
 
-def test_file_tree_lists_every_module_or_the_inner_folder_it_is_in(readme: str) -> None:
-    package = (path.relative_to(ROOT) for path in (ROOT / "minigpt4").rglob("*.py"))
-    modules = {path for path in package if path.name != "__init__.py"}
-    expected = {p.as_posix() if len(p.parts) <= 3 else f"{'/'.join(p.parts[:3])}/" for p in modules}
+def test_file_tree_lists_every_folder(readme: str) -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    if not tracked:
+        pytest.skip("no git checkout")
+    folders = {line.split("/")[0] + "/" for line in tracked.splitlines() if "/" in line}
+    package = {"/".join(line.split("/")[:2]) + "/" for line in tracked.splitlines() if re.match("minigpt4/.*/", line)}
 
-    assert expected - set(tree_paths(readme)) == set()
+    assert {folder for folder in folders | package if not folder.startswith(".")} <= set(tree_paths(readme))
 
 
 SAMPLE = """

@@ -106,8 +106,8 @@ class MiniGPT4Processor(ProcessorMixin):
             conversation: Messages, or a list of conversations. A picture part holds its picture under one of
                 `PICTURE_KEYS`.
             chat_template: Another Jinja template; then, as for `tokenize=False`, the library's own way is taken.
-            tokenize: Whether to return ids.
-            return_dict: Whether to return all model inputs; else the ids alone.
+            tokenize: Return ids.
+            return_dict: Return all model inputs; else the ids alone.
             add_generation_prompt: End where an answer begins.
             continue_final_message: Let the model go on with the last message; only with `tokenize=False`.
             return_assistant_tokens_mask: Add `assistant_masks`.
@@ -122,28 +122,19 @@ class MiniGPT4Processor(ProcessorMixin):
             ImageError: A picture cannot be opened.
         """
         if not tokenize or chat_template is not None or continue_final_message:
+            kwargs |= {"tokenize": tokenize, "return_dict": return_dict, "return_tensors": return_tensors}
+            kwargs |= {"add_generation_prompt": add_generation_prompt, "processor_kwargs": processor_kwargs or {}}
             return super().apply_chat_template(
                 conversation,  # type: ignore[arg-type]  # the library asks for lists and dicts, and takes any
                 chat_template,
-                tokenize=tokenize,
-                return_dict=return_dict,
-                add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 return_assistant_tokens_mask=return_assistant_tokens_mask,
-                return_tensors=return_tensors,
-                processor_kwargs=processor_kwargs or {},
                 **kwargs,
             )
         batched = bool(conversation) and not isinstance(conversation[0], dict)
         conversations: Any = conversation if batched else [conversation]
-        prompts = [
-            self.encode(
-                messages,
-                add_generation_prompt=add_generation_prompt,
-                return_assistant_mask=return_assistant_tokens_mask,
-            )
-            for messages in conversations
-        ]
+        form = {"add_generation_prompt": add_generation_prompt, "return_assistant_mask": return_assistant_tokens_mask}
+        prompts = [self.encode(messages, **form) for messages in conversations]
         text_options, image_options = self._sorted(processor_kwargs or {})
         inputs = self._pad(prompts, return_tensors, **text_options)
         pictures = [picture for messages in conversations for picture in pictures_of(messages)]
