@@ -14,6 +14,7 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel, PreTrainedModel
 from minigpt4.errors import ConfigError, WeightsError
 from minigpt4.model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
+from minigpt4.processing.prompts import PromptTemplate
 from minigpt4.processing.prompts import template as template_named
 from minigpt4.text import first_line, read_json_object
 from minigpt4.weights import nano
@@ -59,16 +60,12 @@ def compose(
             SigLIP, BLIP-2. `nano`: its vision encoder, without the words it recognises.
         language_model: A folder or hub id of a causal language model of transformers, with its tokenizer. `nano`: its
             language model.
-        qformer: `new` reads a picture through a Q-Former with new weights; `none` joins four neighbouring tokens of
-            the encoder in one, as MiniGPT-v2 does.
+        qformer: `new` for a Q-Former with new weights; `none` joins four neighbouring tokens in one, as MiniGPT-v2 does.
         qformer_layers: Of the new Q-Former, above 0; every other one looks at the picture.
         num_query_tokens: Places of a picture with a Q-Former, above 0.
         template: Name of the prompt template.
         seed: Of the new weights.
         report: Called with what is being done.
-
-    Returns:
-        `target`.
 
     Raises:
         ConfigError: A part is of a kind that cannot be used, or the parts do not fit each other or the choices; or
@@ -89,20 +86,9 @@ def compose(
     }
     if _is_there(target, asked):
         return target
-    written = template_named(template)
-    vision_folder = built_folder(nano.ALIGNMENT_DIR, report) if vision_model == NANO else None
-    language_folder = nano.frozen_parts(report)[0] if language_model == NANO else None
-    vision = read_vision(vision_folder or part_folder(str(vision_model), VISION, report))
-    language = read_language(language_folder or part_folder(str(language_model), LANGUAGE, report), written)
+    vision, language = _read_parts(vision_model, language_model, template_named(template), report)
     config = _config(vision, language, qformer, qformer_layers, num_query_tokens)
     model = _without_weights(config, language)
-    processor = MiniGPT4Processor(
-        vision.pictures,
-        language.tokenizer,
-        num_image_tokens=config.num_image_tokens,
-        image_token=language.image_token,
-        template=language.template.name,
-    )
     stored = sum(path.stat().st_size for path in language.folder.glob("*.safetensors"))
     others = sum(p.numel() for name, p in model.model.named_parameters() if not name.startswith("language_model."))
     require_free_space(target, stored + 4 * others)  # float32 at most
@@ -113,9 +99,30 @@ def compose(
     model.generation_config = language.generation_config()
     with write_folder(target) as folder:
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-        processor.save_pretrained(folder)
+        _processor(vision, language, config).save_pretrained(folder)
         (folder / COMPOSED_FILE).write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
     return target
+
+
+def _read_parts(
+    vision_model: str, language_model: str, template: PromptTemplate, report: Report | None
+) -> tuple[VisionPart, LanguagePart]:
+    """Read the two models' settings from their folders, fetched where they are nano's or a hub's."""
+    vision_folder = built_folder(nano.ALIGNMENT_DIR, report) if vision_model == NANO else None
+    language_folder = nano.frozen_parts(report)[0] if language_model == NANO else None
+    vision = read_vision(vision_folder or part_folder(str(vision_model), VISION, report))
+    language = read_language(language_folder or part_folder(str(language_model), LANGUAGE, report), template)
+    return vision, language
+
+
+def _processor(vision: VisionPart, language: LanguagePart, config: MiniGPT4Config) -> MiniGPT4Processor:
+    return MiniGPT4Processor(
+        vision.pictures,
+        language.tokenizer,
+        num_image_tokens=config.num_image_tokens,
+        image_token=language.image_token,
+        template=language.template.name,
+    )
 
 
 def _is_there(target: Path, asked: dict[str, Any]) -> bool:
