@@ -60,7 +60,7 @@ def compose(
             SigLIP, BLIP-2. `nano`: its vision encoder, without the words it recognises.
         language_model: A folder or hub id of a causal language model of transformers, with its tokenizer. `nano`: its
             language model.
-        qformer: `new` for a Q-Former with new weights; `none` joins four neighbouring tokens in one, as MiniGPT-v2 does.
+        qformer: `new` for a Q-Former with new weights; `none` joins four neighbouring tokens in one, as in MiniGPT-v2.
         qformer_layers: Of the new Q-Former, above 0; every other one looks at the picture.
         num_query_tokens: Places of a picture with a Q-Former, above 0.
         template: Name of the prompt template.
