@@ -58,8 +58,7 @@ def compose(
         target: The folder to appear, whole or not at all.
         vision_model: A folder or hub id of a vision model of transformers, or of one that has such a part: CLIP,
             SigLIP, BLIP-2. `nano`: its vision encoder, without the words it recognises.
-        language_model: A folder or hub id of a causal language model of transformers, with its tokenizer. `nano`: its
-            language model.
+        language_model: A folder or hub id of a causal language model, with its tokenizer. `nano`: its language model.
         qformer: `new` for a Q-Former with new weights; `none` joins four neighbouring tokens in one, as in MiniGPT-v2.
         qformer_layers: Of the new Q-Former, above 0; every other one looks at the picture.
         num_query_tokens: Places of a picture with a Q-Former, above 0.
@@ -71,8 +70,7 @@ def compose(
         ConfigError: A part is of a kind that cannot be used, or the parts do not fit each other or the choices; or
             `target` was made of other parts.
         WeightsError: A part is missing, incomplete or damaged.
-        DownloadError: The hub does not give a part.
-        PromptError: There is no such template.
+        DownloadError, PromptError: The hub does not give a part; there is no such template.
         StorageError: `target` holds something else, or there is no room for it.
     """
     asked = {
