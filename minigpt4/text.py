@@ -75,6 +75,10 @@ def first_line(error: BaseException) -> str:
     return line[:LONGEST_QUOTE].rstrip(".:") or type(error).__name__
 
 
+MAX_JSON_BYTES = 64 * 2**20
+"""More than any settings or tokenizer file has; a longer one is not read into memory."""
+
+
 def read_json_object(path: Path, error: Callable[[str, str], Exception], hint: str) -> dict[str, Any]:
     """Read a JSON file whose outermost value is an object.
 
@@ -82,7 +86,11 @@ def read_json_object(path: Path, error: Callable[[str, str], Exception], hint: s
         Exception: `error(message, hint)`, if the file cannot be read or holds something else.
     """
     try:
-        value = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
+        if len(content) > MAX_JSON_BYTES:
+            raise ValueError("too long")
+        value = json.loads(content)
     except (OSError, ValueError, RecursionError) as problem:
         raise error(f"{path} cannot be read as JSON", hint) from problem
     if not isinstance(value, dict):

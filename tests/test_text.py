@@ -35,6 +35,11 @@ def test_a_file_that_is_no_json_object_is_the_error_asked_for(tmp_path: Path, co
     assert told.value.hint == "copy it again"
 
 
+def test_an_endless_file_is_no_json_object() -> None:
+    with pytest.raises(WeightsError, match="/dev/zero"):
+        read_json_object(Path("/dev/zero"), WeightsError, "")
+
+
 def test_a_json_object_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"width": 3}')
 
