@@ -28,6 +28,10 @@ SIZE_NAMES = {(4096, 32): "7B", (5120, 40): "13B", (6656, 60): "30B", (8192, 80)
 """By width and layers."""
 
 _PAD = "[PAD]"
+_NOT_V0 = (
+    "the published MiniGPT-4 checkpoints were trained with Vicuna v0; with v1.1 and later answers are often garbled"
+)
+_BASE = "MiniGPT-4 was trained with Vicuna v0, which is this with a delta added: `minigpt4 weights apply-delta`"
 
 
 @dataclass
@@ -70,17 +74,14 @@ def tell_version(path: Path, tensors: TensorFiles, config: Mapping[str, Any]) ->
     if padded:
         return LanguageVersion("Vicuna v0, merged", False, "vicuna-v0", size)
     names = f"{folder.absolute().name} {config.get('_name_or_path', '')}".lower()
-    if _is_llama_2(config):
+    # Llama-2 reads 4096 tokens and has an epsilon of 1e-5; LLaMA has 2048 and 1e-6.
+    if config.get("max_position_embeddings", 0) >= LLAMA_2_CONTEXT or config.get("rms_norm_eps") == 1e-5:
         return _llama_2(names, folder, size)
     return _llama_1(names, size)
 
 
 def is_delta(tensors: TensorFiles) -> bool:
-    """Whether a language model's tensors are the difference of two models.
-
-    Told from the weights of its last norm, a few thousand numbers; from anything without that norm it cannot be told,
-    and the answer is no.
-    """
+    """Return whether tensors are the difference of two language models, by the last norm; False without that norm."""
     if LAST_NORM not in tensors.names():
         return False
     return bool(tensors.read(LAST_NORM).float().mean().abs() < LARGEST_NORM_OF_A_DELTA)
@@ -88,18 +89,9 @@ def is_delta(tensors: TensorFiles) -> bool:
 
 def _delta(version: str, size: str, rows: int) -> LanguageVersion:
     last = f", the last one for {_PAD}" if version == "v0" else ""
-    notes = [
-        f"a delta of {version} ({rows} rows{last}) is no model: add it to the LLaMA it was made from with "
-        "`minigpt4 weights apply-delta`"
-    ]
-    if version == "v1.1":
-        notes.append(_NOT_V0)
+    note = f"a delta of {version} ({rows} rows{last}) is no model: add it to the LLaMA it was made from with "
+    notes = [f"{note}`minigpt4 weights apply-delta`", *([] if version == "v0" else [_NOT_V0])]
     return LanguageVersion(f"Vicuna {version}, delta", True, "vicuna-v0" if version == "v0" else None, size, notes)
-
-
-_NOT_V0 = (
-    "the published MiniGPT-4 checkpoints were trained with Vicuna v0; with v1.1 and later answers are often garbled"
-)
 
 
 def _llama_2(names: str, folder: Path, size: str) -> LanguageVersion:
@@ -114,7 +106,7 @@ def _llama_2(names: str, folder: Path, size: str) -> LanguageVersion:
 
 def _llama_1(names: str, size: str) -> LanguageVersion:
     version = re.search(r"v1\.[0-9]", names)
-    if "vicuna" in names and not re.search(r"v0", names):
+    if "vicuna" in names and "v0" not in names:
         name = f"Vicuna {version[0] if version else 'v1.1'}, merged, by its name"
         return LanguageVersion(name, False, None, size, [_NOT_V0])
     if "llama" in names and "vicuna" not in names:
@@ -123,21 +115,12 @@ def _llama_1(names: str, size: str) -> LanguageVersion:
     return LanguageVersion("LLaMA or Vicuna v1.1, merged", False, None, size, [note])
 
 
-_BASE = "MiniGPT-4 was trained with Vicuna v0, which is this with a delta added: `minigpt4 weights apply-delta`"
-
-
-def _is_llama_2(config: Mapping[str, Any]) -> bool:
-    """Llama-2 reads 4096 tokens and has an epsilon of 1e-5; LLaMA has 2048 and 1e-6."""
-    return config.get("max_position_embeddings", 0) >= LLAMA_2_CONTEXT or config.get("rms_norm_eps") == 1e-5
-
-
 def _layers(tensors: TensorFiles) -> int:
-    numbers = {name.split(".")[2] for name in tensors.names() if name.startswith("model.layers.")}
-    return len(numbers)
+    return len({name.split(".")[2] for name in tensors.names() if name.startswith("model.layers.")})
 
 
 def _has_pad(folder: Path) -> bool:
-    """Whether the tokenizer files know the token that Vicuna v0 added."""
+    """Return whether the tokenizer files know the token that Vicuna v0 added."""
     if _PAD in _json(folder / "added_tokens.json"):
         return True
     token = _json(folder / "special_tokens_map.json").get("pad_token")
@@ -145,7 +128,7 @@ def _has_pad(folder: Path) -> bool:
 
 
 def _pieces(folder: Path) -> int:
-    """Count the words of a SentencePiece vocabulary; 0 where there is none that can be read."""
+    """Count the words of a SentencePiece vocabulary; 0 where none can be read."""
     path = folder / VOCABULARY_FILE
     if not path.is_file():
         return 0
