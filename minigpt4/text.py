@@ -86,11 +86,9 @@ def read_json_object(path: Path, error: Callable[[str, str], Exception], hint: s
         Exception: `error(message, hint)`, if the file cannot be read or holds something else.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_JSON_BYTES + 1)
-        if len(content) > MAX_JSON_BYTES:
-            raise ValueError("too long")
-        value = json.loads(content)
+        if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError("no file, or too long")
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as problem:
         raise error(f"{path} cannot be read as JSON", hint) from problem
     if not isinstance(value, dict):

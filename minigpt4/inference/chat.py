@@ -45,6 +45,7 @@ class ChatSession:
         backend: Any = self.engine.backend
         self.model: MiniGPT4ForConditionalGeneration = backend.model
         self.processor: MiniGPT4Processor = backend.processor
+        self.template = self.engine.backend.template
         self.answer = Answer()
         self._messages: list[dict[str, Any]] = []
         self._waiting: list[dict[str, Any]] = []

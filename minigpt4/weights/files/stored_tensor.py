@@ -196,8 +196,10 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, StoredTensor], dict[s
         OSError: It cannot be read.
     """
     try:
-        with safe_open(path, framework="pt"):
-            pass  # the library checks names, types, shapes and places; it does not tell the places
+        # The library checks names, types, shapes and places; it does not tell the places. Not for torch, which would
+        # map the file in a way that counts as memory: a file larger than that could not be opened.
+        with safe_open(path, framework="np"):
+            pass
     except SafetensorError as error:
         if "(os error" in str(error):  # of the disk: `storing` says it
             raise
@@ -218,7 +220,7 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, StoredTensor], dict[s
 
 def refused(path: Path, why: str, hint: str = "download the file again from its publisher") -> WeightsError:
     """Make the error for a file that is not believed."""
-    return WeightsError(f"{path.name} was not opened: {why}", hint)
+    return WeightsError(f"{path} was not opened: {why}", hint)
 
 
 def _fill(file: FileIO, part: memoryview, path: Path) -> None:
