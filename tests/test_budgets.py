@@ -9,11 +9,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = sorted((ROOT / "minigpt4").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
-MAX_LINES = 28_500
-MAX_FILES = 150
+MAX_LINES = 28_000
+MAX_FILES = 145
 MAX_LINES_OF_A_FILE = 500
 MAX_LINES_OF_A_FUNCTION = 60
-MAX_SHARE_OF_TESTS = 1.3
+MAX_SHARE_OF_TESTS = 1.22
 
 
 def num_lines(path: Path) -> int:
