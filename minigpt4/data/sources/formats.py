@@ -281,7 +281,7 @@ def _no_source(path: Path) -> DataError:
     if any(name.lower().endswith(_COMPRESSED) for name in names):
         has = "is a compressed archive" if path.is_file() else "has compressed archives"
         return DataError(f"{path} {has}, {_PLAIN[0]}", _PLAIN[1])
-    if all(name.lower().endswith(PICTURE_SUFFIXES) for name in names):
+    if path.is_dir() and all(name.lower().endswith(PICTURE_SUFFIXES) for name in names):
         return DataError(
             f"{path} has pictures and no words to them, expected captions.csv, .tsv, .json or .jsonl, or .txt files",
             "write captions.csv with the columns file_name and caption",
