@@ -226,7 +226,7 @@ def from_the_original(
     if cfg_path is None:
         device, notes = chosen_device(gpu_id, device)
     else:
-        if gpu_id is None:  # what cannot be had is told before an import of many gigabytes
+        if gpu_id is None:  # an impossible device is refused before an import of many gigabytes
             quantization(quantize, placement(device, "auto")[0])
         with parts_bar() as report:
             found = prepare_original(cfg_path, options or [], gpu_id, device=device, report=report)

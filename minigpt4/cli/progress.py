@@ -20,7 +20,7 @@ WINDOW = 50
 
 LINE_SECONDS = 60.0
 SECONDS_A_LINE = 30.0
-"""Where there is no terminal, progress is told so often."""
+"""Seconds between lines of progress where there is no terminal."""
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class Cleaning(NamedTuple):
 def blip_caption(text: str, max_words: int = MAX_WORDS, prompt: str = "") -> str:
     """Return a caption as the original cleans those of shards in its first stage.
 
-    Lower case, without most punctuation, at most so many words, behind a prompt. Source: LAVIS's
+    Lower case, without most punctuation, at most `max_words` words, after a prompt. Source: LAVIS's
     `BlipCaptionProcessor`; the original leaves the captions of `cc_sbu_align` alone.
     """
     text = _SPACES.sub(" ", _PUNCTUATION.sub(" ", text.lower()))

@@ -202,7 +202,7 @@ class _Reading:
             return places
         if leaves_folder(name):
             path, folder = Path(name), self.folder.absolute()
-            if path.is_relative_to(folder):  # which is told when it is read
+            if path.is_relative_to(folder):  # reading it raises the error
                 self.named.add(path.relative_to(folder).as_posix())
             return places
         refuse_address(name, row.key)
@@ -222,7 +222,7 @@ class _Reading:
     def _alike(self, name: str) -> str:
         """Say which file a picture that is not there may be: its name has other letters, or folders above this one.
 
-        A link to a folder, which is not followed, is told too.
+        Links to folders are not followed, and are reported.
         """
         parts = PurePosixPath(name.replace("\\", "/")).parts
         written = ["/".join(parts[start:]) for start in range(len(parts))]
